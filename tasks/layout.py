@@ -1,0 +1,43 @@
+"""Every path of the workspace, once. All are relative to the repository's root, where every command runs."""
+
+from pathlib import Path
+
+STAGES = ("prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report")
+SPLITS = ("train", "test")
+
+PARAMS = Path("params.yaml")
+ARTIFACTS = Path("artifacts")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+STATE = Path("state")
+
+PREPARED = ARTIFACTS / "prepare"
+STATISTICS = PREPARED / "statistics.json"
+META = PREPARED / "meta.json"
+REPORT = ARTIFACTS / "report" / "report.html"
+COMPARISON = ARTIFACTS / "report" / "comparison.csv"
+
+
+def out(stage: str, encoder: str | None = None) -> Path:
+    """The folder that a stage writes, one per encoder where the stage runs once per encoder."""
+    return ARTIFACTS / stage / encoder if encoder else ARTIFACTS / stage
+
+
+def metrics(stage: str, encoder: str | None = None) -> Path:
+    """The stage's metrics, in git."""
+    return METRICS / stage / f"{encoder}.json" if encoder else METRICS / f"{stage}.json"
+
+
+def curve(stage: str, encoder: str) -> Path:
+    """The stage's curve as CSV, in git, for `dvc plots`."""
+    return PLOTS / stage / f"{encoder}.csv"
+
+
+def split(name: str) -> Path:
+    """The prepared images, labels and item list of `train` or `test`."""
+    return PREPARED / name
+
+
+def embeddings(encoder: str, split_name: str) -> Path:
+    """Features of one split, rows in data-set order."""
+    return out("embed", encoder) / f"{split_name}.npy"
