@@ -28,6 +28,9 @@ class Encoder(nn.Module):
         std: Standard deviation of each channel, in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, *, backbone: str, image_size: int, channels: int, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.description: dict[str, Any] = {
@@ -64,7 +67,9 @@ def load(folder: Path) -> Encoder:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else None
     except FileNotFoundError as error:
-        raise CheckpointError(f"expected an encoder in {folder}, found no {DESCRIPTION}; run its pretrain stage") from error
+        raise CheckpointError(
+            f"expected an encoder in {folder}, found no {DESCRIPTION}; run its pretrain stage"
+        ) from error
     except Exception as error:  # safetensors raises its own, undocumented types on damaged files
         raise CheckpointError(f"the encoder in {folder} is damaged ({error}); run its pretrain stage again") from error
     if weights is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from deepclust.errors import DataError
 from deepclust.views import to_float
@@ -13,12 +15,12 @@ from deepclust.views import to_float
 
 @torch.inference_mode()
 def extract(
-    encoder: nn.Module, images: NDArray[np.uint8], *, batch_size: int, device: torch.device
+    encoder: Callable[[Tensor], Tensor], images: NDArray[np.uint8], *, batch_size: int, device: torch.device
 ) -> NDArray[np.float32]:
     """Features of images, row i from image i.
 
     Args:
-        encoder: Images (batch, C, H, W) in [0, 1] to features (batch, D); used in the mode it is in.
+        encoder: Images (batch, C, H, W) in [0, 1] to features (batch, D); a module in eval mode, as a rule.
         images: (N, H, W, C) uint8.
         batch_size: Images of a forward pass.
         device: Where the encoder is.

@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device, every image with its own randomness.
 
 Crop, resize and flip are two small matrix products an image: a resampling along y and one along x, whose rows are the
-same antialiased triangle filter that torchvision applies after cropping. The colour operations are torchvision's, in the
-fixed order brightness, contrast, saturation, hue (torchvision shuffles it per image).
+same antialiased triangle filter that torchvision applies after cropping. The colour operations are torchvision's, in
+the fixed order brightness, contrast, saturation, hue (torchvision shuffles it per image).
 
 B batch, C channels, H W side of the image, S side of the crop.
 """
@@ -33,7 +33,7 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """Probabilities of flip, jitter, grey and blur; strengths of the jitter's parts, as in torchvision's ColorJitter."""
+    """Probabilities of flip, jitter, grey and blur; the jitter's strengths, as in torchvision's ColorJitter."""
 
     flip: float
     jitter: float
@@ -164,7 +164,7 @@ def shift_hue(images_BCHW: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB images in [0, 1] by `shift` (broadcast over B, 1, 1, 1) turns, through HSV."""
     value, _ = images_BCHW.max(1, keepdim=True)
     chroma = value - images_BCHW.min(1, keepdim=True).values
-    red, green, blue = images_BCHW.split(1, dim=1)
+    red, green, blue = images_BCHW.chunk(3, dim=1)
     divisor = torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(
         value == red,

@@ -319,9 +319,9 @@ def read(path: Path = layout.PARAMS) -> dict[str, Any]:
         ConfigError: If the file is missing, is no YAML, or is no mapping.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise ConfigError(f"expected parameters in {path}, found no such file; run from the repository's root") from None
+        raise ConfigError(f"expected parameters in {path}, found none; run from the repository's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

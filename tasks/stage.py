@@ -105,8 +105,9 @@ def write_text(path: Path, text: str) -> None:
 def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
 
-    A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and one
-    line on stderr; nothing of the stage's outputs is left behind then. Any other exception is a bug and keeps its traceback.
+    A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
+    one line on stderr; nothing of the stage's outputs is left behind then. Any other exception is a bug and keeps its
+    traceback.
     """
     per_encoder = stage not in ("prepare", "report")
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")

@@ -1,0 +1,8 @@
+"""The methods by name."""
+
+from deepclust.methods.base import Method
+from deepclust.methods.pcl import PCL
+from deepclust.methods.simsiam import SimSiam
+from deepclust.methods.swav import SwAV
+
+METHODS: dict[str, type[Method]] = {"swav": SwAV, "pcl": PCL, "simsiam": SimSiam}

@@ -1,0 +1,65 @@
+"""The contract of a pretraining method: a loss, parameter groups and three hooks with empty defaults."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Embed = Callable[[nn.Module], Tensor]
+"""Applies a module to the centre view of every training image, in eval mode and in order: (N, D)."""
+
+
+class Method(nn.Module, ABC):
+    """A backbone with what the method trains around it.
+
+    Attributes:
+        backbone: Images (batch, C, H, W), normalised, to features; the encoder that pretraining is for.
+    """
+
+    backbone: nn.Module
+
+    @abstractmethod
+    def loss(
+        self, views: list[Tensor], indices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch.
+
+        Args:
+            views: Normalised crops of the batch, each (batch, C, S, S).
+            indices: Number of each image in the training set.
+            generator: CPU generator of this step, for whatever else is random.
+
+        Returns:
+            The loss, and scalars worth logging, without gradient.
+        """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser; by default one with everything that has a gradient."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def before_epoch(self, epoch: int, embed: Embed, seed: int) -> None:
+        """Called before each epoch, with a seed of its own."""
+
+    def after_backward(self, step: int) -> None:
+        """Called between the gradients and the update."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the update."""
+
+
+def by_resolution(module: nn.Module, views: list[Tensor]) -> Tensor:
+    """Features of all views, (views · batch, dim) in their order, one forward pass for each run of equal resolutions.
+
+    So batch normalisation sees one resolution at a time, and all crops of it together.
+    """
+    outputs: list[Tensor] = []
+    start = 0
+    for end in range(1, len(views) + 1):
+        if end == len(views) or views[end].shape[-1] != views[start].shape[-1]:
+            outputs.append(module(torch.cat(views[start:end])))
+            start = end
+    return torch.cat(outputs)
