@@ -1,0 +1,111 @@
+"""Downloads into a cache outside the repository, each checked against its published sum."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from deepclust.errors import DataError
+
+TIMEOUT = 10  # seconds without an answer: a machine that is offline should say so soon
+
+
+def cache() -> Path:
+    """`$DEEPCLUST_CACHE`, else `$XDG_CACHE_HOME/deepclust`, else ~/.cache/deepclust."""
+    if own := os.environ.get("DEEPCLUST_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "deepclust"
+
+
+def warn(message: str) -> None:
+    """One line on stderr. What the cache held is a matter of the machine, so it never goes into an output."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def verified(target: Path, urls: Iterable[str], *, md5: str) -> Path:
+    """A file of the cache, downloaded if it is missing or damaged.
+
+    Args:
+        target: Where it lies, or is to lie.
+        urls: Mirrors, tried in order.
+        md5: The published MD5 of the file.
+
+    Raises:
+        DataError: If no mirror gives the file.
+    """
+    if target.exists():
+        got = _md5(target)
+        if got == md5:
+            return target
+        warn(f"{target} is damaged (expected MD5 {md5}, got {got}); downloading it again")
+    problems = []
+    for url in urls:
+        try:
+            download(url, target, md5=md5)
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            return target
+    raise DataError(
+        f"expected {target.name} from its mirrors, got: {'; '.join(problems)}; connect this machine and run again, "
+        f"or put the file (MD5 {md5}) at {target}"
+    )
+
+
+def download(url: str, target: Path, *, md5: str | None = None) -> None:
+    """Download one file, whole or not at all.
+
+    Raises:
+        DataError: If the server can not be reached, or sends something whose MD5 differs.
+    """
+    assert url.startswith(("http://", "https://")), url
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {url}", flush=True)
+    partial: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            partial = Path(file.name)
+            sum_ = hashlib.md5(usedforsecurity=False)
+            with _answer(url) as answer:
+                while chunk := _read(answer, url):
+                    sum_.update(chunk)
+                    file.write(chunk)
+        if md5 and sum_.hexdigest() != md5:
+            raise DataError(f"{url} sent a file of MD5 {sum_.hexdigest()} where {md5} was expected")
+        partial.replace(target)
+    finally:
+        if partial:
+            partial.unlink(missing_ok=True)
+
+
+def _answer(url: str) -> http.client.HTTPResponse:
+    try:
+        answer: http.client.HTTPResponse = urllib.request.urlopen(url, timeout=TIMEOUT)
+    except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        raise DataError(f"{url} can not be reached ({_line(error)})") from error
+    return answer
+
+
+def _read(answer: http.client.HTTPResponse, url: str) -> bytes:
+    """The next chunk. Apart from writing it, so that a full disk is not taken for a broken connection."""
+    try:
+        return answer.read(1 << 20)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{url} broke off ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return " ".join(str(reason).split())
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
