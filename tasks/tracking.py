@@ -18,16 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from deepclust.errors import TrackingError
-from tasks import environment, layout, provenance
+from tasks import environment, layout, provenance, store
+from tasks.guards import TERMINATED, locked, sigterm_exits
 from tasks.params import Params
 from tasks.params import load as load_params
-from tasks.processes import TERMINATED, locked, sigterm_exits
 
 PARENT = "DEEPCLUST_PARENT_RUN"
-SWITCH = "DEEPCLUST_TRACKING"
 EXPERIMENT = "deepclust"
 _KEY_TAG = "deepclust.pipeline"
 _BATCH = {"metrics": 1000, "params": 100}  # what one request of MLflow's protocol may carry
@@ -93,7 +90,7 @@ class Run:
             call()
         except Exception as error:  # whatever the store raises: MLflow's, SQLAlchemy's, the network's
             if not self._warned:
-                print(f"warning: tracking stopped working, the stage goes on ({_line(error)})", file=sys.stderr)
+                print(f"warning: tracking stopped working, the stage goes on ({store.line(error)})", file=sys.stderr)
             self._warned = True
 
 
@@ -119,23 +116,13 @@ class NullRun(Run):
         """Do nothing."""
 
 
-def enabled() -> bool:
-    """Whether this process tracks: not where it is switched off, and only the first of several ranks."""
-    return os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false") and os.environ.get("RANK", "0") == "0"
-
-
-def uri() -> str:
-    """Where runs go."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 def ensure_store() -> None:
     """Make the store ready, so that what starts at once afterwards finds it complete.
 
     Raises:
         TrackingError: If the store can not be reached or opened.
     """
-    if enabled():
+    if store.enabled():
         connect()
 
 
@@ -146,7 +133,7 @@ def open_pipeline() -> str:
         ConfigError: If params.yaml is not valid.
         TrackingError: If the store can not be reached.
     """
-    if not enabled():
+    if not store.enabled():
         return ""
     client, experiment = connect()
     return _create_parent(client, experiment, load_params())
@@ -154,7 +141,7 @@ def open_pipeline() -> str:
 
 def close_pipeline(run_id: str, status: str) -> None:
     """End a pipeline run as FINISHED, FAILED or KILLED. Raises: TrackingError if the store can not be reached."""
-    if enabled() and run_id:
+    if store.enabled() and run_id:
         Run(connect()[0], run_id).finish(status)
 
 
@@ -165,7 +152,7 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
     Raises:
         TrackingError: If the store can not be reached or the parent run is not there.
     """
-    if not enabled():
+    if not store.enabled():
         yield NullRun()
         return
     with sigterm_exits():
@@ -182,7 +169,7 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
             status = "KILLED" if stop.code == TERMINATED else "FAILED" if stop.code else "FINISHED"
             raise
         except BaseException as error:
-            run.set_tags({"error": _line(error)})
+            run.set_tags({"error": store.line(error)})
             raise
         finally:
             if stage == "prepare":  # its hash exists only now
@@ -205,7 +192,7 @@ def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Run, bool]:
     name = provenance.stage_name(stage, encoder)
     parent = os.environ.get(PARENT)
     owned = not parent
-    with _errors():
+    with store.errors():
         parent = parent or _derived_parent(client, experiment, params)
         if not owned:
             client.get_run(parent)  # a wrong id would hide the run from the UI's tree
@@ -230,7 +217,7 @@ def _derived_parent(client: Any, experiment: str, params: Params) -> str:
 
 
 def _create_parent(client: Any, experiment: str, params: Params, tags: Mapping[str, str] | None = None) -> str:
-    with _errors():
+    with store.errors():
         own = {**_source("deepclust pipeline"), **provenance.data_tags(), **(tags or {})}
         name = f"pipeline {own.get('git.commit', '')[:8]}".strip()
         run = Run(client, client.create_run(experiment, run_name=name, tags=own).info.run_id)
@@ -249,64 +236,24 @@ def connect() -> tuple[Any, str]:
         TrackingError: In one line, within seconds.
     """
     environment.prepare()
-    local = urlsplit(uri()).scheme == "sqlite"
-    with ExitStack() as stack:
-        stack.enter_context(_errors())
-        if local:  # several processes that migrate a fresh file at once break it
-            stack.enter_context(locked("tracking-store"))
-        stack.enter_context(_impatient())
-        import mlflow
+    import mlflow
 
+    with ExitStack() as stack:
+        stack.enter_context(store.errors())
+        if store.is_file():  # several processes that migrate a fresh file at once break it
+            stack.enter_context(locked("tracking-store"))
+        stack.enter_context(store.impatient())
         # MLflow installs handlers of its own on import; its migration notes would drown a stage's output.
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(uri())
-        client = mlflow.MlflowClient(tracking_uri=uri())
+        mlflow.set_tracking_uri(store.uri())
+        client = mlflow.MlflowClient(tracking_uri=store.uri())
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            place = Path("mlartifacts").resolve().as_uri() if local else None
+            place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
             return client, str(client.create_experiment(name, artifact_location=place))
         return client, str(experiment.experiment_id)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """A first call that fails in seconds; MLflow's own defaults wait for minutes. What the user set is kept."""
-    first = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    later = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-    ours = [name for name in first if os.environ.get(name, later[name]) == later[name]]
-    os.environ.update({name: first[name] for name in ours})
-    try:
-        yield
-    finally:
-        os.environ.update({name: later[name] for name in ours})
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What MLflow, SQLAlchemy and the network raise, as one line."""
-    try:
-        yield
-    except (TrackingError, OSError):
-        raise
-    except Exception as error:
-        parts = urlsplit(uri())
-        place = uri().replace(parts.netloc, parts.netloc.rpartition("@")[2]) if parts.netloc else uri()  # no passwords
-        raise TrackingError(
-            f"expected a working MLflow store at {place}, got: {_line(error)}; start or mend it, change "
-            f"MLFLOW_TRACKING_URI, or set {SWITCH}=off"
-        ) from error
-
-
-def _line(error: BaseException) -> str:
-    """An error in one short line, without the retry machinery's own words."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConnectionError) and cause.strerror:
-            return cause.strerror.lower()
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -314,7 +261,7 @@ def _system_metrics(run: Run) -> Iterator[None]:
     """Processor, memory, disk, network and GPU of the machine, sampled while the body runs and once at its end."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run.run_id, sampling_interval=_SAMPLE_SECONDS, tracking_uri=uri())
+    monitor = SystemMetricsMonitor(run.run_id, sampling_interval=_SAMPLE_SECONDS, tracking_uri=store.uri())
     monitor.start()
     try:
         yield

@@ -1,0 +1,71 @@
+"""Where runs go, how long to wait for it, and what its failures look like. Does not import MLflow; see tracking.py."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deepclust.errors import TrackingError
+
+SWITCH = "DEEPCLUST_TRACKING"
+
+
+def enabled() -> bool:
+    """Whether this process tracks: not where it is switched off, and only the first of several ranks."""
+    return os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false") and os.environ.get("RANK", "0") == "0"
+
+
+def uri() -> str:
+    """The store's address: `MLFLOW_TRACKING_URI`, else `mlflow.db` of the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def is_file() -> bool:
+    """Whether the store is an SQLite file."""
+    return uri().startswith("sqlite:")
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """A first call that fails in seconds; MLflow's own defaults wait for minutes. What the user set is kept."""
+    first = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    later = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+    ours = [name for name in first if os.environ.get(name, later[name]) == later[name]]
+    os.environ.update({name: first[name] for name in ours})
+    try:
+        yield
+    finally:
+        os.environ.update({name: later[name] for name in ours})
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What MLflow, SQLAlchemy and the network raise, as a TrackingError of one line."""
+    try:
+        yield
+    except Exception as error:
+        # A full or read-only disk has a line of its own (tasks/stage.py); the network's errors carry no number.
+        if isinstance(error, TrackingError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        netloc = urlsplit(uri()).netloc
+        place = uri().replace(netloc, netloc.rpartition("@")[2]) if netloc else uri()  # without a password
+        raise TrackingError(
+            f"expected a working MLflow store at {place}, got: {line(error)}; start or mend it, change "
+            f"MLFLOW_TRACKING_URI, or set {SWITCH}=off"
+        ) from error
+
+
+def line(error: BaseException) -> str:
+    """An error in one short line: the system's or SQLite's own words where they are at the bottom of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        if isinstance(cause, sqlite3.Error):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:300] or type(error).__name__
