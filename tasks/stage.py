@@ -113,7 +113,8 @@ def running(stage: str) -> Iterator[Here]:
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
     if per_encoder:
         parser.add_argument("encoder", help="an encoder of params.yaml")
-    encoder = parser.parse_args().encoder if per_encoder else parser.parse_args() and None
+    arguments = parser.parse_args()
+    encoder: str | None = arguments.encoder if per_encoder else None
     with errors_as_one_line():
         environment.prepare()
         values = params.load()
