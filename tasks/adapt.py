@@ -151,7 +151,7 @@ def run(
         One row a stream and adapter, and the metrics.
     """
     # Channels-last convolutions are up to three times as fast on a CPU.
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     adapters, not_applicable = make_adapters(model, values)
     for name, reason in not_applicable.items():
         print(f"{name}: not applicable: {reason}", flush=True)
