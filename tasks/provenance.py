@@ -68,6 +68,12 @@ def file_hash(*paths: Path) -> str:
     return total.hexdigest()
 
 
+def encoder_hash(encoder: str) -> str:
+    """Content of a trained encoder: what ties a model to the run that trained it."""
+    folder = layout.out("pretrain", encoder)
+    return file_hash(folder / "encoder.safetensors", folder / "encoder.json")
+
+
 def pipeline_key() -> str:
     """What groups runs under one parent: the commit and the parameters' text."""
     text = layout.PARAMS.read_bytes() if layout.PARAMS.exists() else b""

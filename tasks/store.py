@@ -49,7 +49,7 @@ def errors() -> Iterator[None]:
         yield
     except Exception as error:
         # A full or read-only disk has a line of its own (tasks/stage.py); the network's errors carry no number.
-        if isinstance(error, TrackingError) or (isinstance(error, OSError) and error.errno is not None):
+        if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         netloc = urlsplit(uri()).netloc
         place = uri().replace(netloc, netloc.rpartition("@")[2]) if netloc else uri()  # without a password
@@ -57,6 +57,12 @@ def errors() -> Iterator[None]:
             f"expected a working MLflow store at {place}, got: {line(error)}; start or mend it, change "
             f"MLFLOW_TRACKING_URI, or set {SWITCH}=off"
         ) from error
+
+
+def failed(error: BaseException) -> bool:
+    """Whether an error is the store's and not a mistake in this code: by its origin, without importing all of them."""
+    origin = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3")
 
 
 def line(error: BaseException) -> str:

@@ -19,13 +19,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks import environment, layout, provenance, store
+from tasks import environment, provenance, store
 from tasks.guards import TERMINATED, locked, sigterm_exits
 from tasks.params import Params
 from tasks.params import load as load_params
 
 PARENT = "DEEPCLUST_PARENT_RUN"
 EXPERIMENT = "deepclust"
+OUTPUT_TAG = "deepclust.output"  # hash of the encoder that a run trained
 _KEY_TAG = "deepclust.pipeline"
 _BATCH = {"metrics": 1000, "params": 100}  # what one request of MLflow's protocol may carry
 _SAMPLE_SECONDS = 10
@@ -88,7 +89,9 @@ class Run:
     def _send(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # whatever the store raises: MLflow's, SQLAlchemy's, the network's
+        except Exception as error:
+            if not store.failed(error):
+                raise
             if not self._warned:
                 print(f"warning: tracking stopped working, the stage goes on ({store.line(error)})", file=sys.stderr)
             self._warned = True
@@ -174,16 +177,11 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
         finally:
             if stage == "prepare":  # its hash exists only now
                 run.set_tags(provenance.data_tags())
-            if stage == "pretrain" and status == "FINISHED":
-                run.set_tags({"deepclust.output": provenance.file_hash(*_encoder_files(encoder))})
+            if stage == "pretrain" and encoder and status == "FINISHED":
+                run.set_tags({OUTPUT_TAG: provenance.encoder_hash(encoder)})
             run.finish(status)
             if owned:
                 run.pipeline.finish(status)
-
-
-def _encoder_files(encoder: str | None) -> list[Path]:
-    folder = layout.out("pretrain", encoder)
-    return [folder / "encoder.safetensors", folder / "encoder.json"]
 
 
 def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Run, bool]:
@@ -236,6 +234,7 @@ def connect() -> tuple[Any, str]:
         TrackingError: In one line, within seconds.
     """
     environment.prepare()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     with ExitStack() as stack:
@@ -254,6 +253,74 @@ def connect() -> tuple[Any, str]:
             place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
             return client, str(client.create_experiment(name, artifact_location=place))
         return client, str(experiment.experiment_id)
+
+
+def log_model(
+    experiment: str,
+    run_id: str | None,
+    *,
+    code: Path,
+    files: Path,
+    library: Path,
+    requirements: list[str],
+    labelled: bool,
+    example: Any,
+    metadata: Mapping[str, Any],
+) -> str:
+    """Store a model that is defined by a source file, and return its address.
+
+    Args:
+        experiment: The experiment that the model belongs to.
+        run_id: The run that the model belongs to, if any.
+        code: The source file.
+        files: Folder of what the code reads.
+        library: Package that the code imports, stored beside it.
+        requirements: Pinned packages; inferring them would run the model in a new process, for a minute.
+        labelled: Whether the model also gives classes.
+        example: Images (n, height, width, channels) uint8.
+        metadata: What else to keep.
+
+    Raises:
+        TrackingError: If the store refuses it.
+    """
+    with store.errors():
+        import mlflow
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import ColSpec, Schema, TensorSpec
+        from mlflow.types.schema import Array
+
+        outputs = [ColSpec(Array("float"), "embedding"), ColSpec("long", "cluster"), ColSpec("float", "distance")]
+        if labelled:
+            outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
+            outputs += [ColSpec(Array("float"), "probabilities")]
+        mlflow.set_experiment(experiment_id=experiment)
+        images = TensorSpec(example.dtype, (-1, -1, -1, -1))
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            python_model=str(code),
+            artifacts={"files": str(files)},
+            code_paths=[str(library)],
+            pip_requirements=requirements,
+            signature=ModelSignature(inputs=Schema([images]), outputs=Schema(outputs)),
+            input_example=example,
+            metadata=dict(metadata),
+        )
+        return str(info.model_uri)
+
+
+def create_version(client: Any, name: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> None:
+    """Make a stored model the next version of a registered one, which is created if need be."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    client.create_model_version(name, address, run_id, dict(tags), model_id=address.rpartition("/")[2])
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""A small workspace with the files of every stage, made without running any of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from deepclust import encoder as encoders
+from tasks import layout
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASELINES = ("pixels", "random")
+
+
+def build(
+    root: Path,
+    names: Sequence[str] = ("pixels", "random", "swav"),
+    *,
+    labelled: bool = True,
+    channels: int = 1,
+    size: int = 12,
+    classes: int = 3,
+    k: int = 3,
+    count: int = 60,
+    seed: int = 0,
+) -> None:
+    """Write params.yaml, artifacts/, metrics/ and plots/ into `root`, the current folder."""
+    random = np.random.default_rng(seed)
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    values["encoders"] = list(names)
+    values["report"]["map_images"] = 40
+    (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    class_names = [f"class {index}" for index in range(classes)] if labelled else []
+    labels = {split: random.integers(0, classes, count) if labelled else np.full(count, -1) for split in layout.SPLITS}
+    _prepare(random, class_names, labels, size, channels)
+    for name in names:
+        _encoder(random, name, size, channels, labels, class_names, k)
+
+
+def write(path: Path, value: Any) -> None:
+    """Write JSON, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _prepare(
+    random: np.random.Generator, classes: list[str], labels: dict[str, np.ndarray], size: int, channels: int
+) -> None:
+    for split, known in labels.items():
+        layout.split(split).mkdir(parents=True)
+        shape = (len(known), size, size, channels)
+        images = (random.integers(0, 120, shape) + 40 * np.maximum(known, 0)[:, None, None, None]).astype(np.uint8)
+        np.save(layout.split(split) / "images.npy", images)
+        np.save(layout.split(split) / "labels.npy", known.astype(np.int64))
+        with (layout.split(split) / "items.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "path", "label"])
+            writer.writerows((index, f"{split}/{index:06d}", "") for index in range(len(known)))
+    np.save(layout.split("train") / "heldout.npy", np.arange(6 if classes else 0))
+    mean, std = [0.4] * channels, [0.2] * channels
+    shape = {"image_size": size, "channels": channels, "resize": "crop"}
+    write(layout.STATISTICS, {**shape, "mean": mean, "std": std})
+    counts = {split: {"images": len(known), "labelled": int((known >= 0).sum())} for split, known in labels.items()}
+    skipped = [{"path": "a<b>&.jpg", "reason": "truncated"}]
+    write(
+        layout.META,
+        {"source": "folder", "classes": classes, **shape, **counts, "skipped": skipped, "warnings": []}
+        | {"content_hash": "data-1"},
+    )
+
+
+def _encoder(
+    random: np.random.Generator,
+    name: str,
+    size: int,
+    channels: int,
+    labels: dict[str, np.ndarray],
+    classes: list[str],
+    k: int,
+) -> None:
+    for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
+        layout.out(stage, name).mkdir(parents=True)
+    torch.manual_seed(len(name))
+    backbone = "pixels" if name == "pixels" else "small"
+    model = encoders.Encoder(
+        backbone=backbone, image_size=size, channels=channels, mean=[0.4] * channels, std=[0.2] * channels
+    ).eval()
+    encoders.save(model, layout.out("pretrain", name), method=name, seed=0)
+    trained = name not in BASELINES
+    write(layout.metrics("pretrain", name), {"method": name} | ({"steps": 90, "final_loss": 2.5} if trained else {}))
+    rows = [(step, step // 30, 5 / (1 + step / 20), 0.4 * (1 - step / 90)) for step in range(0, 90, 10) if trained]
+    table(layout.curve("pretrain", name), ["step", "epoch", "loss", "rate"], rows)
+    for split, known in labels.items():
+        points = random.normal(size=(len(known), model.feature_dim)).astype(np.float32)
+        points[:, :3] += 4 * np.eye(3, dtype=np.float32)[np.maximum(known, 0) % 3]
+        np.save(layout.embeddings(name, split), points)
+    score = 0.6 + 0.1 * random.random() + 0.1 * trained
+    write(layout.metrics("embed", name), {"dim": model.feature_dim, "rankme": 20 + 10 * score})
+    _cluster(random, name, model.feature_dim, labels, bool(classes), k, score)
+    _linear(random, name, model.feature_dim, classes, score)
+
+
+def _cluster(
+    random: np.random.Generator, name: str, dim: int, labels: dict[str, np.ndarray], known: bool, k: int, score: float
+) -> None:
+    folder = layout.out("cluster", name)
+    np.save(folder / "centroids.npy", random.normal(size=(k, dim)).astype(np.float32))
+    write(folder / "cluster.json", {"k": k, "normalise": True})
+    rows = [
+        (split, index, f"{split}/{index:06d}", int(random.integers(k)), 0.5)
+        for split, values in labels.items()
+        for index in range(len(values))
+    ]
+    table(folder / "assignments.csv", ["split", "index", "path", "cluster", "distance"], rows)
+    Image.new("RGB", (300, 40 * k), (250, 250, 250)).save(folder / "gallery.png")
+    values: dict[str, Any] = {
+        "silhouette": {"mean": 0.2, "std": 0.01},
+        "inertia": {"mean": 99.0, "std": 1.0},
+        "sizes": [1] * k,
+    }
+    if known:
+        values |= {metric: {"mean": score - 0.1, "std": 0.012} for metric in ("acc", "nmi", "ari")}
+    write(layout.metrics("cluster", name), {"k": k, **values, "other_k": {"20": values}})
+
+
+def _linear(random: np.random.Generator, name: str, dim: int, classes: list[str], score: float) -> None:
+    folder = layout.out("linear", name)
+    write(
+        folder / "classifier.json",
+        {"classes": classes, "labelled": 60 if classes else 0, "reason": None if classes else "no labels"},
+    )
+    streams: list[tuple[str, str, int, float]] = []
+    if not classes:
+        absent = {"labelled": 0, "reason": "no labelled training images"}
+        write(layout.metrics("linear", name), absent)
+        write(layout.metrics("adapt", name), absent)
+    else:
+        weight = torch.from_numpy(random.normal(size=(len(classes), dim)).astype(np.float32))
+        save_file({"weight": weight, "bias": torch.zeros(len(classes))}, folder / "classifier.safetensors")
+        every = {"k20_t0.07": score, "k200_t0.07": score - 0.02, "k20_t0.1": score, "k200_t0.1": score - 0.02}
+        write(
+            layout.metrics("linear", name),
+            {"labelled": 60, "knn": score, "linear": score + 0.02, "all": every, "weight_decay": 1e-4}
+            | {"knn_heldout": score, "linear_heldout": score},
+        )
+        adapters = ["source", "tsd"] if name == "pixels" else ["source", "bn", "tsd"]
+        streams = [
+            (adapter, corruption, severity, (1 - score) * (1 + severity / 5) * (1 - 0.2 * index))
+            for index, adapter in enumerate(adapters)
+            for corruption, severities in {"clean": [0], "gaussian_noise": [1, 3, 5], "contrast": [1, 3, 5]}.items()
+            for severity in severities
+        ]
+        reasons = {"bn": "no batch normalisation"} if name == "pixels" else {}
+        error = {
+            adapter: float(np.mean([row[3] for row in streams if row[0] == adapter and row[2]])) for adapter in adapters
+        }
+        write(
+            layout.metrics("adapt", name),
+            {"clean": 1 - score, "error": error, "not_applicable": reasons, "images": 60},
+        )
+    for path in (layout.curve("adapt", name), layout.out("adapt", name) / "errors.csv"):
+        table(path, ["adapter", "corruption", "severity", "error"], streams)
+
+
+def table(path: Path, header: list[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write CSV, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
