@@ -62,7 +62,7 @@ def cuts(count: int, batch_size: int) -> list[slice]:
     starts = list(range(0, count, batch_size))
     if len(starts) > 1 and batch_size > 1 and count - starts[-1] == 1:
         starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, starts[1:] + [count], strict=True)]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts, count][1:], strict=True)]
 
 
 def batches(
@@ -196,6 +196,15 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def nothing_to_measure(head: nn.Linear | None, test: Chosen) -> str | None:
+    """Why there are no errors to measure, if there are none."""
+    if head is None:
+        return "no labelled training images, so there is no classifier"
+    if head.out_features < 2:
+        return "a single class, which no classifier can get wrong"
+    return None if len(test.labels) else "no labelled test images"
+
+
 def main() -> None:
     """Measure the adapters of one encoder."""
     with stage.running("adapt") as here:
@@ -205,15 +214,13 @@ def main() -> None:
         encoder = encoders.load(layout.out("pretrain", here.encoder))
         head = load_head(layout.out("linear", here.encoder), encoder.feature_dim)
         test = choose(prepared.images("test"), prepared.labels("test"), count=values.images, seed=here.params.seed)
-        if head is None or not len(test.labels):
-            reason = "no classifier: no labelled training images" if head is None else "no labelled test images"
-            print(f"nothing to measure: {reason}", flush=True)
+        reason = nothing_to_measure(head, test)
+        if head is None or reason:
+            print(f"{here.encoder}: nothing to measure: {reason}", flush=True)
             here.metrics({"labelled": 0, "reason": reason})
         else:
             if len(test.labels) < values.images:
-                print(
-                    f"adapt.images is {values.images}; there are {len(test.labels)} labelled test images, all are used"
-                )
+                print(f"adapt.images {values.images}: there are {len(test.labels)} labelled test images, all are used")
             started = time.perf_counter()
             rows, metrics = run(Classifier(encoder, head), test, values, seed=here.params.seed, device=default_device())
             print(f"{show(rows)}\n{time.perf_counter() - started:.0f} s", flush=True)
