@@ -1,0 +1,5 @@
+"""When and where: Prefect's flows and their deployments."""
+
+from tasks import environment
+
+environment.prepare()  # before anything imports Prefect

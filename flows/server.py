@@ -1,0 +1,74 @@
+"""Prefect's server for one flow run, where none is configured: on the loopback device, gone when the flow is."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tasks import children
+from tasks.run import StageError
+
+HOME = Path(".prefect")  # the runs of this workspace; `make serve` shows them too
+_PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores
+
+
+@contextlib.contextmanager
+def configured() -> Iterator[str]:
+    """Use the server that is configured, else one of our own until this process ends; its address.
+
+    Prefect would start a temporary server itself, but a flow ended by SIGKILL leaves that one behind.
+
+    Raises:
+        StageError: If the server does not come up.
+    """
+    url = PREFECT_API_URL.value() or _start()
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+
+
+def _start() -> str:
+    family = children.Children(grace=3)
+    atexit.register(family.stop)  # and not sooner: Prefect sends its last logs while the interpreter ends
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    server = family.start(
+        [
+            *(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)),
+            *("--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"),
+        ],
+        env={"PREFECT_HOME": str(HOME.resolve())},
+        stdout=subprocess.DEVNULL,
+    )
+    begin = time.monotonic()
+    while not answers(url):
+        if server.poll() is not None:
+            raise StageError(f"Prefect's server ended with status {server.returncode}; see its output above")
+        if time.monotonic() - begin > _PATIENCE:
+            raise StageError(f"Prefect's server did not answer within {_PATIENCE:g} s; is the machine overloaded?")
+        time.sleep(0.2)
+    return url
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect server answers at this address (`…/api`)."""
+    with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{url}/health", timeout=2) as reply:
+            return bool(reply.status == 200 and reply.read().strip() == b"true")
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,121 @@
+"""Edits of params.yaml that keep its comments, order and layout.
+
+    python -m tasks.overrides pretrain.swav.epochs=5 'encoders=[pixels, swav]'
+
+An edit is checked as a whole before anything is written, is written whole or not at all, is shown as a diff, and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from deepclust.errors import ConfigError
+from tasks import layout, params
+from tasks.stage import errors_as_one_line
+
+
+def apply(overrides: Sequence[str], path: Path = layout.PARAMS, *, write: bool = True) -> str:
+    """Write overrides such as `pretrain.swav.epochs=5` into a parameter file.
+
+    Values are YAML, so `[pixels, swav]` is a list and `auto` a word. A list is replaced as a whole. With `write=False`
+    everything is checked and nothing changed.
+
+    Returns:
+        The change as a unified diff, empty if the values stood there already.
+
+    Raises:
+        ConfigError: If an override has no `=`, names an unknown parameter, or makes the file invalid; the file stays
+            as it was then.
+    """
+    params.read(path)  # a missing or broken file is reported in the usual words
+    before = path.read_text(encoding="utf-8")
+    yaml = _round_trip()
+    document = yaml.load(before)
+    for override in overrides:
+        _set(document, override)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    after = text.getvalue()
+    difference = "".join(
+        difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, path.name, n=1)
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(after, encoding="utf-8")
+        params.load(partial)
+        if write and difference:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return difference
+
+
+def _round_trip() -> YAML:
+    """A YAML reader and writer that leaves every line as it is that it need not change."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _set(document: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted:
+        raise ConfigError(f"expected an override like pretrain.swav.epochs=5, got {override!r}")
+    try:
+        value = _round_trip().load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
+    *parents, last = dotted.split(".")
+    here = document
+    for depth, part in enumerate(parents):
+        here = _child(here, part, ".".join(parents[: depth + 1]))
+    if isinstance(here, list):
+        _child(here, last, dotted)
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
+        here[last] = value
+    else:
+        raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
+
+
+def _child(parent: Any, part: str, dotted: str) -> Any:
+    """The value below `parent`; a part of digits counts the items of a list from 0."""
+    if isinstance(parent, list):
+        if part.isdigit() and int(part) < len(parent):
+            return parent[int(part)]
+        raise ConfigError(f"{dotted}: expected an item from 0 to {len(parent) - 1}, got {part!r}")
+    if isinstance(parent, dict) and part in parent:
+        return parent[part]
+    near = difflib.get_close_matches(part, list(parent) if isinstance(parent, dict) else [], n=1, cutoff=0.5)
+    raise ConfigError(f"{dotted}: unknown parameter" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def main() -> None:
+    """Change params.yaml from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.overrides",
+        description="Change params.yaml in place, keeping its comments; print the change as a diff.",
+        epilog="example: python -m tasks.overrides pretrain.swav.epochs=5 'encoders=[pixels, swav]'",
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="dotted path and YAML value; lists as a whole"
+    )
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        print(apply(arguments.overrides) or f"{layout.PARAMS} says so already", end="\n")
+
+
+if __name__ == "__main__":
+    main()
