@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from deepclust.devices import default_device
 
 BATCH = 256
 
+# MLflow would take a type hint of `model_input` for a schema of its own; the signature is stated in tasks/tracking.py.
+warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method")
+
 
 class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
     """Prepares images as the stage `prepare` does, embeds, assigns and classifies them."""
@@ -46,7 +50,6 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self._classes: list[str] = _json(folder / "classifier.json")["classes"]
         self._classifier = load_file(folder / "classifier.safetensors") if self._classes else {}
 
-    # MLflow would take a type hint of `model_input` for a schema of its own; the signature is stated in tracking.py.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Embed, assign and classify images.
 

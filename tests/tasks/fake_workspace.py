@@ -99,6 +99,8 @@ def _encoder(
     write(layout.metrics("pretrain", name), {"method": name} | ({"steps": 90, "final_loss": 2.5} if trained else {}))
     rows = [(step, step // 30, 5 / (1 + step / 20), 0.4 * (1 - step / 90)) for step in range(0, 90, 10) if trained]
     table(layout.curve("pretrain", name), ["step", "epoch", "loss", "rate"], rows)
+    logged = [(*row, 2 - row[2] / 5) for row in rows]
+    table(layout.out("pretrain", name) / "history.csv", ["step", "epoch", "loss", "rate", "feature_std"], logged)
     for split, known in labels.items():
         points = random.normal(size=(len(known), model.feature_dim)).astype(np.float32)
         points[:, :3] += 4 * np.eye(3, dtype=np.float32)[np.maximum(known, 0) % 3]

@@ -1,0 +1,198 @@
+"""The report's pictures. Deterministic: no dates, no software versions, a fixed backend and fixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+GREY = "#9aa3ad"
+INK = "#2b3440"
+ACCENT = "#2f6fde"
+_LEGEND_AT_MOST = 20
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#e6e9ed",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "legend.frameon": False,
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without the software's name and version, and close it."""
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, Any]:
+    figure: Figure = plt.figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+
+
+def training(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """One row an encoder: its loss, then the method's own label-free numbers, over the steps.
+
+    Args:
+        curves: Encoder to columns of its history; `step`, and whatever it logged beside it.
+    """
+    names = {encoder: [name for name in found if name not in ("step", "epoch")] for encoder, found in curves.items()}
+    width = max(len(each) for each in names.values())
+    with plt.rc_context(_STYLE):
+        figure, axes = _panels(len(curves), width, (max(6.0, 2.9 * width), 2.2 * len(curves)))
+        for row, (encoder, found) in zip(axes, curves.items(), strict=True):
+            for index, axis in enumerate(row):
+                if index >= len(names[encoder]):
+                    axis.set_visible(False)
+                    continue
+                name = names[encoder][index]
+                axis.plot(found["step"], found[name], color=ACCENT if name == "loss" else INK, linewidth=1.4)
+                axis.set_title(f"{encoder}: {name.replace('_', ' ')}")
+                axis.set_xlabel("step")
+                axis.margins(x=0.02)
+    return figure
+
+
+def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]], baselines: int) -> Figure:
+    """A panel a score, a bar an encoder; baselines, which come first, are grey.
+
+    Args:
+        encoders: Names, baselines first.
+        values: Title of a score to its value for each encoder, None where it was not measured.
+        baselines: How many of the encoders are baselines.
+    """
+    places = np.arange(len(encoders))[::-1]
+    with plt.rc_context(_STYLE):
+        size = (max(4.0, 2.1 * len(values)), 0.9 + 0.32 * len(encoders))
+        figure, axes = _panels(1, len(values), size, sharey=True)
+        for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
+            present = [(place, value, i) for i, (place, value) in enumerate(zip(places, numbers, strict=True))
+                       if value is not None]  # fmt: skip
+            axis.barh(
+                [place for place, _, _ in present],
+                [value for _, value, _ in present],
+                color=[GREY if index < baselines else ACCENT for _, _, index in present],
+                height=0.68,
+            )
+            for place, value, _ in present:
+                axis.annotate(f" {value:.3f}", (max(value, 0), place), va="center", fontsize=8)
+            axis.set_title(name)
+            axis.set_xlim(right=max([value for _, value, _ in present] + [1e-9]) * 1.3)
+            axis.grid(axis="y", visible=False)
+            axis.set_yticks(places, encoders)
+            axis.xaxis.set_major_locator(plt.MaxNLocator(3))
+    return figure
+
+
+def embedding_map(
+    points: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], clusters: NDArray[np.int64], k: int
+) -> Figure:
+    """The map twice: coloured by class, where there are labels, and by cluster.
+
+    Args:
+        points: (N, 2).
+        labels: (N,) class, -1 where unknown, drawn grey.
+        classes: Names.
+        clusters: (N,) cluster of each point.
+        k: Number of clusters.
+    """
+    labelled = bool((labels >= 0).any())
+    with plt.rc_context(_STYLE):
+        figure, axes = _panels(1, 1 + labelled, (11.4 if labelled else 6.0, 5.0))
+        if labelled:
+            _scatter(axes[0, 0], points, labels, [str(name) for name in classes], "classes")
+        _scatter(axes[0, -1], points, clusters, [f"cluster {index}" for index in range(k)], "clusters")
+        for cluster in np.unique(clusters):
+            x, y = np.median(points[clusters == cluster], axis=0)
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+            axes[0, -1].text(x, y, str(cluster), ha="center", va="center", fontsize=8, weight="bold", bbox=box)
+    return figure
+
+
+def _scatter(
+    axis: Axes, points: NDArray[np.float64], groups: NDArray[np.int64], names: Sequence[str], title: str
+) -> None:
+    colours = palette(len(names))
+    unknown = groups < 0
+    axis.scatter(points[unknown, 0], points[unknown, 1], s=5, color="#d5d9de", linewidths=0)
+    # One call with all points, in their own order: drawn group by group, the last would cover the first.
+    shades = [colours[group] for group in groups[~unknown]]
+    axis.scatter(points[~unknown, 0], points[~unknown, 1], s=9, c=shades, linewidths=0, alpha=0.85)
+    axis.set_title(title)
+    axis.set(xticks=[], yticks=[], aspect="equal")
+    axis.spines[:].set_visible(False)
+    if len(names) <= _LEGEND_AT_MOST:
+        handles = [axis.scatter([], [], s=22, color=colours[index], label=name) for index, name in enumerate(names)]
+        axis.legend(
+            handles=handles,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            fontsize=8,
+            handletextpad=0.1,
+            labelspacing=0.5,
+        )
+
+
+def palette(count: int) -> list[Any]:
+    """Colours that differ: matplotlib's own up to 20, then hues at the golden angle in three brightnesses."""
+    if count <= 20:
+        return [matplotlib.colormaps["tab10" if count <= 10 else "tab20"](index) for index in range(count)]
+    hues = (np.arange(count) * 0.61803398875) % 1
+    shades = np.array([0.9, 0.7, 0.5])[np.arange(count) % 3]
+    return list(matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(count, 0.75), shades], axis=1)))
+
+
+def adaptation(rows: Sequence[Mapping[str, Any]], clean: float) -> Figure:
+    """Errors of one encoder: a panel a corruption, a line an adapter, over the severities.
+
+    Args:
+        rows: `adapter`, `corruption`, `severity`, `error`.
+        clean: Error of the source model without corruption, a dotted line.
+    """
+    corruptions = list(dict.fromkeys(row["corruption"] for row in rows))
+    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
+    known = {"source": GREY, "bn": "#e08a1e", "tsd": ACCENT}
+    colours = {name: known.get(name, colour) for name, colour in zip(adapters, palette(len(adapters)), strict=False)}
+    with plt.rc_context(_STYLE):
+        figure, axes = _panels(1, len(corruptions), (max(4.0, 2.3 * len(corruptions)), 2.6), sharey=True)
+        for axis, corruption in zip(axes[0], corruptions, strict=True):
+            for adapter in adapters:
+                found = [row for row in rows if (row["adapter"], row["corruption"]) == (adapter, corruption)]
+                axis.plot(
+                    [int(row["severity"]) for row in found],
+                    [float(row["error"]) for row in found],
+                    color=colours[adapter],
+                    marker="o",
+                    markersize=3.5,
+                    label=adapter,
+                )
+            axis.axhline(clean, color=INK, linestyle=":", linewidth=1, label="source, clean")
+            axis.set_title(str(corruption).replace("_", " "))
+            axis.set_xticks(sorted({int(row["severity"]) for row in rows}))
+            axis.set_xlabel("severity")
+        axes[0, 0].set_ylabel("error")
+        axes[0, 0].set_ylim(bottom=0)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(adapters) + 1)
+    return figure

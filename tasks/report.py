@@ -1,0 +1,202 @@
+"""Compare the encoders of params.yaml: a table, pictures, and one HTML file that a browser opens offline.
+
+python -m tasks.report
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from deepclust.errors import DataError
+from tasks import comparison, layout, params, plots, prepared, provenance, register, stage, store
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_MAP_ITERATIONS = 500
+_MAP_DIMENSIONS = 50
+_SKIPPED_SHOWN = 200
+
+
+def main() -> None:
+    """Run the stage."""
+    with stage.running("report") as here:
+        encoders = here.params.encoders
+        prune(encoders)
+        rows = comparison.collect(encoders)
+        ordered = [str(row["encoder"]) for row in rows]
+        stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
+        pictures = draw(here.folder, rows, here.params)
+        stage.write_text(here.folder / layout.REPORT.name, render(here.folder, pictures, rows, here.params))
+        numbers = {
+            f"{row['encoder']}/{name}": value for row in rows for name, value in row.items() if isinstance(value, float)
+        }
+        for run in (here.run, here.run.pipeline):
+            run.log_metrics(numbers)
+        here.run.log_artifact(here.folder / layout.REPORT.name)
+        here.run.log_artifact(here.folder / layout.COMPARISON.name)
+        if store.enabled():
+            for encoder in ordered:
+                print(f"registered {register.register(encoder, here.run.run_id)}", flush=True)
+        print(f"\n{comparison.comparison_text(rows)}\n", flush=True)
+        for sentence in comparison.verdict(rows):
+            print(sentence)
+
+
+def prune(encoders: Iterable[str]) -> None:
+    """Remove results of encoders that are no longer in the list; DVC's cache and git still have them."""
+    kept = set(encoders)
+    for name in ("pretrain", "embed", "cluster", "linear", "adapt"):
+        folders = [path for path in _entries(layout.out(name)) if path.is_dir()]
+        files = [path for root in (layout.METRICS, layout.PLOTS) for path in _entries(root / name) if not path.is_dir()]
+        for path in folders + files:
+            if path.name.startswith(".") or (path.name if path.is_dir() else path.stem) in kept:
+                continue
+            print(f"pruned {path}: its encoder is not in params.yaml's list", flush=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def draw(folder: Path, rows: list[comparison.Row], values: params.Params) -> dict[str, Any]:
+    """Write every picture into the folder.
+
+    Returns:
+        `training` and `scores`: a file name or None; `maps`, `galleries`, `adaptation`: encoder to file name.
+    """
+    encoders = [str(row["encoder"]) for row in rows]
+    pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "maps": {}, "galleries": {}, "adaptation": {}}
+    curves = {encoder: found for encoder in encoders if (found := history(encoder))}
+    if curves:
+        pictures["training"] = "training.png"
+        plots.save(plots.training(curves), folder / "training.png")
+    names = [name for name in comparison.columns(rows) if name in ("acc", "nmi", "linear", "rankme", "silhouette")]
+    names += [name for name in comparison.columns(rows) if name.startswith("knn")]
+    scores: dict[str, list[Any]] = {comparison.title(name): [row[name] for row in rows] for name in names}
+    baselines = sum(row["method"] in comparison.BASELINES for row in rows)
+    plots.save(plots.scores(encoders, scores, baselines), folder / "scores.png")
+    chosen = choose(len(prepared.labels("test")), values.report.map_images, values.seed)
+    labels, classes = prepared.labels("test")[chosen], prepared.meta()["classes"]
+    for encoder, row in zip(encoders, rows, strict=True):
+        points = flatten(np.load(layout.embeddings(encoder, "test"), mmap_mode="r", allow_pickle=False)[chosen])
+        clusters = assignments(encoder)[chosen]
+        pictures["maps"][encoder] = f"map-{encoder}.png"
+        plots.save(
+            plots.embedding_map(points, labels, classes, clusters, int(str(row["k"]))), folder / f"map-{encoder}.png"
+        )
+        pictures["galleries"][encoder] = f"gallery-{encoder}.png"
+        shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
+        errors = [row for row in table(layout.curve("adapt", encoder)) if row["corruption"] != "clean"]
+        if errors:
+            pictures["adaptation"][encoder] = f"adaptation-{encoder}.png"
+            clean = comparison.stage_metrics("adapt", encoder)["clean"]
+            plots.save(plots.adaptation(errors, clean), folder / f"adaptation-{encoder}.png")
+        print(f"{encoder}: pictures drawn", flush=True)
+    return pictures
+
+
+def history(encoder: str) -> dict[str, list[float]]:
+    """Columns of what an encoder logged in training; empty for a baseline."""
+    rows = table(layout.out("pretrain", encoder) / "history.csv")
+    names = [name for name in rows[0] if all(row[name] for row in rows)] if rows else []
+    return {name: [float(row[name]) for row in rows] for name in names}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file. Raises: DataError if it is missing."""
+    if not path.exists():
+        raise DataError(f"expected a table in {path}, found none; run `dvc repro`")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def choose(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Indices of the images on the map, the same for every encoder."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+
+
+def assignments(encoder: str) -> NDArray[np.int64]:
+    """Cluster of each test image, in data-set order."""
+    path = layout.out("cluster", encoder) / "assignments.csv"
+    rows = {int(row["index"]): int(row["cluster"]) for row in table(path) if row["split"] == "test"}
+    return np.array([rows[index] for index in sorted(rows)], dtype=np.int64)
+
+
+def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """t-SNE of unit-length features (N, D) to (N, 2), from their principal components, so without any randomness."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    points = np.asarray(features, dtype=np.float64)
+    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
+    if points.shape[1] < 2 or points[:, 0].std() < 1e-9:  # a collapsed encoder: there is no map, and PCA's start is 0/0
+        return np.resize(points, (len(points), 2)) * 0
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    start = points[:, :2] / points[:, 0].std() * 1e-4
+    found: NDArray[np.float64] = TSNE(
+        init=start.astype(np.float32), perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0
+    ).fit_transform(points.astype(np.float32))
+    return found
+
+
+def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: params.Params) -> str:
+    """The HTML, with the folder's pictures inside."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["inline"] = lambda name: (
+        "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
+    )
+    meta = prepared.meta()
+    encoders = [str(row["encoder"]) for row in rows]
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        meta=meta,
+        skipped_shown=_SKIPPED_SHOWN,
+        rows=rows,
+        columns=comparison.columns(rows),
+        baselines=comparison.BASELINES,
+        title=comparison.title,
+        shown=comparison.shown,
+        best=best(rows),
+        verdict=comparison.verdict(rows),
+        pictures=pictures,
+        absent={encoder: absent(encoder) for encoder in encoders},
+        params=provenance.all_params(values),
+        neighbours=values.linear.neighbours,
+        temperatures=values.linear.temperatures,
+        seeds=values.cluster.seeds,
+        adapted=values.adapt.images,
+    )
+
+
+def absent(encoder: str) -> list[str]:
+    """What was not measured for an encoder, and why."""
+    adapted = comparison.stage_metrics("adapt", encoder)
+    reasons = [f"{name}: {reason}" for name, reason in (adapted.get("not_applicable") or {}).items()]
+    for name, found in (("linear", comparison.stage_metrics("linear", encoder)), ("adapt", adapted)):
+        reasons += [f"{name}: {found['reason']}"] if found.get("reason") else []
+    return reasons
+
+
+def best(rows: list[comparison.Row]) -> dict[str, float]:
+    """The best value of each column, to be marked; errors are best when small."""
+    found = {}
+    for name in comparison.columns(rows):
+        numbers = [float(value) for row in rows if isinstance(value := row[name], (int, float))]
+        if name not in ("encoder", "method", "k") and len(numbers) > 1:
+            found[name] = min(numbers) if name == "clean" or name.startswith("error_") else max(numbers)
+    return found
+
+
+if __name__ == "__main__":
+    main()
