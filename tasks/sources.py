@@ -18,6 +18,7 @@ from deepclust.errors import DataError
 from tasks import decode, fashion_mnist, fetch, idx
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
+STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}
 DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -201,22 +202,25 @@ def _stl10() -> tuple[list[str], Parts, Parts]:
     names = [f"stl10_binary/{name}" for name in ("train_y.bin", "test_y.bin", "class_names.txt")]
     small = _members(archive, names)
     train_labels, test_labels = (np.frombuffer(small[name], np.uint8).astype(np.int64) - 1 for name in names[:2])
-    train = _stl10_images(archive, "train", {"stl10_binary/train_X.bin": 5000, "stl10_binary/unlabeled_X.bin": 100000})
-    test = _stl10_images(archive, "test", {"stl10_binary/test_X.bin": 8000})
+    train = _stl10_images(archive, "train", ["train", "unlabeled"])
+    test = _stl10_images(archive, "test", ["test"])
     labels = np.concatenate([train_labels, np.full(len(train) - len(train_labels), -1)])
     return small[names[2]].decode().split(), (train, labels), (test, test_labels)
 
 
-def _stl10_images(archive: Path, split: str, members: dict[str, int]) -> NDArray[np.uint8]:
-    """Members (and their numbers of images) one after the other as a memory-mapped file: together they are 3 GB."""
+def _stl10_images(archive: Path, split: str, parts: list[str]) -> NDArray[np.uint8]:
+    """Parts one after the other as a memory-mapped file: together they are 3 GB."""
     target = fetch.cache() / f"stl10-{split}.bin"
-    size = sum(members.values()) * 3 * 96 * 96
+    size = sum(STL10_IMAGES[part] for part in parts) * 3 * 96 * 96
     if not (target.exists() and target.stat().st_size == size):
         print(f"unpacking {archive.name} ({split})", flush=True)
         partial = target.with_suffix(".partial")
         with partial.open("wb") as file:
-            for name in members:
-                with tarfile.open(archive) as tar, tar.extractfile(name) or io.BytesIO() as member:
+            for part in parts:
+                with (
+                    tarfile.open(archive) as tar,
+                    tar.extractfile(f"stl10_binary/{part}_X.bin") or io.BytesIO() as member,
+                ):
                     shutil.copyfileobj(member, file)
         if partial.stat().st_size != size:
             raise DataError(f"expected {size} bytes of {split} images in {archive}, got {partial.stat().st_size}")

@@ -55,7 +55,7 @@ def images(root: Path) -> Files:
                 continue
             path = prefix + entry.name
             if reason := _refused(entry, real):
-                if entry.is_dir() or decode.is_image(entry.name):
+                if decode.is_image(entry.name) or Path(entry.path).is_dir():  # which does not raise on a circle
                     files.skip(path, reason)
                 else:
                     files.ignored += 1
