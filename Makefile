@@ -1,0 +1,60 @@
+# The commands of this repository. Each sets up .venv first, and again whenever the lock has changed.
+#   make pipeline   images to compared encoders; ARGS="--targets … --override key=value … --force"
+#   make test       all tests; ARGS="tests/tasks -k …"
+#   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
+#   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…
+#   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make deps: renew the .py deps in dvc.yaml
+
+PYTHON ?= python3
+ENGINE ?= docker
+IMAGE ?= deepclust:latest
+BASE_IMAGE ?= python:3.11-slim-bookworm
+BUILD_ARGS ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: pipeline test serve stop image lint lock deps setup
+.DEFAULT_GOAL := pipeline
+
+pipeline: setup
+	$(BIN)/python -m flows.pretrain_and_eval $(ARGS)
+
+test: setup
+	DO_NOT_TRACK=1 $(BIN)/python -m pytest $(ARGS)
+
+serve: setup
+	$(BIN)/python -m flows.serve
+
+stop: setup
+	$(BIN)/python -m flows.serve --stop
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+image:
+	$(ENGINE) build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(BASE_IMAGE) -t $(IMAGE) .
+	$(ENGINE) run --rm $(IMAGE) python -m tests.image
+
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet -o requirements.lock
+
+deps: setup
+	$(BIN)/python -m tests.closure
+
+setup: $(READY)
+
+# uv installs the lock in seconds. It is told to look at the package index alone: torch and torchvision must be of one build.
+$(READY): requirements.lock pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, got {v[0]}.{v[1]}; name another: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
