@@ -151,4 +151,7 @@ def test_an_unknown_name_severity_or_range_is_an_error():
 
 
 def test_an_empty_batch_stays_empty():
-    assert corrupt(torch.zeros(0, 1, 8, 8), "rotation", 1, generator=seeded()).shape == (0, 1, 8, 8)
+    images = torch.zeros(0, 1, 8, 8)
+    result = corrupt(images, "rotation", 1, generator=seeded())
+    assert result.shape == (0, 1, 8, 8)
+    assert result is not images

@@ -134,7 +134,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [1, 2], ids=["a class without members", "all classes"])
+@pytest.mark.parametrize("seed", [3, 2], ids=["a class without members", "all classes"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_stream_is_that_of_the_reference_predictions_bank_and_weights(options, seed):
     options = {
@@ -310,6 +310,13 @@ def test_a_featurizer_without_parameters_is_an_error():
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(AdaptationError, match=f"{next(iter(options))}.*got"):
         TSD(classifier(), **options)
+
+
+@pytest.mark.parametrize("parameters", NAMES)
+def test_only_the_chosen_parameters_ask_for_gradients(parameters):
+    model = TSD(classifier(), parameters=parameters).model
+    asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert asking == {MODULES[name] for name in NAMES[parameters]}
 
 
 class Logarithm(nn.Module):
