@@ -139,6 +139,25 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
+def check_trained_statistics(model: nn.Module) -> None:
+    """Check that BatchNorm's running statistics are those of training data, which batch statistics can stand in for.
+
+    At their initial values (mean 0, variance 1) they normalise nothing: the head was then made for features that batch
+    statistics would change altogether (measured on an untrained net: error .21 becomes .90 without any shift).
+
+    Raises:
+        AdaptationError: If the model has BatchNorm, and no such layer ever saw data.
+    """
+    means = [norm.running_mean for norm in model.modules() if isinstance(norm, BATCH_NORMS)]
+    variances = [norm.running_var for norm in model.modules() if isinstance(norm, BATCH_NORMS)]
+    tracked = [(mean, var) for mean, var in zip(means, variances, strict=True) if mean is not None and var is not None]
+    if tracked and all(not mean.any() and (var == 1).all() for mean, var in tracked):
+        raise AdaptationError(
+            "batch statistics can not replace BatchNorm's running ones, which are still at their initial values: "
+            "the model was never trained; train it, or use the source adapter"
+        )
+
+
 def use_batch_statistics(model: nn.Module) -> None:
     """Let BatchNorm normalise with each batch's own statistics, and forget the running ones. In place.
 

@@ -13,6 +13,7 @@ from deepclust.adaptation.base import (
     Adapter,
     Classifier,
     check_batch_statistics,
+    check_trained_statistics,
     has_batch_norm,
     use_batch_statistics,
 )
@@ -26,11 +27,12 @@ def configure_model(model: Classifier) -> Classifier:
 
 
 def check_model(model: Classifier) -> None:
-    """Raises AdaptationError if the model has no BatchNorm."""
+    """Raises AdaptationError if the model has no BatchNorm, or one that never saw data."""
     if not has_batch_norm(model):
         raise AdaptationError(
             "bn needs BatchNorm layers, whose statistics it replaces, and this model has none; use the source adapter"
         )
+    check_trained_statistics(model)
 
 
 class BN(Adapter):
@@ -40,7 +42,7 @@ class BN(Adapter):
         model: The source model; copied.
 
     Raises:
-        AdaptationError: If the model has no BatchNorm.
+        AdaptationError: If the model has no BatchNorm, or one that never saw data.
     """
 
     def __init__(self, model: Classifier) -> None:

@@ -29,6 +29,7 @@ from deepclust.adaptation.base import (
     Classifier,
     Parameters,
     check_batch_statistics,
+    check_trained_statistics,
     select_parameters,
     use_batch_statistics,
 )
@@ -186,11 +187,12 @@ def check_model(model: Classifier, parameters: Parameters, *, local_weight: floa
     """Check that the model has what TSD adapts.
 
     Raises:
-        AdaptationError: If the chosen parameters do not exist, or the loss does not depend on them.
+        AdaptationError: If the chosen parameters do not exist, no gradient reaches them, or BatchNorm never saw data.
     """
     if parameters != "head" and next(model.featurizer.parameters(), None) is None:
         raise AdaptationError("tsd adapts the features, and this featurizer has no parameters; use the source adapter")
     collect_params(model, parameters)
+    check_trained_statistics(model)
     if parameters == "head" and not local_weight:
         raise AdaptationError(
             "parameters head with local_weight 0: no gradient reaches the head; raise local_weight, or adapt the body"

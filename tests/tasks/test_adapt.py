@@ -17,6 +17,7 @@ from deepclust import seeding
 from deepclust.adaptation.base import Classifier
 from deepclust.corruptions import corrupt
 from deepclust.errors import CheckpointError
+from deepclust.views import to_float
 from tasks import adapt, environment, params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ def encoder_of(backbone, channels=1):
         encoder = encoders.Encoder(
             backbone=backbone, image_size=SIZE, channels=channels, mean=[0.4] * channels, std=[0.3] * channels
         )
+    encoder(to_float(torch.from_numpy(images_and_labels(channels=channels)[0])))  # as if trained: BatchNorm saw data
     return encoder.eval().requires_grad_(False)
 
 

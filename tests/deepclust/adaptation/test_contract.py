@@ -129,6 +129,17 @@ def test_parameters_that_do_not_exist_are_an_error():
         select_parameters(plain, "norm")
 
 
+@pytest.mark.parametrize("name", ["bn", "tsd"])
+def test_batch_norm_that_never_saw_data_is_an_error(name):
+    model = classifier()
+    model.featurizer[2].reset_running_stats()
+    with pytest.raises(AdaptationError, match="still at their initial values: the model was never trained"):
+        ADAPTERS[name](model)
+    ADAPTERS["source"](model)(stream(1)[0])
+    model.featurizer[2].running_var[0] = 2
+    ADAPTERS[name](model)
+
+
 def test_batch_statistics_leave_dropout_off():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
     assert has_batch_norm(model)
@@ -143,7 +154,9 @@ def test_a_torchvision_resnet_adapts_in_three_lines():
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = models.resnet18(num_classes=5).eval()
+        net = models.resnet18(num_classes=5)
+        net(torch.rand(4, 3, 32, 32))  # as if trained
+        net.eval()
         head, net.fc = copy.deepcopy(net.fc), nn.Identity()
         adapter = ADAPTERS["tsd"](Classifier(net, head))
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
