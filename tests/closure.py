@@ -25,7 +25,10 @@ _DEP = re.compile(r"^ {6}- (?:tasks|deepclust)/\S+\n", re.MULTILINE)
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, anywhere but under `if TYPE_CHECKING`; `from a import b` gives `a` and `a.b`."""
+    """Dotted names that a file imports, but for those under `if TYPE_CHECKING`.
+
+    `from a import b` gives `a` and `a.b`.
+    """
     yield from _names(ast.parse(path.read_text(encoding="utf-8")), path)
 
 
@@ -59,18 +62,17 @@ def _files(name: str) -> Iterator[str]:
 
 
 def _data(file: str) -> Iterator[str]:
-    """The files beside a module that it names, such as a template."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w-]+\.\w+", node.value):
-            beside = Path(file).with_name(node.value)
-            if beside.suffix != ".py" and (ROOT / beside).is_file():
-                yield beside.as_posix()
+    """The files beside a module that it reads, such as a template: `Path(__file__).with_name("report.html")`."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for name in re.findall(r"""Path\(__file__\)\.with_name\(["']([^"']+)["']\)""", text):
+        if (ROOT / file).with_name(name).is_file():
+            yield Path(file).with_name(name).as_posix()
 
 
 def closure(stage: str) -> list[str]:
     """Every file of the rooms that a stage's module imports, directly or not, in order of their names.
 
-    Files beside a module that it names belong to it. An empty `__init__.py` decides nothing and is left out.
+    Files beside a module that it reads belong to it. An empty `__init__.py` decides nothing and is left out.
     """
     found: set[str] = set()
     data: set[str] = set()
