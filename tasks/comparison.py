@@ -102,16 +102,16 @@ def shown(row: Mapping[str, Any], column: str) -> str:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns worth showing: deviations stand beside their means, and empty ones are left out."""
+    """Columns worth showing: no empty ones, no deviations (they stand beside their means), no repeated names."""
     names = [name for name in rows[0] if not name.endswith("_std")] if rows else []
+    if all(row["method"] == row["encoder"] for row in rows):
+        names = [name for name in names if name != "method"]
     return [name for name in names if any(row[name] not in (None, "") for row in rows)]
 
 
 def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for a terminal. A row's method is left out where it is the encoder's name."""
+    """The table for a terminal."""
     names = columns(rows)
-    if all(row["method"] == row["encoder"] for row in rows):
-        names = [name for name in names if name != "method"]
     cells = [[title(name) for name in names], *([shown(row, name) for name in names] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
     lines = [

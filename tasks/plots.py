@@ -85,7 +85,7 @@ def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]]
     """
     places = np.arange(len(encoders))[::-1]
     with plt.rc_context(_STYLE):
-        size = (max(4.0, 2.1 * len(values)), 0.9 + 0.32 * len(encoders))
+        size = (max(4.0, 1.75 * len(values)), 0.9 + 0.32 * len(encoders))
         figure, axes = _panels(1, len(values), size, sharey=True)
         for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
             present = [(place, value, i) for i, (place, value) in enumerate(zip(places, numbers, strict=True))

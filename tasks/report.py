@@ -138,9 +138,9 @@ def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
 
     points = np.asarray(features, dtype=np.float64)
     points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    if min(points.shape) < 2 or points.std(axis=0).max() < 1e-9:  # a collapsed encoder has no map, and a start of 0 / 0
+        return np.zeros((len(points), 2))
     points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
-    if points.shape[1] < 2 or points[:, 0].std() < 1e-9:  # a collapsed encoder: there is no map, and PCA's start is 0/0
-        return np.resize(points, (len(points), 2)) * 0
     perplexity = min(30.0, (len(points) - 1) / 3)
     start = points[:, :2] / points[:, 0].std() * 1e-4
     found: NDArray[np.float64] = TSNE(
@@ -164,6 +164,7 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
         skipped_shown=_SKIPPED_SHOWN,
         rows=rows,
         columns=comparison.columns(rows),
+        mapped=min(values.report.map_images, meta["test"]["images"]),
         baselines=comparison.BASELINES,
         title=comparison.title,
         shown=comparison.shown,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -44,6 +46,21 @@ def build(
     _prepare(random, class_names, labels, size, channels)
     for name in names:
         _encoder(random, name, size, channels, labels, class_names, k)
+
+
+_empty_store: list[Path] = []  # made once a session, because that takes seconds
+
+
+def store(folders: pytest.TempPathFactory, root: Path) -> str:
+    """Put an empty MLflow store into `root` and return its address."""
+    from mlflow import MlflowClient
+
+    if not _empty_store:
+        path = folders.mktemp("store") / "mlflow.db"
+        MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+        _empty_store.append(path)
+    shutil.copyfile(_empty_store[0], root / "mlflow.db")
+    return f"sqlite:///{root / 'mlflow.db'}"
 
 
 def write(path: Path, value: Any) -> None:
