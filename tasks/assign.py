@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from tasks import decode, environment, export, params, stage, walk
+from tasks import decode, environment, export, params, rows, stage, walk
 
 if TYPE_CHECKING:
     from tasks import assigner
@@ -44,7 +43,10 @@ def main() -> None:
         model = assigner.load(arguments.encoder)
         with ExitStack() as stack:
             out = stack.enter_context(export.whole(arguments.out)) if arguments.out else None
-            matrix = stack.enter_context(export.whole(arguments.embeddings)) if arguments.embeddings else None
+            matrix = None
+            if arguments.embeddings:
+                partial = stack.enter_context(export.whole(arguments.embeddings))
+                matrix = stack.enter_context(rows.RowFile(partial, (model.dim,), np.float32))
             target = stack.enter_context(sorted_folder) if sorted_folder else None
             file = stack.enter_context(out.open("w", encoding="utf-8", newline="")) if out else sys.stdout
             skipped = run(model, root, paths, file, matrix, target, values.embed.batch_size, values.data.max_pixels)
@@ -88,7 +90,7 @@ def run(
     root: Path,
     paths: list[str],
     table: TextIO,
-    matrix: Path | None,
+    matrix: rows.RowFile | None,
     target: export.SortedFolder | None,
     batch_size: int,
     max_pixels: int,
@@ -105,25 +107,18 @@ def run(
     columns = ["path", "cluster", "distance", *(["class", "probability"] if model.classes else [])]
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
-    embeddings = open_memmap(matrix, "w+", np.float32, (len(paths), model.dim)) if matrix else None
     done = 0
     for names, images in read(model, root, paths, step, max_pixels):
-        features, rows = model.assign(images)
-        for name, row in zip(names, rows, strict=True):
+        features, assigned = model.assign(images)
+        for name, row in zip(names, assigned, strict=True):
             writer.writerow({"path": name} | row)
             if target:
                 target.add(root / name, int(row["cluster"]), name, clusters=model.k)
-        if embeddings is not None:
-            embeddings[done : done + len(features)] = features
+        if matrix:
+            matrix.append(features)
         done += len(names)
     if not done:
         raise DataError(f"expected images that can be read in {root}, got none of {len(paths)}; see the reasons above")
-    if matrix and embeddings is not None:
-        embeddings.flush()
-        if done < len(paths):
-            matrix.unlink()  # the mapped file lives on until it is copied
-            with matrix.open("wb") as file:
-                np.save(file, embeddings[:done])
     return len(paths) - done
 
 

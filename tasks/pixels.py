@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from tasks import environment
+from tasks import environment, rows
 
 _CHUNK_BYTES = 1 << 22
 _REPORT_SECONDS = 10.0
@@ -48,11 +47,10 @@ def write(
 
     kept: list[int] = []
     failed: list[tuple[int, str]] = []
-    target = open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, *shape))
     workers = environment.cores()
     step = _step(shape)
     due = time.monotonic() + _REPORT_SECONDS
-    with ThreadPoolExecutor(workers) as pool:
+    with rows.RowFile(path, shape, np.uint8) as target, ThreadPoolExecutor(workers) as pool:
         for start in range(0, count, 4 * workers * step):
             stop = min(count, start + 4 * workers * step)
             chunks = [range(begin, min(stop, begin + step)) for begin in range(start, stop, step)]
@@ -61,33 +59,27 @@ def write(
                     if isinstance(result, str):
                         failed.append((index, result))
                     else:
-                        target[len(kept)] = result
+                        target.append(result[None])
                         kept.append(index)
             if time.monotonic() > due:
                 print(f"{what}: {stop} of {count} images", flush=True)
                 due = time.monotonic() + _REPORT_SECONDS
-    target.flush()
     return kept, failed
 
 
-def trim(path: Path, *, count: int, channels: int) -> None:
-    """Keep the first images and channels of a file; (count, H, W, channels) remains."""
-    source = np.load(path, mmap_mode="r", allow_pickle=False)
-    if source.shape[0] == count and source.shape[3] == channels:
-        return
+def keep_first_channel(path: Path) -> None:
+    """Turn (N, H, W, C) into (N, H, W, 1)."""
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
     partial = path.with_name(f".{path.name}.partial")
-    target = open_memmap(partial, mode="w+", dtype=np.uint8, shape=(count, *source.shape[1:3], channels))
-    step = _step(source.shape[1:])
-    for start in range(0, count, step):
-        stop = min(count, start + step)
-        target[start:stop] = source[start:stop, ..., :channels]
-    target.flush()
+    with rows.RowFile(partial, (*images.shape[1:3], 1), np.uint8) as target:
+        for chunk in _chunks(images):
+            target.append(chunk[..., :1])
     partial.replace(path)
 
 
-def has_colour(path: Path, *, count: int) -> bool:
-    """Whether any of the first images, (N, H, W, 3), has unequal red, green and blue."""
-    images = np.load(path, mmap_mode="r", allow_pickle=False)[:count]
+def has_colour(path: Path) -> bool:
+    """Whether any of the images, (N, H, W, 3), has unequal red, green and blue."""
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
     return any(bool((chunk != chunk[..., :1]).any()) for chunk in _chunks(images))
 
 

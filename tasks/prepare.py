@@ -29,7 +29,7 @@ def main() -> None:
         image_size = source.own_size() if data.image_size == "auto" else data.image_size
         kept, skipped = write_images(here.folder, source, data, image_size)
         check(source, kept, skipped, data.max_skipped)
-        channels = settle_channels(here.folder, source, data, kept)
+        channels = settle_channels(here.folder, source, data)
         labels = {split: source.labels[split][kept[split]] for split in layout.SPLITS}
         for split in layout.SPLITS:
             write_items(here.folder / split, source, split, kept[split], labels[split])
@@ -106,18 +106,14 @@ def check(
             )
 
 
-def settle_channels(folder: Path, source: Source, data: Data, kept: dict[str, NDArray[np.int64]]) -> int:
-    """Cut both files to the images written, and to one channel where `auto` finds no colour."""
-    files = {split: folder / split / "images.npy" for split in layout.SPLITS}
-    channels: int = np.load(files["train"], mmap_mode="r", allow_pickle=False).shape[3]
-    if (
-        data.colour == "auto"
-        and source.channels is None
-        and not any(pixels.has_colour(path, count=len(kept[split])) for split, path in files.items())
-    ):
-        channels = 1
-    for split, path in files.items():
-        pixels.trim(path, count=len(kept[split]), channels=channels)
+def settle_channels(folder: Path, source: Source, data: Data) -> int:
+    """The number of channels; where `auto` finds no colour in a folder's images, both files are cut down to one."""
+    files = [folder / split / "images.npy" for split in layout.SPLITS]
+    undecided = data.colour == "auto" and source.channels is None
+    if undecided and not any(pixels.has_colour(path) for path in files):
+        for path in files:
+            pixels.keep_first_channel(path)
+    channels: int = np.load(files[0], mmap_mode="r", allow_pickle=False).shape[3]
     return channels
 
 

@@ -198,6 +198,7 @@ def test_unreadable_files_are_left_out_and_listed_with_the_reason(
     for split in ("train", "test"):
         for row, image in zip(items(split), array(split, "images"), strict=True):
             kind, number = row["path"].removesuffix(".png").split("/")
+            assert row["label"] == kind
             assert (image == (int(number) if kind == "dark" else 255 - int(number))).all()
     assert "skipped dark/03.png: not an image that can be read" in capsys.readouterr().out
 
