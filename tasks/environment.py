@@ -5,6 +5,9 @@ the flow runs `parallel()` stages at once and each uses `cores / parallel()` thr
 """
 
 import os
+import sys
+
+from threadpoolctl import threadpool_limits
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -32,8 +35,15 @@ def threads() -> int:
 
 
 def prepare() -> None:
-    """Set the thread counts and switch telemetry off. Call before torch, MLflow, Prefect or DVC is imported."""
+    """Set the thread counts and switch telemetry off, for libraries imported later and for child processes."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in _THREADS:
         os.environ[name] = str(threads())
+
+
+def limit_threads() -> None:
+    """Bring the libraries that are already loaded to the thread count: they read the environment only when loading."""
+    threadpool_limits(threads())
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads())

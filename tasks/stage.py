@@ -117,6 +117,7 @@ def running(stage: str) -> Iterator[Here]:
     encoder: str | None = arguments.encoder if per_encoder else None
     with errors_as_one_line():
         environment.prepare()
+        environment.limit_threads()
         values = params.load()
         if encoder is not None:
             values.method(encoder)
