@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,6 @@ from deepclust.devices import default_device
 
 BATCH = 256
 
-# MLflow would take a type hint of `model_input` for a schema of its own; the signature is stated in tasks/tracking.py.
-warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method")
-
 
 class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
     """Prepares images as the stage `prepare` does, embeds, assigns and classifies them."""
@@ -50,7 +46,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self._classes: list[str] = _json(folder / "classifier.json")["classes"]
         self._classifier = load_file(folder / "classifier.safetensors") if self._classes else {}
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # The bare array is the one hint that MLflow does not take for a schema of its own, and does not warn of.
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Embed, assign and classify images.
 
         Args:
