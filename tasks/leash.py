@@ -29,12 +29,18 @@ def _family() -> set[psutil.Process]:
     """Everything that descends from this process or shares its group, but not itself."""
     me = psutil.Process()
     found = set(me.children(recursive=True))
-    group = os.getpgrp()
     for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):
-            if pid != me.pid and os.getpgid(pid) == group:
+        if pid != me.pid and _in_our_group(pid):
+            with contextlib.suppress(psutil.Error):
                 found.add(psutil.Process(pid))
     return found
+
+
+def _in_our_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -46,20 +52,29 @@ def _lives(process: psutil.Process) -> bool:
 
 def _end(grace: float) -> None:
     """SIGTERM to the family, SIGKILL to who is left after the grace period."""
-    seen: set[psutil.Process] = set()
-    asked: set[psutil.Process] = set()
+    seen = _family()
+    asked = {process for process in seen if _in_our_group(process.pid)}
     deadline = time.monotonic() + grace
+    # The group at once, us included: a shell whose command dies first would go on to its next line.
+    os.killpg(os.getpgrp(), signal.SIGTERM)
     while True:
         seen |= _family()
         living = {process for process in seen if _lives(process)}
         if not living:
             return
-        late = time.monotonic() >= deadline
-        for process in living if late else living - asked:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
+        if time.monotonic() < deadline:
+            _send(living - asked, signal.SIGTERM)
+        else:
+            _send(living, signal.SIGSTOP)
+            _send(living, signal.SIGKILL)
         asked |= living
         time.sleep(0.05)
+
+
+def _send(processes: set[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def main() -> int:

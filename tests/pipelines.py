@@ -12,7 +12,7 @@ import psutil
 
 from tests.closure import ROOT
 
-# prepare, embed per encoder, report. A file `broken` fails random; a file `slow` makes embedding take a minute.
+# prepare, embed per encoder, report. A file `broken` fails random; a file `slow` makes each take a minute.
 _DVC = """
 stages:
   prepare:
@@ -33,8 +33,8 @@ stages:
 _STAGE = """
 mkdir -p $(dirname $2) metrics/embed state
 echo $1 >>state/ran
+if [ -e slow ]; then touch state/asleep; python -c 'import time; time.sleep(60)'; fi
 if [ $1 != prepare ] && [ $1 != report ]; then
-  if [ -e slow ]; then echo $$ >state/pid-$1; python -c 'import time; print("asleep"); time.sleep(60)'; fi
   if [ $1 = random ] && [ -e broken ]; then
     echo 'error: expected a whole, got a hole; mend it' >&2
     exit 2

@@ -53,7 +53,7 @@ def test_the_graph_is_dvcs_and_targets_bring_their_ancestors(workspace: Workspac
     assert [workspace.waiting_for(stage) for stage in workspace.graph] == [3, 1, 1, 0]
     with pytest.raises(StageError, match=r"got 'embed@pixel'; did you mean embed@pixels\?$"):
         workspace.select(["embed@pixel"])
-    with pytest.raises(StageError, match="expected a single stage, got .embed.; name one of embed@pixels"):
+    with pytest.raises(StageError, match="expected a single stage, got 'embed'; name one of"):
         workspace.one("embed")
 
 
@@ -135,11 +135,9 @@ def test_an_unreadable_workspace_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> None:
     (root / "slow").touch()
-    (root / "artifacts").mkdir()
-    (root / "artifacts/prepare").touch()
-    code = "from tasks.run import Workspace\nwith Workspace(grace=1) as w: w.run_stage('embed@pixels', on_line=print)"
+    code = "from tasks.run import Workspace\nwith Workspace(grace=1) as w: w.run_stage('prepare', on_line=print)"
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    assert eventually((root / "state/pid-pixels").exists)
+    assert eventually((root / "state/asleep").exists)
     flow.send_signal(signal.SIGKILL)
     with pytest.raises(StageError, match=f"process {flow.pid}"):
         Workspace().__enter__()
@@ -147,4 +145,4 @@ def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> 
     assert eventually(lambda: not within(root), 10)
     with Workspace():
         pass
-    assert not (root / "artifacts/embed/pixels").exists()
+    assert not (root / "artifacts/prepare").exists()

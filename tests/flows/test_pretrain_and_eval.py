@@ -1,0 +1,153 @@
+"""The flow: DVC's graph as task runs, and what it leaves behind, which is nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL
+
+from flows import summary
+from flows.pretrain_and_eval import pretrain_and_eval
+from tasks import tracking
+from tasks.run import Workspace
+from tests import pipelines
+from tests.closure import ROOT
+from tests.pipelines import eventually, within
+
+
+def _task_runs(state: State, expected: int) -> dict[str, str]:
+    """Names and states of a flow run's task runs, as the server knows them a moment later."""
+    run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    found: dict[str, str] = {}
+
+    def complete() -> bool:
+        with get_client(sync_client=True) as client:
+            runs = client.read_task_runs(flow_run_filter=run)
+        found.update({each.name: each.state_name or "" for each in runs})
+        return len(found) >= expected and not {"Pending", "Running"}.intersection(found.values())
+
+    eventually(complete, 20)
+    return found
+
+
+def _start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.pretrain_and_eval", *arguments]
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_each_stage_is_a_task_run_and_a_second_run_starts_no_process(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened, closed = [], []
+    monkeypatch.setattr(tracking, "open_pipeline", lambda: opened.append(True) or "parent")
+    monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
+    (root / "stage.sh").write_text("echo $1 $DEEPCLUST_PARENT_RUN >>parents\n" + (root / "stage.sh").read_text())
+    state = pretrain_and_eval(return_state=True)
+    assert state.is_completed()
+    assert _task_runs(state, 4) == dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed")
+    assert pipelines.ran(root)[0] == "prepare"
+    assert sorted(pipelines.ran(root)[1:3]) == ["pixels", "random"]
+    assert pipelines.ran(root)[3:] == ["report"]
+    assert {line.split()[1] for line in (root / "parents").read_text().splitlines()} == {"parent"}
+    assert (opened, closed) == ([True], [("parent", "FINISHED")])
+    assert "encoder    acc\npixels   0.512\nrandom   0.250\n" in caplog.text
+
+    monkeypatch.setattr(Workspace, "run_stage", lambda *_, **__: pytest.fail("a process was started"))
+    again = pretrain_and_eval(return_state=True)
+    assert set(_task_runs(again, 4).values()) == {"Unchanged"}
+    assert len(opened) == 1
+
+
+def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "broken").touch()
+    state = pretrain_and_eval(return_state=True)
+    assert state.is_failed()
+    assert state.message == "failed: embed@random"
+    states = {"prepare": "Completed", "embed@pixels": "Completed", "embed@random": "Failed", "report": "NotReady"}
+    assert _task_runs(state, 4) == states
+    assert "report" not in pipelines.ran(root)
+    summary_text = next(record.message for record in caplog.records if record.message.startswith("\nstage"))
+    assert "embed@random failed: expected a whole, got a hole; mend it\n  | " in summary_text
+    assert "not run, because a stage upstream failed: report" in summary_text
+    assert "Traceback" not in caplog.text
+    assert "NoneType" not in caplog.text
+
+
+def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = pretrain_and_eval(targets=["embed@pixels"], overrides=["seed=5"], return_state=True)
+    assert state.is_completed()
+    assert pipelines.ran(root) == ["prepare", "pixels"]
+    assert "seed: 5\n" in (root / "params.yaml").read_text()
+    assert "-seed: 0\n+seed: 5\n" in caplog.text
+    assert pretrain_and_eval(targets=["prepare"], force=True, return_state=True).is_completed()
+    assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["embd"]}, "got 'embd'; did you mean embed?"),
+        ({"overrides": ["sed=5"]}, "sed: unknown parameter; did you mean seed?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_runs(
+    root: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, list[str]], message: str
+) -> None:
+    state = pretrain_and_eval(**arguments, return_state=True)  # type: ignore[call-overload]
+    assert state.is_failed()
+    assert (state.message or "").endswith(message)
+    assert "Traceback" not in caplog.text
+    assert pipelines.ran(root) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_ended_flow_leaves_no_process_behind(root: Path, number: signal.Signals) -> None:
+    (root / "slow").touch()
+    flow = _start(root, "--targets", "prepare")
+    assert eventually((root / "state/asleep").exists, 60)
+    flow.send_signal(number)
+    begin = time.monotonic()
+    flow.communicate()
+    assert eventually(lambda: not within(root), 10)
+    assert time.monotonic() - begin < 30
+    assert flow.returncode == {signal.SIGTERM: -15, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert not (root / "artifacts/prepare").exists()
+
+
+def test_a_second_flow_is_refused_at_once_in_one_line(root: Path) -> None:
+    with Workspace():
+        second = _start(root)
+        output, _ = second.communicate()
+    assert second.returncode == 2
+    assert output.count("\n") == 1
+    assert f"one already runs there (process {os.getpid()})" in output
+
+
+def test_a_table_is_aligned_by_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "comparison.csv").write_text("encoder,acc,images\npixels,0.51234,100\nrandom,,60000\n")
+    table = summary.comparison(tmp_path / "comparison.csv")
+    assert summary.aligned(table) == "encoder    acc  images\npixels   0.512     100\nrandom           60000"
+    assert summary.markdown(table).splitlines()[:2] == ["| encoder | acc | images |", "| --- | --- | --- |"]
+    assert summary.comparison(tmp_path / "none.csv") == []
+
+
+def test_the_command_for_mlflows_ui_names_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert " ui --backend-store-uri sqlite:///" in summary.mlflow_ui()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
+    assert summary.mlflow_ui() == "http://127.0.0.1:5001"

@@ -1,0 +1,24 @@
+"""One stage as a flow of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.stage import stage
+from tasks.run import Workspace
+from tests import pipelines
+
+
+def test_one_stage_runs_and_gives_its_metrics_beside_the_flow_that_asked_for_it(root: Path) -> None:
+    with Workspace():
+        assert stage("prepare", return_state=True).is_completed()
+        state = stage("embed@pixels", return_state=True)
+    assert state.is_completed()
+    assert state.result() == {"dim": 3}
+    assert pipelines.ran(root) == ["prepare", "pixels"]
+
+
+def test_an_unknown_stage_is_one_line(root: Path) -> None:
+    state = stage("embed@pixel", return_state=True)
+    assert state.is_failed()
+    assert (state.message or "").endswith("got 'embed@pixel'; did you mean embed@pixels?")
