@@ -120,7 +120,7 @@ def embedding_map(
     """
     labelled = bool((labels >= 0).any())
     with plt.rc_context(_STYLE):
-        figure, axes = _panels(1, 1 + labelled, (11.4 if labelled else 6.0, 5.0))
+        figure, axes = _panels(1, 1 + labelled, (11.4 if labelled else 6.0, 4.4))
         if labelled:
             _scatter(axes[0, 0], points, labels, [str(name) for name in classes], "classes")
         _scatter(axes[0, -1], points, clusters, [f"cluster {index}" for index in range(k)], "clusters")

@@ -251,7 +251,8 @@ def connect() -> tuple[Any, str]:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
-            return client, str(client.create_experiment(name, artifact_location=place))
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI takes it for GenAI traces otherwise
+            return client, str(client.create_experiment(name, artifact_location=place, tags=kind))
         return client, str(experiment.experiment_id)
 
 
