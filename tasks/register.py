@@ -156,7 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _training_run(client: Any, experiment: str, encoder: str) -> Any:
     """The latest run whose output this encoder is, or None: a cached encoder may come from another machine."""
     output = provenance.encoder_hash(encoder)
-    found = client.search_runs([experiment], f"tags.`{tracking.OUTPUT_TAG}` = '{output}'", max_results=1)
+    wanted = f"tags.`{tracking.OUTPUT_TAG}` = '{output}' and tags.encoder = '{encoder}'"
+    found = client.search_runs([experiment], wanted, max_results=1)
     return found[0] if found else None
 
 
