@@ -44,6 +44,11 @@ class Children:
     ) -> None:
         self.stop()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the children have been ended, and none can be started."""
+        return self._stopped
+
     def start(
         self,
         command: Sequence[str],

@@ -237,6 +237,8 @@ class Workspace:
                 break
             on_line(f"another DVC process holds the lock; trying again in {pause:g} s")
             time.sleep(pause)
+        if self._children.stopped:
+            raise StageError(f"{stage} was stopped")
         raise StageError(_failure(stage, status, list(tail)))
 
 

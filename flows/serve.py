@@ -1,0 +1,192 @@
+"""Brings up, in the background, what `prefect deployment run pretrain-and-eval/local` needs; safe to repeat.
+
+python -m flows.serve          server (one that already runs is used), work pool, deployment, worker
+python -m flows.serve --stop   ends what was started here
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefect.settings import PREFECT_API_URL
+
+from flows.server import HOME, answers
+from tasks import layout
+from tasks.run import StageError
+from tasks.stage import errors_as_one_line
+
+POOL = "deepclust"
+LOCAL = "http://127.0.0.1:4200/api"
+FOLDER = layout.STATE / "serve"
+_PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
+
+
+def _background(name: str, command: Sequence[str], environment: dict[str, str]) -> bool:
+    """Start a command that outlives this process, unless it runs already. False if it does.
+
+    The process holds a lock on `<name>.pid` as long as it lives, so that a number left by a dead one is never trusted.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.pid").open("a+", encoding="utf-8") as file, (FOLDER / f"{name}.log").open("ab") as log:
+        if not _lock(file.fileno()):
+            return False
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[file.fileno()],
+        )
+        file.truncate(0)
+        file.write(str(process.pid))
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _pid(name: str) -> int | None:
+    """The process that was started in the background, if it lives."""
+    path = FOLDER / f"{name}.pid"
+    if not path.exists():
+        return None
+    with path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        return None if _lock(file.fileno()) else int(file.read() or 0) or None
+
+
+def _server(url: str) -> str:
+    """Make sure that a server answers at `url`; how that was done."""
+    if answers(url):
+        return "was running"
+    address = urlsplit(url)
+    if address.hostname not in ("127.0.0.1", "localhost"):
+        raise StageError(f"expected a Prefect server at {url}, none answers; start it, or unset PREFECT_API_URL")
+    port = address.port or 4200
+    if _pid("server") is None and _taken(port):
+        raise StageError(
+            f"expected port {port} to be free or Prefect's, but something else answers there; choose another: "
+            f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api make serve"
+        )
+    command = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
+    _background("server", command, {"PREFECT_HOME": str(HOME.resolve()), "PREFECT_API_URL": url})
+    _wait(lambda: answers(url), "server")
+    return "started"
+
+
+def _taken(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def _wait(ready: Callable[[], bool], name: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if _pid(name) is None or time.monotonic() > deadline:
+            raise StageError(f"expected the {name} to come up; it did not; see {FOLDER / name}.log")
+        time.sleep(0.3)
+
+
+def _has_pool(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/work_pools/{POOL}", timeout=10) as reply:
+            return bool(reply.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return False
+        raise StageError(f"expected Prefect's API at {url}, got status {error.code}") from error
+
+
+def _prefect(url: str, *arguments: str) -> None:
+    """Run a command of Prefect's, silent unless it fails."""
+    done = subprocess.run(
+        [*_PREFECT, *arguments],
+        # PWD is where runs of the deployment will work (prefect.yaml); a shell's own may be another.
+        env={**os.environ, "PREFECT_API_URL": url, "PWD": str(Path.cwd())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise StageError(f"`prefect {' '.join(arguments)}` failed: {' '.join(done.stdout.split())}")
+
+
+def serve() -> None:
+    """Bring everything up and say how to use it.
+
+    Raises:
+        StageError: If a part does not come up.
+    """
+    url = str(PREFECT_API_URL.value() or LOCAL).rstrip("/")
+    how = _server(url)
+    if not _has_pool(url):
+        _prefect(url, "work-pool", "create", POOL, "--type", "process")
+    worker = [*_PREFECT, "worker", "start", "--pool", POOL, "--type", "process"]
+    started = _background("worker", worker, {"PREFECT_API_URL": url})
+    _prefect(url, "deploy", "--all")
+    if _pid("worker") is None:
+        raise StageError(f"expected the worker to run, but it ended; see {FOLDER / 'worker.log'}")
+    print(f"server      {url.removesuffix('/api')} ({how})")
+    print(f"pool        {POOL}")
+    print("deployment  pretrain-and-eval/local")
+    print(f"worker      {'started' if started else 'was running'}, log in {FOLDER / 'worker.log'}")
+    print(f"\nexport PREFECT_API_URL={url}")
+    print(f"{_shown('prefect')} deployment run pretrain-and-eval/local --watch")
+    print("make stop   ends what was started here")
+
+
+def _shown(program: str) -> str:
+    path = Path(sys.executable).with_name(program)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def stop() -> None:
+    """End the worker and the server that were started here, with what they run."""
+    for name in ("worker", "server"):
+        pid = _pid(name)
+        if pid is None:
+            print(f"{name:<8}was not running")
+            continue
+        for number, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            deadline = time.monotonic() + patience
+            while _pid(name) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        print(f"{name:<8}stopped")
+
+
+def main() -> None:
+    """Serve, or stop serving."""
+    parser = argparse.ArgumentParser(prog="python -m flows.serve", description="Server, pool, deployment and worker.")
+    parser.add_argument("--stop", action="store_true", help="end the server and the worker that were started here")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        stop() if arguments.stop else serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What `make serve` leaves in the background is found again, and never mistaken."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import serve
+from flows.server import answers
+from tasks.run import StageError
+from tests.closure import ROOT
+from tests.pipelines import eventually
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("worker", "server"):
+        if pid := serve._pid(name):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_process_in_the_background_is_started_once_and_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve._background("worker", ["sleep", "60"], {})
+    assert not serve._background("worker", ["sleep", "60"], {})
+    assert serve._pid("worker")
+    serve.stop()
+    assert capsys.readouterr().out == "worker  stopped\nserver  was not running\n"
+    assert serve._pid("worker") is None
+
+
+def test_the_number_of_a_dead_process_is_not_trusted() -> None:
+    assert serve._background("worker", ["true"], {})
+    assert eventually(lambda: serve._pid("worker") is None, 5)
+    (serve.FOLDER / "server.pid").write_text(str(os.getpid()))
+    assert serve._pid("server") is None
+
+
+def test_a_port_that_is_not_prefects_is_refused_with_the_remedy() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}/api"
+        assert not answers(url)
+        with pytest.raises(
+            StageError, match=f"choose another: PREFECT_API_URL=.*:{other.server_port + 1}/api make serve"
+        ):
+            serve._server(url)
+        other.shutdown()
+
+
+def test_a_server_elsewhere_is_not_started_here() -> None:
+    with pytest.raises(StageError, match=r"none answers; start it, or unset PREFECT_API_URL$"):
+        serve._server("http://server.invalid:4200/api")
+
+
+def test_the_deployment_names_no_folder_of_this_machine() -> None:
+    text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
+    (deployment,) = yaml.safe_load(text)["deployments"]
+    assert (deployment["name"], deployment["work_pool"]["name"]) == ("local", serve.POOL)
+    assert "$PWD" in text
+    assert str(ROOT) not in text
