@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def apply(overrides: Sequence[str], path: Path = layout.PARAMS, *, write: bool =
         _set(document, override)
     text = io.StringIO()
     yaml.dump(document, text)
-    after = text.getvalue()
+    after = _with_old_gaps(before, text.getvalue())
     difference = "".join(
         difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, path.name, n=1)
     )
@@ -56,6 +57,18 @@ def apply(overrides: Sequence[str], path: Path = layout.PARAMS, *, write: bool =
     finally:
         partial.unlink(missing_ok=True)
     return difference
+
+
+def _with_old_gaps(before: str, after: str) -> str:
+    """Comments as far behind their values as they were; ruamel.yaml keeps their columns instead."""
+    old, new = before.splitlines(True), after.splitlines(True)
+    for kind, low, high, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "replace" and high - low == stop - start:
+            for index, line in zip(range(start, stop), old[low:high], strict=True):
+                comment = re.search(r"(\s+)(#.*\n?)$", line)
+                if comment and new[index].endswith(comment[2]):
+                    new[index] = new[index].removesuffix(comment[2]).rstrip() + comment[0]
+    return "".join(new)
 
 
 def _round_trip() -> YAML:

@@ -33,6 +33,13 @@ def test_only_the_named_line_changes_and_the_diff_says_so(file: Path) -> None:
     assert params.load(file).pretrain.encoders["swav"].batch_size == 128  # type: ignore[union-attr]
 
 
+def test_a_comment_stays_as_far_behind_the_value_as_it_was(file: Path) -> None:
+    overrides.apply(["cluster.seeds=3", "data.folder=some/longer/path"], file)
+    text = file.read_text()
+    assert "\n  seeds: 3  # k-means is fitted" in text
+    assert "\n  folder: some/longer/path  # the images" in text
+
+
 def test_lists_items_and_nested_values_can_be_set_at_once(file: Path) -> None:
     before = file.read_text()
     edits = [

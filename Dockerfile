@@ -1,0 +1,23 @@
+# Everything the lock pins, and the code: the same stages in a container. GPUs are used where the engine passes them on.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+FROM ${BASE_IMAGE}
+
+# Git tells DVC and the tracking which code ran. Without it the image would still work, with less to say.
+RUN command -v git || (apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*)
+
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy PYTHONDONTWRITEBYTECODE=1
+RUN python -m venv /opt/venv && pip install --no-cache-dir --disable-pip-version-check uv
+
+# The dependencies stand above the code, so that a change of code installs nothing again.
+COPY requirements.lock /opt/requirements.lock
+RUN uv pip sync --require-hashes /opt/requirements.lock
+
+RUN useradd --create-home --uid 1000 deepclust && install -d -o deepclust /workspace
+WORKDIR /workspace
+COPY --chown=deepclust . .
+# There is no git repository in the image; one that is mounted over the workspace brings its own settings.
+RUN uv pip install --no-deps --no-build-isolation --editable . \
+    && dvc config --local core.no_scm true && chown -R deepclust .
+
+USER deepclust
+CMD ["python", "-m", "flows.pretrain_and_eval"]

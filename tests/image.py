@@ -1,0 +1,37 @@
+"""What `make image` runs in the new image: the parameters' check, and the stage `prepare` on images made on the spot.
+
+python -m tests.image
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tasks import overrides, params, run
+
+
+def main() -> None:
+    """Run one stage in this container, and say what came of it."""
+    params.load()
+    random = np.random.default_rng(0)
+    folder = Path("data/made")
+    for index in range(40):
+        path = folder / ("dark" if index % 2 else "light") / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        low = 0 if index % 2 else 128
+        Image.fromarray(random.integers(low, low + 128, (20, 24, 3), dtype=np.uint8)).save(path)
+    print(overrides.apply(["data.source=folder", f"data.folder={folder}", "data.image_size=16"]))
+    with run.Workspace() as workspace:
+        outcome = workspace.run_stage("prepare", on_line=print, env={"DEEPCLUST_TRACKING": "off"})
+    print(f"prepare: {outcome.what}, {outcome.metrics}")
+    subprocess.run([sys.executable, "-c", "import torch, torchvision, faiss"], check=True)
+    print("the image works")
+
+
+if __name__ == "__main__":
+    main()
