@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 _ATTEMPTS = 10
-_RATIO = (3 / 4, 4 / 3)
 _GREY = (0.299, 0.587, 0.114)
 _BLUR_SIGMA = (0.1, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """`count` random crops of an area share in `scale`, resized to `size` pixels."""
+    """`count` random crops: area share in `scale`, width to height in `ratio`, resized to `size` pixels."""
 
     count: int
     size: int
     scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def to_float(images_BHWC: Tensor) -> Tensor:
 
 def _view(images: Tensor, crop: Crop, colour: Colour, generator: torch.Generator) -> Tensor:
     batch, _, height, width = images.shape
-    boxes = random_boxes(batch, height=height, width=width, scale=crop.scale, generator=generator)
+    boxes = random_boxes(batch, height=height, width=width, scale=crop.scale, ratio=crop.ratio, generator=generator)
     flips = torch.rand(batch, generator=generator) < colour.flip
     view = resample(images, boxes, flips, size=crop.size)
     view = _jitter(view, colour, generator)
@@ -80,7 +80,13 @@ def _view(images: Tensor, crop: Crop, colour: Colour, generator: torch.Generator
 
 
 def random_boxes(
-    batch: int, *, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
+    batch: int,
+    *,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: torch.Generator,
 ) -> Tensor:
     """Boxes (B, 4) of top, left, height, width, drawn as torchvision's RandomResizedCrop draws them.
 
@@ -88,15 +94,14 @@ def random_boxes(
     """
     shape = (batch, _ATTEMPTS)
     area = height * width * torch.empty(shape).uniform_(*scale, generator=generator)
-    log_ratio = torch.empty(shape).uniform_(math.log(_RATIO[0]), math.log(_RATIO[1]), generator=generator)
+    log_ratio = torch.empty(shape).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
     w = (area * log_ratio.exp()).sqrt().round().long()
     h = (area * (-log_ratio).exp()).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)
     any_fits = fits.any(1)
-    ratio = width / height
-    fallback_w = round(height * _RATIO[1]) if ratio > _RATIO[1] else width
-    fallback_h = round(width / _RATIO[0]) if ratio < _RATIO[0] else height
+    fallback_w = round(height * ratio[1]) if width / height > ratio[1] else width
+    fallback_h = round(width / ratio[0]) if width / height < ratio[0] else height
     w = torch.where(any_fits, w.gather(1, first).squeeze(1), fallback_w)
     h = torch.where(any_fits, h.gather(1, first).squeeze(1), fallback_h)
     where = torch.rand(batch, 2, generator=generator)

@@ -63,11 +63,14 @@ class Crop(Section):
     count: Count
     size: Positive
     scale: tuple[Share, Share]
+    ratio: tuple[Positive, Positive]
 
     @model_validator(mode="after")
     def _check(self) -> Crop:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {list(self.scale)}")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"ratio must be [low, high] with low <= high, got {list(self.ratio)}")
         if self.size > 1 and self.size != int(self.size):
             raise ValueError(f"size must be whole pixels, or a share of at most 1; got {self.size}")
         return self

@@ -121,7 +121,8 @@ def recipe(section: params.Trained, *, image_size: int, seed: int) -> training.R
         batch_size=section.batch_size,
         **dict(section.optimiser),
         crops=[
-            views.Crop(count=crop.count, size=pixels(crop.size, image_size), scale=crop.scale) for crop in section.crops
+            views.Crop(count=crop.count, size=pixels(crop.size, image_size), scale=crop.scale, ratio=crop.ratio)
+            for crop in section.crops
         ],
         colour=views.Colour(**dict(section.colour)),
         seed=seed,

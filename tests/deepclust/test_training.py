@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 
 def images(count: int = 70) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 1), dtype=np.uint8)
+    """Coarse patterns: two crops of one have something in common."""
+    coarse = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 1), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
 def build(name: str, **changes: object) -> Method:
@@ -45,9 +47,9 @@ def recipe(**changes: object) -> training.Recipe:
         "weight_decay": 1e-4,
         "warmup_epochs": 0,
         "final_rate": 0.0,
-        "crops": [views.Crop(count=2, size=16, scale=(0.4, 1.0))],
+        "crops": [views.Crop(count=2, size=16, scale=(0.7, 1.0))],
         "colour": views.Colour(
-            flip=0.5, jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.0
+            flip=0.0, jitter=1.0, brightness=0.2, contrast=0.2, saturation=0.4, hue=0.1, grey=0.2, blur=0.0
         ),
         "seed": 0,
     }
