@@ -6,6 +6,7 @@ python -m tasks.embed swav
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from deepclust import encoder, features, metrics
 from deepclust.devices import default_device
@@ -17,6 +18,8 @@ def main() -> None:
     with stage.running("embed") as here:
         device = default_device()
         trained = encoder.load(layout.out("pretrain", here.encoder)).to(device)
+        # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
+        trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for split in layout.SPLITS:
             images = prepared.images(split)
             embedded = features.extract(trained, images, batch_size=here.params.embed.batch_size, device=device)

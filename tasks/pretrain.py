@@ -18,6 +18,7 @@ from deepclust.methods.base import Method
 from deepclust.methods.swav import SwAV
 from tasks import params, prepared, probe, progress, stage
 
+CURVE = ["step", "epoch", "loss", "rate"]
 CURVE_EVERY = 20  # steps that one row of the curve averages
 _OF_THE_RECIPE = {"method", "epochs", "batch_size", "optimiser", "crops", "colour"}
 
@@ -46,9 +47,9 @@ def main() -> None:
             history = _train(here, section, trained, device)
         encoder.save(trained.cpu(), here.folder, method=section.method, seed=here.params.seed)
         rows = _averaged(history)
-        logged = sorted({name for row in rows for name in row} - {"step", "epoch", "loss", "rate"})
-        here.curve(rows, ["step", "epoch", "loss", "rate"])
-        stage.write_text(here.folder / "history.csv", stage.table(rows, ["step", "epoch", "loss", "rate", *logged]))
+        logged = sorted({name for row in rows for name in row}.difference(CURVE))
+        here.curve([{name: row[name] for name in CURVE} for row in rows], CURVE)
+        stage.write_text(here.folder / "history.csv", stage.table(rows, [*CURVE, *logged]))
 
 
 def _train(

@@ -1,0 +1,57 @@
+"""A whole pipeline on a small folder of images, stage by stage in this process, without tracking."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from tasks import overrides
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHORT = [
+    "data.source=folder",
+    "data.folder=images",
+    "data.image_size=16",
+    "cluster.seeds=2",
+    "cluster.other_k=[4, 7]",
+    "cluster.silhouette_images=30",
+    "linear.iterations=20",
+    "adapt.images=30",
+    "adapt.severities=[3]",
+    "adapt.batch_size=16",
+    "report.map_images=12",
+    *(f"pretrain.{method}.{edit}" for method in ("swav", "pcl", "simsiam") for edit in ("epochs=2", "batch_size=16")),
+    "pretrain.swav.prototypes=12",
+    "pretrain.pcl.clusters=[24, 30]",
+    "pretrain.pcl.negatives=8",
+    "pretrain.pcl.queue_length=32",
+]
+
+
+def build(root: Path, *, labelled: bool = True, count: int = 96) -> None:
+    """Images of three kinds in `root/images`, in class folders or flat, and short parameters."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        kind = index % 3
+        picture = random.integers(0, 60, (20, 18, 3))
+        picture[:, 6 * kind : 6 * kind + 6] += 180
+        path = root / "images" / (f"kind{kind}/{index:03}.png" if labelled else f"{index:03}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(path)
+    yaml = YAML()
+    with (REPOSITORY / "params.yaml").open(encoding="utf-8") as source, (root / "params.yaml").open("w") as target:
+        yaml.dump(yaml.load(source), target)
+    overrides.apply(SHORT, root / "params.yaml")
+
+
+def run(stage: str, monkeypatch: pytest.MonkeyPatch, encoder: str | None = None) -> None:
+    """Run one stage as its command line does."""
+    monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", *([encoder] if encoder else [])])
+    monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
+    importlib.import_module(f"tasks.{stage}").main()

@@ -1,0 +1,230 @@
+"""Every stage on small real folders: the files of docs/architecture.md, and claims about what is in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepclust import encoder as encoders
+from deepclust import features, kmeans
+from tasks import layout, params, pretrain, probe, tracking
+from tests.tasks import small_run
+
+ENCODERS = ("pixels", "random", "swav", "pcl", "simsiam")
+STAGES = ("pretrain", "embed", "cluster", "linear", "adapt")
+
+
+def whole(folder: Path, *, labelled: bool) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small_run.build(folder, labelled=labelled)
+        small_run.run("prepare", patch)
+        for stage in STAGES:
+            for encoder in ENCODERS:
+                small_run.run(stage, patch, encoder)
+        small_run.run("report", patch)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from whole(tmp_path_factory.mktemp("labelled"), labelled=True)
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from whole(tmp_path_factory.mktemp("unlabelled"), labelled=False)
+
+
+def metrics(root: Path, stage: str, encoder: str) -> dict:
+    return json.loads((root / layout.metrics(stage, encoder)).read_text())
+
+
+def test_each_encoder_has_every_output_and_nothing_half_written_stays(labelled: Path) -> None:
+    for stage in STAGES:
+        for encoder in ENCODERS:
+            assert (labelled / layout.out(stage, encoder)).is_dir()
+            assert (labelled / layout.metrics(stage, encoder)).is_file()
+    assert (labelled / layout.REPORT).is_file()
+    assert not list(labelled.rglob("*.partial"))
+
+
+def test_embeddings_are_the_saved_encoders_features_in_data_set_order(labelled: Path) -> None:
+    images = np.load(labelled / layout.split("test") / "images.npy")
+    for encoder in ENCODERS:
+        saved = encoders.load(labelled / layout.out("pretrain", encoder))
+        expected = features.extract(saved, images, batch_size=7, device=torch.device("cpu"))
+        np.testing.assert_allclose(np.load(labelled / layout.embeddings(encoder, "test")), expected, atol=2e-5)
+
+
+def test_training_moved_the_backbone_from_where_random_stays(labelled: Path) -> None:
+    random = load_file(labelled / layout.out("pretrain", "random") / encoders.WEIGHTS)
+    for encoder in ("swav", "pcl", "simsiam"):
+        trained = load_file(labelled / layout.out("pretrain", encoder) / encoders.WEIGHTS)
+        assert trained.keys() == random.keys()
+        assert not torch.equal(trained["backbone.0.weight"], random["backbone.0.weight"])
+
+
+def test_kinds_that_pixels_tell_apart_are_found_by_clusters_knn_and_linear(labelled: Path) -> None:
+    assert metrics(labelled, "cluster", "pixels")["acc"]["mean"] == 1.0
+    assert metrics(labelled, "linear", "pixels")["knn"] == 1.0
+    assert metrics(labelled, "linear", "pixels")["linear"] == 1.0
+
+
+def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) -> None:
+    folder = labelled / layout.out("cluster", "swav")
+    centroids = np.load(folder / "centroids.npy")
+    rows = list(csv.DictReader((folder / "assignments.csv").open()))
+    items = list(csv.DictReader((labelled / layout.split("test") / "items.csv").open()))
+    found = [row for row in rows if row["split"] == "test"]
+    assert [row["path"] for row in found] == [item["path"] for item in items]
+    points = np.load(labelled / layout.embeddings("swav", "test")).astype(np.float64)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    distances = np.linalg.norm(points[:, None] - centroids[None], axis=2)
+    assert [int(row["cluster"]) for row in found] == distances.argmin(1).tolist()
+    np.testing.assert_allclose([float(row["distance"]) for row in found], distances.min(1), rtol=1e-4)
+    sizes = metrics(labelled, "cluster", "swav")["sizes"]
+    assert sizes == np.bincount(distances.argmin(1), minlength=3).tolist()
+
+
+def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled: Path) -> None:
+    folder = labelled / layout.out("cluster", "pcl")
+    points = torch.nn.functional.normalize(
+        torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train"))), dim=1
+    )
+    seed = params.load(labelled / "params.yaml").seed
+    fits = [
+        kmeans.fit(points, 3, seed=kmeans.seeding.derive(seed, "cluster", number), iterations=50) for number in range(2)
+    ]
+    best = min(fits, key=lambda found: found.inertia)
+    np.testing.assert_allclose(np.load(folder / "centroids.npy"), best.centroids.numpy(), atol=1e-6)
+
+
+def test_other_k_are_reported_beside_the_primary_one(labelled: Path) -> None:
+    found = metrics(labelled, "cluster", "swav")
+    assert found["k"] == 3
+    assert set(found["other_k"]) == {"4", "7"}
+    assert len(found["other_k"]["7"]["sizes"]) == 7
+
+
+def test_the_kept_classifier_gives_the_reported_accuracy(labelled: Path) -> None:
+    weights = load_file(labelled / layout.out("linear", "simsiam") / "classifier.safetensors")
+    points = np.load(labelled / layout.embeddings("simsiam", "test")).astype(np.float64)
+    predicted = (points @ weights["weight"].double().numpy().T + weights["bias"].double().numpy()).argmax(1)
+    labels = np.load(labelled / layout.split("test") / "labels.npy")
+    assert metrics(labelled, "linear", "simsiam")["linear"] == pytest.approx((predicted == labels).mean(), abs=1e-6)
+
+
+def test_curves_have_a_row_for_each_part_of_the_run_and_a_header_alone_for_baselines(labelled: Path) -> None:
+    rows = list(csv.DictReader((labelled / layout.curve("pretrain", "swav")).open()))
+    assert list(rows[0]) == ["step", "epoch", "loss", "rate"]
+    steps = metrics(labelled, "pretrain", "swav")["steps"]
+    assert int(rows[-1]["step"]) == steps - 1
+    assert list(csv.DictReader((labelled / layout.curve("pretrain", "pixels")).open())) == []
+
+
+def test_a_stage_run_again_writes_the_same_bytes(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(labelled)
+    for stage in STAGES:
+        folder = layout.out(stage, "pcl")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        small_run.run(stage, monkeypatch, "pcl")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_without_labels_label_based_numbers_are_absent_and_the_rest_is_there(unlabelled: Path) -> None:
+    for encoder in ENCODERS:
+        clusters = metrics(unlabelled, "cluster", encoder)
+        assert not {"acc", "nmi", "ari"} & clusters.keys()
+        assert {"silhouette", "inertia", "sizes"} <= clusters.keys()
+        assert metrics(unlabelled, "linear", encoder) == {"labelled": 0, "reason": "no labelled training images"}
+        assert metrics(unlabelled, "adapt", encoder)["labelled"] == 0
+        assert (unlabelled / layout.out("cluster", encoder) / "gallery.png").is_file()
+        assert not (unlabelled / layout.out("linear", encoder) / "classifier.safetensors").exists()
+
+
+def test_without_labels_k_follows_the_stated_rule(unlabelled: Path) -> None:
+    images = len(np.load(unlabelled / layout.split("train") / "images.npy"))
+    assert metrics(unlabelled, "cluster", "pixels")["k"] == round((images / 2) ** 0.5)
+
+
+def test_labels_do_not_reach_pretraining(labelled: Path, unlabelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other labels, and so another probe, give the same encoder."""
+    monkeypatch.chdir(labelled)
+    folder = layout.out("pretrain", "simsiam")
+    before = (folder / encoders.WEIGHTS).read_bytes()
+    path = layout.split("train") / "labels.npy"
+    kept = np.load(path)
+    try:
+        np.save(path, np.full_like(kept, -1))
+        small_run.run("pretrain", monkeypatch, "simsiam")
+        assert (folder / encoders.WEIGHTS).read_bytes() == before
+    finally:
+        np.save(path, kept)
+
+
+def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(
+    labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(labelled)
+    logged: dict[str, float] = {}
+
+    class Recorder(tracking.NullRun):
+        def log_metrics(self, values, step=None) -> None:  # type: ignore[no-untyped-def]
+            logged.update(values)
+
+    trained = encoders.load(layout.out("pretrain", "swav")).train()
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    state = torch.random.get_rng_state()
+    done = pretrain.training.Epoch(epoch=0, seconds=2.0, waiting_seconds=0.5, images=64)
+    probe.Probe(Recorder(), trained, torch.device("cpu"))(done, {"loss": 1.0})
+    assert 0.5 < logged["knn_heldout"] <= 1
+    assert logged["images_per_second"] == 32
+    assert logged["data_share"] == 0.25
+    assert trained.training
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("stage", "encoder", "edit", "message"),
+    [
+        ("cluster", "swav", "cluster.k=90", "cluster.k: expected at most"),
+        ("pretrain", "simsiam", "pretrain.simsiam.batch_size=500", "batch_size: expected at most the number"),
+        ("pretrain", "pcl", "pretrain.pcl.clusters=[24, 900]", "clusters: expected at most"),
+        ("pretrain", "swav", "pretrain.shared.backbone=resnet19", "pretrain.shared.backbone: expected one of"),
+        ("embed", "nonsense", None, "expected an encoder of params.yaml"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_the_old_outputs(
+    labelled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    encoder: str,
+    edit: str | None,
+    message: str,
+) -> None:
+    monkeypatch.chdir(labelled)
+    kept = layout.PARAMS.read_text()
+    try:
+        if edit:
+            small_run.overrides.apply([edit])
+        with pytest.raises(SystemExit) as stopped:
+            small_run.run(stage, monkeypatch, encoder)
+    finally:
+        layout.PARAMS.write_text(kept)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(layout.ARTIFACTS.rglob("*.partial"))
+    if encoder in ENCODERS:
+        assert any(layout.out(stage, encoder).iterdir())
