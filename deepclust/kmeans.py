@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust import seeding
@@ -57,7 +56,6 @@ def fit(
     seed: int,
     iterations: int,
     initialisation: str = "k-means++",
-    spherical: bool = False,
     tolerance: float = 1e-4,
 ) -> Clusters:
     """Cluster points.
@@ -68,7 +66,6 @@ def fit(
         seed: Decides the initialisation.
         iterations: At most so many Lloyd iterations.
         initialisation: `k-means++` (Arthur and Vassilvitskii, 2007; greedy) or `points`, k distinct random points.
-        spherical: Bring the centroids to unit length after every update.
         tolerance: Stop when the inertia falls by less than this share in one iteration.
 
     Raises:
@@ -82,16 +79,12 @@ def fit(
         raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
     points = points_ND.float().contiguous()
     centroids = _INITIALISATIONS[initialisation](points, k, seeding.generator(seed, "k-means", k))
-    if spherical:
-        centroids = F.normalize(centroids, dim=1)
     total = sum(float(block.double().square().sum()) for block in _blocks(points))
     previous = math.inf
     for iteration in range(1, iterations + 1):  # noqa: B007 - reported below
         assignments = _nearest(points, centroids)
         sums, sizes = _accumulate(points, assignments, k)
         centroids = (sums / sizes.clamp(min=1)[:, None]).float()
-        if spherical:
-            centroids = F.normalize(centroids, dim=1)
         # Σ‖x − c‖² without another pass over the points.
         exact = centroids.double()
         inertia = total - 2 * float((exact * sums).sum()) + float((sizes * exact.square().sum(1)).sum())

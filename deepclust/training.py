@@ -60,7 +60,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number from 0, wall seconds of its steps, and how many of them went into views."""
+    """A finished epoch: its number from 0, wall seconds of its steps, and how many of them went into batches
+    and their views; on a GPU, which runs behind, into asking for them."""
 
     epoch: int
     seconds: float
@@ -104,6 +105,7 @@ def train(
         TrainingError: If the loss is not finite; before the update, so the weights are still good.
         ConfigError: If the batch is larger than the data set.
     """
+    method.check(len(images))
     source = data.Images(images, device)
     per_epoch = data.steps_per_epoch(len(source), recipe.batch_size)
     schedule = optim.Schedule(

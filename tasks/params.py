@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deepclust.errors import ConfigError, DeepclustError
 from tasks import layout
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
 Auto = Literal["auto"]
+Flag = Annotated[bool, Field(strict=True)]
 EncoderName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -38,11 +39,11 @@ class Data(Section):
 
     source: Literal["FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10", "folder"]
     folder: str
-    image_size: Annotated[int, Field(ge=8, le=1024)] | Auto
+    image_size: Annotated[int, Field(strict=True, ge=8, le=1024)] | Auto
     resize: Literal["crop", "pad", "stretch"]
     colour: Literal["grey", "rgb", "auto"]
-    test_fraction: Annotated[float, Field(gt=0, lt=1)]
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    heldout_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
     max_skipped: Share
     max_pixels: Count
 
@@ -51,9 +52,9 @@ class Optimiser(Section):
     """SGD with linear warm-up and a cosine to `final_rate` times the rate, per step."""
 
     rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    warmup_epochs: Annotated[float, Field(ge=0)]
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(strict=True, ge=0)]
+    warmup_epochs: Annotated[float, Field(strict=True, ge=0)]
     final_rate: Share
 
 
@@ -84,7 +85,7 @@ class Colour(Section):
     brightness: Share
     contrast: Share
     saturation: Share
-    hue: Annotated[float, Field(ge=0, le=0.5)]
+    hue: Annotated[float, Field(strict=True, ge=0, le=0.5)]
     grey: Share
     blur: Share
 
@@ -99,7 +100,7 @@ class Trained(Section):
     """What every trained method has."""
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(strict=True, ge=2)]
     optimiser: Optimiser
     crops: Annotated[tuple[Crop, ...], Field(min_length=1)]
     colour: Colour
@@ -116,7 +117,7 @@ class SwAV(Trained):
     """SwAV; see deepclust/methods/swav.py."""
 
     method: Literal["swav"]
-    prototypes: Annotated[int, Field(ge=2)]
+    prototypes: Annotated[int, Field(strict=True, ge=2)]
     temperature: Positive
     epsilon: Positive
     sinkhorn_iterations: Count
@@ -153,6 +154,11 @@ class PCL(Trained):
                 f"queue_length {self.queue_length} must be a multiple of batch_size {self.batch_size}; the nearest is "
                 f"{max(1, round(self.queue_length / self.batch_size)) * self.batch_size}"
             )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}: the prototypes would never be "
+                "used; lower it or raise epochs"
+            )
         smallest = min(self.clusters)
         if self.negatives > smallest - self.batch_size:
             raise ValueError(
@@ -166,8 +172,9 @@ class SimSiam(Trained):
     """SimSiam; see deepclust/methods/simsiam.py."""
 
     method: Literal["simsiam"]
+    hidden_dim: Count
     predictor_dim: Count
-    constant_predictor_rate: bool
+    constant_predictor_rate: Flag
 
     @model_validator(mode="after")
     def _check(self) -> SimSiam:
@@ -183,7 +190,7 @@ METHODS = ("pixels", "random", "swav", "pcl", "simsiam")
 class Shared(Section):
     """What all encoders have in common."""
 
-    backbone: str
+    backbone: Literal["small", "resnet18", "resnet34", "resnet50"]
 
 
 class Pretrain(Section):
@@ -213,12 +220,12 @@ class Embed(Section):
 class Cluster(Section):
     """k-means on the embeddings."""
 
-    k: Annotated[int, Field(ge=2)] | Auto
-    other_k: tuple[Annotated[int, Field(ge=2)], ...]
+    k: Annotated[int, Field(strict=True, ge=2)] | Auto
+    other_k: tuple[Annotated[int, Field(strict=True, ge=2)], ...]
     seeds: Count
     iterations: Count
-    normalise: bool
-    silhouette_images: Annotated[int, Field(ge=10)]
+    normalise: Flag
+    silhouette_images: Annotated[int, Field(strict=True, ge=10)]
     gallery_images: Count
 
 
@@ -227,7 +234,7 @@ class Linear(Section):
 
     neighbours: Annotated[tuple[Count, ...], Field(min_length=1)]
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    weight_decays: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+    weight_decays: Annotated[tuple[Annotated[float, Field(strict=True, ge=0)], ...], Field(min_length=1)]
     iterations: Count
 
 
@@ -238,7 +245,7 @@ class TSD(Section):
     parameters: Literal["all", "affine", "body", "head"]
     filter_k: Count | None
     neighbours: Count
-    local_weight: Annotated[float, Field(ge=0)]
+    local_weight: Annotated[float, Field(strict=True, ge=0)]
     temperature: Positive
 
 
@@ -250,7 +257,7 @@ class Adapt(Section):
         tuple[Literal["gaussian_noise", "gaussian_blur", "contrast", "brightness", "rotation"], ...],
         Field(min_length=1),
     ]
-    severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], Field(min_length=1)]
+    severities: Annotated[tuple[Annotated[int, Field(strict=True, ge=1, le=5)], ...], Field(min_length=1)]
     images: Count
     batch_size: Count
     tsd: TSD
@@ -259,7 +266,7 @@ class Adapt(Section):
 class Report(Section):
     """The comparison."""
 
-    map_images: Annotated[int, Field(ge=10)]
+    map_images: Annotated[int, Field(strict=True, ge=10)]
 
 
 class Params(Section):
@@ -341,26 +348,38 @@ def parse(raw: dict[str, Any]) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(item) for item in error.errors()[:3])) from error
+        raise ConfigError(_lines(error.errors())) from error
 
 
-def _line(item: Any) -> str:
-    """One line for one pydantic error, with the path as the user wrote it."""
+def _lines(errors: list[Any]) -> str:
+    """At most three complaints, each with the path as the user wrote it; what came is said once a path."""
+    found: dict[str, list[str]] = {}
+    came: dict[str, str] = {}
+    for item in errors:
+        path, message = _complaint(item)
+        found.setdefault(path, []).append(message)
+        if message.startswith("expected"):
+            came[path] = f", got {item['input']!r}"
+    return "; ".join(f"{path}: {' or '.join(texts)}{came.get(path, '')}" for path, texts in list(found.items())[:3])
+
+
+def _complaint(item: Any) -> tuple[str, str]:
+    """Path and message of one of pydantic's errors."""
     location = [str(part) for part in item["loc"]]
     if location[:2] == ["pretrain", "encoders"]:  # how Pretrain gathers them; and without the union's tag
         location = ["pretrain", *location[2:3], *location[4:]]
+    if location and re.match(r"constrained-|literal\[", location[-1]):  # the member of a union
+        location.pop()
     path = ".".join(location) or "params.yaml"
-    got = item["input"]
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown parameter{_hint(location[-1], _siblings(item['loc']))}"
+        return path, f"unknown parameter{_hint(location[-1], _siblings(item['loc']))}"
     if item["type"] == "missing":
-        return f"{path}: missing; every parameter is stated in params.yaml"
+        return path, "missing; every parameter is stated in params.yaml"
     if item["type"] == "union_tag_invalid":
-        return f"{path}.method: expected one of {', '.join(METHODS)}; got {item['ctx']['tag']!r}"
-    message = item["msg"].removeprefix("Value error, ")
+        return f"{path}.method", f"one of {', '.join(METHODS)} is expected, got {item['ctx']['tag']!r}"
     if item["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {message[0].lower() + message[1:]}, got {got!r}"
+        return path, item["msg"].removeprefix("Value error, ")
+    return path, re.sub(r"^Input should (be )?", "expected ", item["msg"])
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:

@@ -30,14 +30,16 @@ def main() -> None:
         section = here.params.method(here.encoder)
         statistics = prepared.statistics()
         device = default_device()
-        backbone = "pixels" if section.method == "pixels" else here.params.pretrain.shared.backbone
+        # `pixels` is the image itself: no network, and no normalisation either.
+        pixels_only = section.method == "pixels"
+        channels = statistics["channels"]
         with seeding.seeded(here.params.seed, "weights"):
             trained = encoder.Encoder(
-                backbone=backbone,
+                backbone="pixels" if pixels_only else here.params.pretrain.shared.backbone,
                 image_size=statistics["image_size"],
-                channels=statistics["channels"],
-                mean=statistics["mean"],
-                std=statistics["std"],
+                channels=channels,
+                mean=[0.0] * channels if pixels_only else statistics["mean"],
+                std=[1.0] * channels if pixels_only else statistics["std"],
             )
         if isinstance(section, params.Frozen):
             trained.eval()

@@ -1,4 +1,4 @@
-"""The contract of a pretraining method: a loss, parameter groups and three hooks with empty defaults."""
+"""The contract of a pretraining method: a loss, parameter groups, a check and three hooks with empty defaults."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ class Method(nn.Module, ABC):
 
         Returns:
             The loss, and scalars worth logging, without gradient.
+        """
+
+    def check(self, images: int) -> None:
+        """Refuse, before any training, a data set of `images` that the method can not be trained on.
+
+        Raises:
+            ConfigError: With the numbers and the remedy.
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -112,16 +112,19 @@ class PCL(base.Method):
         self._granularities: list[tuple[Tensor, Tensor, Tensor]] = []  # prototypes, concentrations, assignments
         self._keys: Tensor | None = None
 
+    def check(self, images: int) -> None:
+        """Every granularity needs as many images as clusters."""
+        if max(self.clusters) > images:
+            raise ConfigError(
+                f"clusters: expected at most {images}, the number of training images; got {max(self.clusters)}; "
+                "lower it"
+            )
+
     def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
         """The E-step: cluster the momentum features of all training images, once for each granularity."""
         if epoch < self.warmup_epochs:
             return
         features = F.normalize(embed(self.key_encoder), dim=1)
-        if max(self.clusters) > len(features):
-            raise ConfigError(
-                f"clusters: expected at most {len(features)}, the number of training images; got {max(self.clusters)}; "
-                "lower it"
-            )
         self._granularities = []
         for k in self.clusters:
             found = kmeans.fit(features, k, seed=seed, iterations=self.kmeans_iterations, initialisation="points")
@@ -135,7 +138,7 @@ class PCL(base.Method):
         query_view, key_view = views
         queries = F.normalize(self.head(self.backbone(query_view)), dim=1)
         keys = self._shuffled_keys(key_view, generator)
-        instance = info_nce(queries, keys, self.queue.clone(), temperature=self.temperature)
+        instance = info_nce(queries, keys, self.queue, temperature=self.temperature)
         self._keys = keys
         logged = {"info_nce": instance.detach()}
         if not self._granularities:

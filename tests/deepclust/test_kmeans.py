@@ -69,11 +69,6 @@ def test_more_clusters_than_distinct_points_still_end() -> None:
     assert kmeans.fit(points(5).repeat(10, 1), 12, seed=0, iterations=20).inertia == pytest.approx(0.0, abs=1e-9)
 
 
-def test_spherical_centroids_have_unit_length() -> None:
-    found = kmeans.fit(torch.nn.functional.normalize(points(), dim=1), 6, seed=0, iterations=20, spherical=True)
-    torch.testing.assert_close(found.centroids.norm(dim=1), torch.ones(6))
-
-
 def test_the_seed_decides_and_the_points_stay_as_they_are() -> None:
     data = points()
     before = data.clone()

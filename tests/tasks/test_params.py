@@ -50,7 +50,7 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ),
         ("pretrain.swav.crops.0.sice", 1, r"^pretrain\.swav\.crops\.0\.sice: unknown parameter; did you mean size\?$"),
         ("adapt.tsd.filter", 1, r"^adapt\.tsd\.filter: unknown parameter; did you mean filter_k\?$"),
-        ("pretrain.swav.method", "swaw", r"^pretrain\.swav\.method: expected one of pixels, .*; got 'swaw'$"),
+        ("pretrain.swav.method", "swaw", r"^pretrain\.swav\.method: one of pixels, .* is expected, got 'swaw'$"),
         ("seed", "zero", r"^seed: .*integer.*, got 'zero'$"),
         ("seed", -1, r"^seed: .*greater than or equal to 0, got -1$"),
         ("data.max_skipped", 1.5, r"^data\.max_skipped: .*less than or equal to 1, got 1\.5$"),
@@ -118,3 +118,30 @@ def test_the_check_is_a_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "tasks.params", "check"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: encoders: missing; ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("pretrain.swav.epochs", True),
+        ("pretrain.swav.epochs", "3"),
+        ("cluster.normalise", 1),
+        ("pretrain.simsiam.constant_predictor_rate", "yes"),
+        ("pretrain.simsiam.hidden_dim", 0),
+        ("pretrain.shared.backbone", "pixels"),
+        ("pretrain.pcl.warmup_epochs", 3),
+        ("data.image_size", "big"),
+        ("cluster.other_k", [1]),
+    ],
+)
+def test_values_that_only_look_right_are_refused(path: str, value: object) -> None:
+    raw = params.read(ROOT / "params.yaml")
+    section = raw
+    *folders, last = path.split(".")
+    for name in folders:
+        section = section[name]
+    section[last] = value
+    with pytest.raises(ConfigError, match=path.rpartition(".")[0].replace(".", r"\.")) as refused:
+        params.parse(raw)
+    assert "\n" not in str(refused.value)
+    assert "constrained" not in str(refused.value)

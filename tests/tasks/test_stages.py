@@ -86,7 +86,6 @@ def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) ->
     found = [row for row in rows if row["split"] == "test"]
     assert [row["path"] for row in found] == [item["path"] for item in items]
     points = np.load(labelled / layout.embeddings("swav", "test")).astype(np.float64)
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
     distances = np.linalg.norm(points[:, None] - centroids[None], axis=2)
     assert [int(row["cluster"]) for row in found] == distances.argmin(1).tolist()
     np.testing.assert_allclose([float(row["distance"]) for row in found], distances.min(1), rtol=1e-4)
@@ -96,9 +95,7 @@ def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) ->
 
 def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled: Path) -> None:
     folder = labelled / layout.out("cluster", "pcl")
-    points = torch.nn.functional.normalize(
-        torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train"))), dim=1
-    )
+    points = torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train")))
     seed = params.load(labelled / "params.yaml").seed
     fits = [
         kmeans.fit(points, 3, seed=kmeans.seeding.derive(seed, "cluster", number), iterations=50) for number in range(2)
@@ -199,7 +196,6 @@ def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(
         ("cluster", "swav", "cluster.k=90", "cluster.k: expected at most"),
         ("pretrain", "simsiam", "pretrain.simsiam.batch_size=500", "batch_size: expected at most the number"),
         ("pretrain", "pcl", "pretrain.pcl.clusters=[24, 900]", "clusters: expected at most"),
-        ("pretrain", "swav", "pretrain.shared.backbone=resnet19", "pretrain.shared.backbone: expected one of"),
         ("embed", "nonsense", None, "expected an encoder of params.yaml"),
     ],
 )

@@ -148,4 +148,4 @@ def test_clustering_starts_after_the_warm_up_from_raw_centroids_of_the_momentum_
 
 def test_more_clusters_than_images_are_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"60.*got 99"):
-        toy(clusters=[99]).before_epoch(1, embed, seed=0)
+        toy(clusters=[99]).check(60)
