@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tasks import comparison as comparisons
 from tasks import layout, store
 from tasks.run import Outcome
 
-Table = list[list[str]]
+Rows = Sequence[Mapping[str, str]]
 
 
 @dataclass
@@ -29,22 +29,17 @@ class Report:
     held_up: list[str] = field(default_factory=list)
 
 
-def comparison(path: Path = layout.COMPARISON) -> Table:
-    """The comparison table, its header first; empty if there is none."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [[_short(cell) for cell in row] for row in csv.reader(file)]
-    except FileNotFoundError:
-        return []
+def comparison(path: Path = layout.COMPARISON) -> Rows:
+    """Rows of the comparison; none if there is no file."""
+    return comparisons.read(path) if path.exists() else []
 
 
-def markdown(table: Table) -> str:
-    """A table in Markdown."""
-    header, *rows = table
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+def markdown(rows: Rows) -> str:
+    """The comparison in Markdown."""
+    return comparisons.markdown(rows)
 
 
-def aligned(table: Table) -> str:
+def aligned(table: Sequence[Sequence[str]]) -> str:
     """A table in columns, words to the left and numbers to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     left = [not any(_is_number(row[column]) for row in table[1:]) for column in range(len(widths))]
@@ -57,7 +52,7 @@ def aligned(table: Table) -> str:
     )
 
 
-def text(stages: Sequence[str], report: Report, table: Table) -> str:
+def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
     """The whole summary: each stage, each failure, the comparison, and where to look further."""
     rows = [["stage", "", "seconds"]]
     for stage in stages:
@@ -67,8 +62,8 @@ def text(stages: Sequence[str], report: Report, table: Table) -> str:
     parts = [aligned(rows), *report.failed.values()]
     if report.held_up:
         parts.append("not run, because a stage upstream failed: " + ", ".join(report.held_up))
-    if table:
-        parts += [aligned(table), f"report: {layout.REPORT.resolve()}"]
+    if compared:
+        parts += [comparisons.comparison_text(compared), f"report: {layout.REPORT.resolve()}"]
     if store.enabled():
         parts.append(f"runs and models: {mlflow_ui()}")
     return "\n\n".join(parts)
@@ -91,8 +86,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _short(cell: str) -> str:
-    """Three decimals of a fraction."""
-    return f"{float(cell):.3f}" if _is_number(cell) and "." in cell else cell

@@ -90,23 +90,28 @@ def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
 
 
 def shown(row: Mapping[str, Any], column: str) -> str:
-    """A cell as it is printed: three decimals, with the standard deviation where there is one; blank if absent."""
+    """A cell as it is printed: `.646 ± .012`, without the deviation where there is none; blank if absent."""
     value = row.get(column)
     if value is None or value == "":
         return ""
     if column in ("encoder", "method", "k"):
         return str(value)
-    text = f"{float(value):.1f}" if column == "rankme" else f"{float(value):.3f}"
+    text = f"{float(value):.1f}" if column == "rankme" else _fraction(value)
     spread = row.get(f"{column}_std")
-    return f"{text} ± {float(spread):.3f}" if spread not in (None, "") else text
+    return f"{text} ± {_fraction(spread)}" if spread not in (None, "") else text
+
+
+def _fraction(value: Any) -> str:
+    text = f"{float(value):.3f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns worth showing: no empty ones, no deviations (they stand beside their means), no repeated names."""
     names = [name for name in rows[0] if not name.endswith("_std")] if rows else []
-    if all(row["method"] == row["encoder"] for row in rows):
+    if all(row.get("method") == row["encoder"] for row in rows):
         names = [name for name in names if name != "method"]
-    return [name for name in names if any(row[name] not in (None, "") for row in rows)]
+    return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
 
 
 def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -121,9 +126,17 @@ def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]]) if rows else "no encoders"
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in Markdown."""
+    names = columns(rows)
+    lines = [[title(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
+    lines += [[shown(row, name) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "no encoders"
+
+
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """In words, which method beats the baselines in kNN and linear accuracy, and which does not."""
-    scores = [name for name in columns(rows) if name.startswith("knn") or name == "linear"]
+    """In words, in which of ACC, NMI, kNN and linear accuracy a method beats the baselines, and in which not."""
+    scores = [name for name in columns(rows) if name in ("acc", "nmi", "linear") or name.startswith("knn")]
     found = {str(row["method"]): row for row in rows if row["method"] in BASELINES}
     trained = [row for row in rows if row["method"] not in BASELINES]
     if not trained:
@@ -135,15 +148,34 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         for name in BASELINES
         if name not in found
     ]
-    for row in trained:
-        lost = [
-            f"{name} in {title(score)} ({shown(row, score)} against {shown(base, score)})"
-            for name, base in found.items()
-            for score in scores
-            if row[score] is not None and base[score] is not None and float(row[score]) <= float(base[score])  # type: ignore[arg-type]
-        ]
-        if lost:
-            sentences.append(f"{row['encoder']} does NOT beat {', nor '.join(lost)}: it is not working on this data.")
-        elif found:
-            sentences.append(f"{row['encoder']} beats {' and '.join(found)} in kNN and linear accuracy.")
-    return sentences
+    return sentences + [_judged(row, found, scores) for row in trained if found]
+
+
+def _judged(row: Row, found: Mapping[str, Row], scores: Sequence[str]) -> str:
+    """One method against the baselines, score by score."""
+    won, lost = [], []
+    for score in scores:
+        measured = {name: base for name, base in found.items() if None not in (row.get(score), base.get(score))}
+        ahead = {name: _number(row, score) - _number(base, score) for name, base in measured.items()}
+        behind = [name for name, lead in ahead.items() if lead <= 0]
+        if behind:
+            against = " and ".join(f"{shown(found[name], score)} of {name}" for name in behind)
+            lost.append(f"{title(score)} ({shown(row, score)} against {against})")
+        elif ahead:
+            spread = max(_number(each, f"{score}_std") for each in (row, *measured.values()))
+            close = " (by less than the deviation over seeds)" if min(ahead.values()) <= spread and spread else ""
+            won.append(title(score) + close)
+    if not won and not lost:
+        return f"{row['encoder']} has no score in common with the baselines."
+    if not won:
+        return f"{row['encoder']} does NOT beat the baselines in {_listed(lost)}: it is not working on this data."
+    sentence = f"{row['encoder']} beats {_listed(list(found))} in {_listed(won)}"
+    return f"{sentence}, but NOT in {_listed(lost)}." if lost else f"{sentence}."
+
+
+def _number(row: Row, name: str) -> float:
+    return float(row.get(name) or 0.0)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -52,8 +52,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
         Args:
             context: Unused; MLflow passes it.
-            model_input: (N, H, W, C) or (N, H, W) uint8, C 1 or 3, of any height and width; or N such images of
-                different sizes, as a list or an object array.
+            model_input: (N, H, W, C) uint8, C 1 or 3, of any height and width; or an object array of N images
+                (H, W, C) or (H, W) of different sizes.
             params: Unused; MLflow passes it.
 
         Returns:

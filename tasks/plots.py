@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,24 @@ def _panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = F
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def training(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def training(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
     """One row an encoder: its loss, then the method's own label-free numbers, over the steps.
 
     Args:
-        curves: Encoder to columns of its history; `step`, and whatever it logged beside it.
+        curves: Encoder to what it logged: name to (step, value).
     """
-    names = {encoder: [name for name in found if name not in ("step", "epoch")] for encoder, found in curves.items()}
-    width = max(len(each) for each in names.values())
+    width = max(len(found) for found in curves.values())
     with plt.rc_context(_STYLE):
         figure, axes = _panels(len(curves), width, (max(6.0, 2.9 * width), 2.2 * len(curves)))
         for row, (encoder, found) in zip(axes, curves.items(), strict=True):
-            for index, axis in enumerate(row):
-                if index >= len(names[encoder]):
-                    axis.set_visible(False)
-                    continue
-                name = names[encoder][index]
-                axis.plot(found["step"], found[name], color=ACCENT if name == "loss" else INK, linewidth=1.4)
+            last = max(step for points in found.values() for step, _ in points)
+            for axis in row[len(found) :]:
+                axis.set_visible(False)
+            for axis, (name, points) in zip(row, found.items(), strict=False):
+                axis.plot(*zip(*points, strict=True), color=ACCENT if name == "loss" else INK, linewidth=1.4)
                 axis.set_title(f"{encoder}: {name.replace('_', ' ')}")
                 axis.set_xlabel("step")
-                axis.margins(x=0.02)
+                axis.set_xlim(-0.02 * last, 1.02 * last)
     return figure
 
 
@@ -103,6 +102,55 @@ def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]]
             axis.grid(axis="y", visible=False)
             axis.set_yticks(places, encoders)
             axis.xaxis.set_major_locator(plt.MaxNLocator(3))
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves of one score.
+
+    Attributes:
+        title: The score.
+        label: What it is drawn over.
+        lines: Encoder to (x, value, standard deviation), x ascending.
+    """
+
+    title: str
+    label: str
+    lines: Mapping[str, Sequence[tuple[int, float, float]]]
+
+
+def evaluation(panels: Sequence[Panel], encoders: Sequence[str], baselines: int) -> Figure:
+    """A panel a score, a line an encoder; baselines, which come first, are grey and dashed.
+
+    Args:
+        panels: What is drawn.
+        encoders: Names, baselines first.
+        baselines: How many of the encoders are baselines.
+    """
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    shades = [matplotlib.colormaps["Greys"](0.75 - 0.3 * index / max(1, baselines - 1)) for index in range(baselines)]
+    shades += palette(len(encoders) - baselines)
+    marks = "so^Dv<>P"
+    with plt.rc_context(_STYLE):
+        figure, axes = _panels(down, across, (max(5.0, 3.0 * across), 0.5 + 2.6 * down))
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            for index, encoder in enumerate(encoders):
+                x, mean, std = np.array(panel.lines.get(encoder) or np.empty((0, 3))).T
+                look = {"color": shades[index], "linestyle": "--" if index < baselines else "-", "linewidth": 1.5}
+                axis.plot(x, mean, marker=marks[index % len(marks)], markersize=4, label=encoder, **look)
+                axis.fill_between(x, mean - std, mean + std, color=shades[index], alpha=0.12, linewidth=0)
+            ticks = sorted({point[0] for points in panel.lines.values() for point in points})
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.minorticks_off()
+            axis.margins(x=0.12)
+            axis.set_title(panel.title)
+            axis.set_xlabel(panel.label)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(encoders), 8))
     return figure
 
 

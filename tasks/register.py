@@ -1,4 +1,4 @@
-"""Register encoders as models in MLflow, once per content, and move the alias `champion` to the best.
+"""Register encoders as models in MLflow, once per content and data, and move the alias `champion` to the best.
 
     python -m tasks.register [--encoder NAME]
 
@@ -9,6 +9,7 @@ champions are chosen by. Test labels play no part in that choice.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
@@ -64,7 +65,7 @@ def champion(versions: Iterable[Version], data: str) -> Version:
 
 
 def register(encoder: str, run_id: str | None = None) -> str:
-    """Register an encoder with its clusters and classifier, unless this very content is registered already.
+    """Register an encoder with its clusters and classifier, unless this content is registered for this data already.
 
     Args:
         encoder: Name of the encoder.
@@ -80,7 +81,7 @@ def register(encoder: str, run_id: str | None = None) -> str:
     name = f"deepclust-{encoder}"
     files = _files(encoder)
     data = provenance.data_hash() or ""
-    content = provenance.file_hash(*files)
+    content = _content(files, data)
     client, experiment = tracking.connect()
     with locked("registry"), store.errors():
         known = _versions(client, name)
@@ -141,6 +142,11 @@ def _files(encoder: str) -> list[Path]:
             raise DataError(f"expected {path} to register {encoder}, found none; run `dvc repro` first")
     optional = linear / "classifier.safetensors"
     return [*files, optional] if optional.exists() else files
+
+
+def _content(files: Iterable[Path], data: str) -> str:
+    """What tells versions apart. The data belong to it: scores are taken on test images that no file depends on."""
+    return hashlib.sha256(f"{data}:{provenance.file_hash(*files)}".encode()).hexdigest()
 
 
 def _scores(encoder: str) -> dict[str, str]:

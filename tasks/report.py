@@ -8,15 +8,17 @@ from __future__ import annotations
 import base64
 import csv
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import threadpoolctl
 from numpy.typing import NDArray
 
-from deepclust.errors import DataError
+from deepclust.errors import DataError, TrackingError
 from tasks import comparison, layout, params, plots, prepared, provenance, register, stage, store
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -43,11 +45,19 @@ def main() -> None:
         here.run.log_artifact(here.folder / layout.REPORT.name)
         here.run.log_artifact(here.folder / layout.COMPARISON.name)
         if store.enabled():
-            for encoder in ordered:
-                print(f"registered {register.register(encoder, here.run.run_id)}", flush=True)
+            register_all(ordered, here.run.run_id)
         print(f"\n{comparison.comparison_text(rows)}\n", flush=True)
         for sentence in comparison.verdict(rows):
             print(sentence)
+
+
+def register_all(encoders: Iterable[str], run_id: str) -> None:
+    """Register models; a store that is lost is one warning, since the report is finished and worth keeping."""
+    try:
+        for encoder in encoders:
+            print(f"registered {register.register(encoder, run_id)}", flush=True)
+    except TrackingError as error:
+        print(f"warning: not all models are registered, `python -m tasks.register` does it ({error})", file=sys.stderr)
 
 
 def prune(encoders: Iterable[str]) -> None:
@@ -71,10 +81,12 @@ def draw(folder: Path, rows: list[comparison.Row], values: params.Params) -> dic
     """Write every picture into the folder.
 
     Returns:
-        `training` and `scores`: a file name or None; `maps`, `galleries`, `adaptation`: encoder to file name.
+        `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`, `adaptation`: encoder to file
+        name.
     """
     encoders = [str(row["encoder"]) for row in rows]
-    pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "maps": {}, "galleries": {}, "adaptation": {}}
+    pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "evaluation": None}
+    pictures |= {"maps": {}, "galleries": {}, "adaptation": {}}
     curves = {encoder: found for encoder in encoders if (found := history(encoder))}
     if curves:
         pictures["training"] = "training.png"
@@ -84,6 +96,10 @@ def draw(folder: Path, rows: list[comparison.Row], values: params.Params) -> dic
     scores: dict[str, list[Any]] = {comparison.title(name): [row[name] for row in rows] for name in names}
     baselines = sum(row["method"] in comparison.BASELINES for row in rows)
     plots.save(plots.scores(encoders, scores, baselines), folder / "scores.png")
+    panels = evaluation_curves(encoders)
+    if panels:
+        pictures["evaluation"] = "evaluation.png"
+        plots.save(plots.evaluation(panels, encoders, baselines), folder / "evaluation.png")
     chosen = choose(len(prepared.labels("test")), values.report.map_images, values.seed)
     labels, classes = prepared.labels("test")[chosen], prepared.meta()["classes"]
     for encoder, row in zip(encoders, rows, strict=True):
@@ -104,11 +120,30 @@ def draw(folder: Path, rows: list[comparison.Row], values: params.Params) -> dic
     return pictures
 
 
-def history(encoder: str) -> dict[str, list[float]]:
-    """Columns of what an encoder logged in training; empty for a baseline."""
+def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
+    """What an encoder logged in training: name to steps and values, from where it was logged; empty for a baseline."""
     rows = table(layout.out("pretrain", encoder) / "history.csv")
-    names = [name for name in rows[0] if all(row[name] for row in rows)] if rows else []
-    return {name: [float(row[name]) for row in rows] for name in names}
+    names = [name for name in rows[0] if name not in ("step", "epoch")] if rows else []
+    curves = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
+    return {name: points for name, points in curves.items() if points}
+
+
+def evaluation_curves(encoders: Iterable[str]) -> list[plots.Panel]:
+    """k-means scores over the number of clusters (ACC and NMI; without labels silhouette), kNN over the neighbours."""
+    found: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = {}
+    for encoder in encoders:
+        clusters = comparison.stage_metrics("cluster", encoder)
+        every = {int(k): scores for k, scores in [(clusters["k"], clusters), *clusters.get("other_k", {}).items()]}
+        for name in ("acc", "nmi") if "acc" in clusters else ("silhouette",):
+            points = [(k, s[name]["mean"], s[name]["std"]) for k, s in sorted(every.items()) if s.get(name)]
+            found.setdefault((comparison.title(name), "clusters k"), {})[encoder] = points
+    for encoder in encoders:
+        accuracies = comparison.stage_metrics("linear", encoder).get("all") or {}
+        named = [(name[1:].partition("_t"), value) for name, value in accuracies.items()]
+        for (neighbours, _, temperature), value in sorted(((int(k), t, tau), v) for (k, t, tau), v in named):
+            panel = found.setdefault((f"kNN, τ = {temperature}", "neighbours k"), {})
+            panel.setdefault(encoder, []).append((neighbours, value, 0.0))
+    return [plots.Panel(title, label, lines) for (title, label), lines in found.items() if any(lines.values())]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -132,7 +167,10 @@ def assignments(encoder: str) -> NDArray[np.int64]:
 
 
 def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """t-SNE of unit-length features (N, D) to (N, 2), from their principal components, so without any randomness."""
+    """t-SNE of unit-length features (N, D) to (N, 2), from their principal components, so without any randomness.
+
+    On one thread: gradients are summed in the order in which OpenMP's threads finish, which three do not do alike.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -143,9 +181,10 @@ def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
     points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
     perplexity = min(30.0, (len(points) - 1) / 3)
     start = points[:, :2] / points[:, 0].std() * 1e-4
-    found: NDArray[np.float64] = TSNE(
-        init=start.astype(np.float32), perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0
-    ).fit_transform(points.astype(np.float32))
+    with threadpoolctl.threadpool_limits(1):
+        found: NDArray[np.float64] = TSNE(
+            init=start.astype(np.float32), perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0
+        ).fit_transform(points.astype(np.float32))
     return found
 
 
@@ -172,7 +211,9 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
         verdict=comparison.verdict(rows),
         pictures=pictures,
         absent={encoder: absent(encoder) for encoder in encoders},
-        params=provenance.all_params(values),
+        # The report is an output that travels: of the folder of images, its name and not where it lies.
+        params=provenance.all_params(values)
+        | {"data.folder": Path(values.data.folder).name or str(values.data.folder)},
         neighbours=values.linear.neighbours,
         temperatures=values.linear.temperatures,
         seeds=values.cluster.seeds,

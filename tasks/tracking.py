@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepclust.errors import TrackingError
 from tasks import environment, provenance, store
 from tasks.guards import TERMINATED, locked, sigterm_exits
 from tasks.params import Params
@@ -119,16 +120,6 @@ class NullRun(Run):
         """Do nothing."""
 
 
-def ensure_store() -> None:
-    """Make the store ready, so that what starts at once afterwards finds it complete.
-
-    Raises:
-        TrackingError: If the store can not be reached or opened.
-    """
-    if store.enabled():
-        connect()
-
-
 def open_pipeline() -> str:
     """Begin a pipeline run and return its id, for `DEEPCLUST_PARENT_RUN` of its stages; empty if tracking is off.
 
@@ -143,9 +134,16 @@ def open_pipeline() -> str:
 
 
 def close_pipeline(run_id: str, status: str) -> None:
-    """End a pipeline run as FINISHED, FAILED or KILLED. Raises: TrackingError if the store can not be reached."""
-    if store.enabled() and run_id:
+    """End a pipeline run as FINISHED, FAILED or KILLED.
+
+    A store that can not be reached any more is a warning: what became of the stages matters more than its record.
+    """
+    if not store.enabled() or not run_id:
+        return
+    try:
         Run(connect()[0], run_id).finish(status)
+    except TrackingError as error:
+        print(f"warning: run {run_id} stays open in MLflow ({error})", file=sys.stderr)
 
 
 @contextmanager

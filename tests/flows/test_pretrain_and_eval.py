@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows import summary
 from flows.pretrain_and_eval import pretrain_and_eval
-from tasks import tracking
+from tasks import comparison, tracking
 from tasks.run import Workspace
 from tests import pipelines
 from tests.closure import ROOT
@@ -62,7 +62,7 @@ def test_each_stage_is_a_task_run_and_a_second_run_starts_no_process(
     assert pipelines.ran(root)[3:] == ["report"]
     assert {line.split()[1] for line in (root / "parents").read_text().splitlines()} == {"parent"}
     assert (opened, closed) == ([True], [("parent", "FINISHED")])
-    assert "encoder    acc\npixels   0.512\nrandom   0.250\n" in caplog.text
+    assert comparison.comparison_text(comparison.read()) in caplog.text
 
     monkeypatch.setattr(Workspace, "run_stage", lambda *_, **__: pytest.fail("a process was started"))
     again = pretrain_and_eval(return_state=True)
@@ -137,11 +137,12 @@ def test_a_second_flow_is_refused_at_once_in_one_line(root: Path) -> None:
     assert f"one already runs there (process {os.getpid()})" in output
 
 
-def test_a_table_is_aligned_by_its_kind(tmp_path: Path) -> None:
-    (tmp_path / "comparison.csv").write_text("encoder,acc,images\npixels,0.51234,100\nrandom,,60000\n")
-    table = summary.comparison(tmp_path / "comparison.csv")
-    assert summary.aligned(table) == "encoder    acc  images\npixels   0.512     100\nrandom           60000"
-    assert summary.markdown(table).splitlines()[:2] == ["| encoder | acc | images |", "| --- | --- | --- |"]
+def test_a_summary_aligns_stages_and_shows_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "comparison.csv").write_text("encoder,acc,acc_std\npixels,0.646,0.0123\nrandom,,\n")
+    rows = summary.comparison(tmp_path / "comparison.csv")
+    assert summary.markdown(rows).splitlines()[2:] == ["| pixels | .646 ± .012 |", "| random |  |"]
+    assert summary.aligned([["a", "n"], ["bcd", "10"]]) == "a     n\nbcd  10"
+    assert comparison.comparison_text(rows) in summary.text([], summary.Report(), rows)
     assert summary.comparison(tmp_path / "none.csv") == []
 
 

@@ -88,8 +88,6 @@ def test_any_size_and_mode_is_prepared_as_the_pipeline_does(root: Path, monkeypa
     ragged = np.empty(2, dtype=object)
     ragged[:] = [images[0], images[1, :20, :, 0]]
     assert len(model.predict(ragged)) == 2
-    grey = model.unwrap_python_model().predict(None, images[..., 0])
-    assert len(grey) == 5
 
 
 def test_without_labels_there_is_no_class(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import fake_workspace
 import numpy as np
 import pytest
+import threadpoolctl
+from sklearn.manifold import TSNE
 
-from deepclust.errors import DataError
-from tasks import comparison, layout, plots, report, tracking
+from deepclust.errors import DataError, TrackingError
+from tasks import comparison, layout, plots, register, report, tracking
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ def test_the_report_is_whole_and_the_same_twice(workspace: Path, capsys: pytest.
     first = digest()
     assert set(first) == {
         "comparison.csv",
+        "evaluation.png",
         "report.html",
         "scores.png",
         "training.png",
@@ -108,19 +111,90 @@ def test_a_missing_stage_is_named_and_nothing_is_written(workspace: Path, capsys
     assert not layout.REPORT.parent.exists()
 
 
-def row(name: str, knn: float | None, linear: float | None) -> comparison.Row:
-    return {"encoder": name, "method": name, "k": 3, "knn20": knn, "linear": linear}
+def row(name: str, knn: float | None, linear: float | None, acc: float | None = None) -> comparison.Row:
+    spread = None if acc is None else 0.02
+    return {"encoder": name, "method": name, "acc": acc, "acc_std": spread, "knn20": knn, "linear": linear}
 
 
 def test_a_method_that_does_not_beat_a_baseline_is_said_so() -> None:
     rows = [row("pixels", 0.8, 0.8), row("random", 0.7, 0.7), row("swav", 0.9, 0.9), row("pcl", 0.75, 0.8)]
     assert comparison.verdict(rows) == [
-        "swav beats pixels and random in kNN and linear accuracy.",
-        "pcl does NOT beat pixels in kNN 20 (0.750 against 0.800), nor pixels in linear (0.800 against 0.800): "
-        "it is not working on this data.",
+        "swav beats pixels and random in kNN 20 and linear.",
+        "pcl does NOT beat the baselines in kNN 20 (.750 against .800 of pixels) and linear (.800 against .800 of "
+        "pixels): it is not working on this data.",
     ]
     assert comparison.verdict(rows[1:3])[0].startswith("The baseline pixels is not in `encoders`")
     assert "No test image has a label" in comparison.verdict([row("pixels", None, None), row("swav", None, None)])[0]
+
+
+def test_each_score_is_judged_by_itself() -> None:
+    rows = [row("pixels", 0.8, 0.8, 0.5), row("random", 0.7, 0.7, 0.3)]
+    rows += [row("swav", 0.8, 0.9, 0.6), row("pcl", 0.9, 0.9, 0.51), row("simsiam", 0.6, 0.9, 0.2)]
+    assert comparison.verdict(rows) == [
+        "swav beats pixels and random in k-means ACC and linear, but NOT in kNN 20 (.800 against .800 of pixels).",
+        "pcl beats pixels and random in k-means ACC (by less than the deviation over seeds), kNN 20 and linear.",
+        "simsiam beats pixels and random in linear, but NOT in k-means ACC (.200 ± .020 against .500 ± .020 of pixels "
+        "and .300 ± .020 of random) and kNN 20 (.600 against .800 of pixels and .700 of random).",
+    ]
+
+
+def test_a_number_that_is_logged_late_is_drawn_from_there(workspace: Path) -> None:
+    path = layout.out("pretrain", "pcl") / "history.csv"
+    rows = [(9, 0, 3.5, "", ""), (19, 1, 2.5, 7.5, "")]
+    fake_workspace.table(path, ["step", "epoch", "loss", "proto_nce", "never"], rows)
+    assert report.history("pcl") == {"loss": [(9, 3.5), (19, 2.5)], "proto_nce": [(19, 7.5)]}
+
+
+def test_evaluation_curves_are_those_of_the_metrics(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["pixels", "swav"])
+    found = {panel.title: panel for panel in report.evaluation_curves(["pixels", "swav"])}
+    assert list(found) == ["k-means ACC", "NMI", "kNN, τ = 0.07", "kNN, τ = 0.1"]
+    clusters, linear = (comparison.stage_metrics(stage, "swav") for stage in ("cluster", "linear"))
+    assert found["NMI"].lines["swav"] == [
+        (k, scores["nmi"]["mean"], scores["nmi"]["std"])
+        for k, scores in ((3, clusters), (20, clusters["other_k"]["20"]))
+    ]
+    assert found["kNN, τ = 0.1"].lines["swav"] == [(k, linear["all"][f"k{k}_t0.1"], 0.0) for k in (20, 200)]
+
+
+def test_without_labels_the_evaluation_curve_is_the_silhouette(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["pixels", "swav"], labelled=False)
+    (panel,) = report.evaluation_curves(["pixels", "swav"])
+    assert (panel.title, panel.lines["swav"]) == ("silhouette", [(3, 0.2, 0.01), (20, 0.2, 0.01)])
+
+
+def test_where_the_images_lie_is_not_in_the_report(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["pixels", "swav"])
+    text = layout.PARAMS.read_text(encoding="utf-8")
+    layout.PARAMS.write_text(text.replace("folder: data\n", "folder: /home/someone/moths\n"), encoding="utf-8")
+    report.main()
+    assert "<td>moths</td>" in html()
+    assert "someone" not in html()
+
+
+def test_a_lost_server_costs_the_registration_and_not_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(encoder: str, run_id: str) -> str:
+        raise TrackingError(f"no store for {encoder}")
+
+    monkeypatch.setattr(register, "register", lost)
+    report.register_all(["swav", "pcl"], "run")
+    warning = "warning: not all models are registered, `python -m tasks.register` does it (no store for swav)\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_the_map_is_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+
+    def fit(self: TSNE, points: np.ndarray) -> np.ndarray:
+        threads.update(library["num_threads"] for library in threadpoolctl.threadpool_info())
+        return points[:, :2]
+
+    monkeypatch.setattr(TSNE, "fit_transform", fit)
+    with threadpoolctl.threadpool_limits(2):
+        report.flatten(np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
+    assert threads == {1}
 
 
 def test_the_comparison_needs_no_heavy_import() -> None:

@@ -169,9 +169,20 @@ def test_a_store_that_fails_later_does_not_end_the_stage(here: Any, capsys: pyte
     assert warnings == ["warning: tracking stopped working, the stage goes on (connection refused)"]
 
 
+def test_a_store_that_is_lost_before_the_pipeline_ends_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking.close_pipeline("0123", "FINISHED")
+    error = capsys.readouterr().err
+    assert error.startswith("warning: run 0123 stays open in MLflow (expected a working MLflow store at http://127")
+    assert error.count("\n") == 1
+
+
 def test_an_unreachable_server_is_one_line_within_seconds(workspace: Path) -> None:
     began = time.monotonic()
-    code = "from tasks import stage, tracking\nwith stage.errors_as_one_line(): tracking.ensure_store()"
+    code = "from tasks import stage, tracking\nwith stage.errors_as_one_line(): tracking.open_pipeline()"
     process = start(workspace, code, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2
@@ -186,7 +197,7 @@ def test_a_file_that_is_no_store_is_a_tracking_error(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     (tmp_path / "other.db").write_bytes(b"no database at all, but long enough to be looked at" * 50)
     with pytest.raises(TrackingError, match="file is not a database"):
-        tracking.ensure_store()
+        tracking.connect()
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:
