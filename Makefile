@@ -48,9 +48,10 @@ deps: setup
 
 setup: $(READY)
 
-# uv installs the lock in seconds. It is told to look at the package index alone: torch and torchvision must be of one build.
+# uv installs the lock in seconds. From whatever index the files come, the lock's hashes refuse any other build of torch or torchvision.
+# Compiling at once saves every stage's process some seconds, where Python may not write its own caches.
 $(READY): requirements.lock pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import http.client
 import os
 import signal
 import socket
@@ -16,14 +17,13 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from prefect.settings import PREFECT_API_URL
 
-from flows.server import HOME, answers
+from flows.server import HOME, answers, get
 from tasks import layout
 from tasks.run import StageError
 from tasks.stage import errors_as_one_line
@@ -34,18 +34,25 @@ FOLDER = layout.STATE / "serve"
 _PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
 
 
-def _background(name: str, command: Sequence[str], environment: dict[str, str]) -> bool:
-    """Start a command that outlives this process, unless it runs already. False if it does.
+def _background(name: str, command: Sequence[str], url: str, **environment: str) -> str:
+    """Start a command that outlives this process, unless it runs already and for the same `url`; how that was done.
 
     The process holds a lock on `<name>.pid` as long as it lives, so that a number left by a dead one is never trusted.
+    The file has a second line, the URL: a worker of another server would never see what this one schedules.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
+    how = "started"
+    if _pid(name) is not None:
+        if _url(name) == url:
+            return "was running"
+        how = "restarted: it was another server's"
+        _end(name)
     with (FOLDER / f"{name}.pid").open("a+", encoding="utf-8") as file, (FOLDER / f"{name}.log").open("ab") as log:
         if not _lock(file.fileno()):
-            return False
+            return "was running"
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PREFECT_API_URL": url},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -53,8 +60,8 @@ def _background(name: str, command: Sequence[str], environment: dict[str, str]) 
             pass_fds=[file.fileno()],
         )
         file.truncate(0)
-        file.write(str(process.pid))
-    return True
+        file.write(f"{process.pid}\n{url}\n")
+    return how
 
 
 def _lock(descriptor: int) -> bool:
@@ -72,7 +79,13 @@ def _pid(name: str) -> int | None:
         return None
     with path.open("a+", encoding="utf-8") as file:
         file.seek(0)
-        return None if _lock(file.fileno()) else int(file.read() or 0) or None
+        return None if _lock(file.fileno()) else int(file.readline() or 0) or None
+
+
+def _url(name: str) -> str:
+    """The server's URL that the process in the background was started for."""
+    path = FOLDER / f"{name}.pid"
+    return "".join(path.read_text(encoding="utf-8").splitlines()[1:2]) if path.exists() else ""
 
 
 def _server(url: str) -> str:
@@ -83,15 +96,15 @@ def _server(url: str) -> str:
     if address.hostname not in ("127.0.0.1", "localhost"):
         raise StageError(f"expected a Prefect server at {url}, none answers; start it, or unset PREFECT_API_URL")
     port = address.port or 4200
-    if _pid("server") is None and _taken(port):
+    if (_pid("server") is None or _url("server") != url) and _taken(port):
         raise StageError(
             f"expected port {port} to be free or Prefect's, but something else answers there; choose another: "
             f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api make serve"
         )
     command = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
-    _background("server", command, {"PREFECT_HOME": str(HOME.resolve()), "PREFECT_API_URL": url})
+    how = _background("server", command, url, PREFECT_HOME=str(HOME.resolve()))
     _wait(lambda: answers(url), "server")
-    return "started"
+    return how
 
 
 def _taken(port: int) -> bool:
@@ -110,12 +123,17 @@ def _wait(ready: Callable[[], bool], name: str, seconds: float = 120) -> None:
 
 def _has_pool(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/work_pools/{POOL}", timeout=10) as reply:
-            return bool(reply.status == 200)
+        with get(f"{url}/work_pools/{POOL}", seconds=10):
+            return True
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise StageError(f"expected Prefect's API at {url}, got status {error.code}") from error
+        raise StageError(
+            f"expected Prefect's API at {url}, got status {error.code}; mend PREFECT_API_URL or the server there"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", None) or error
+        raise StageError(f"expected Prefect's API at {url}, got {why}; is the server there well? run again") from error
 
 
 def _prefect(url: str, *arguments: str) -> None:
@@ -145,14 +163,14 @@ def serve() -> None:
     if not _has_pool(url):
         _prefect(url, "work-pool", "create", POOL, "--type", "process")
     worker = [*_PREFECT, "worker", "start", "--pool", POOL, "--type", "process"]
-    started = _background("worker", worker, {"PREFECT_API_URL": url})
+    how_worker = _background("worker", worker, url)
     _prefect(url, "deploy", "--all")
     if _pid("worker") is None:
         raise StageError(f"expected the worker to run, but it ended; see {FOLDER / 'worker.log'}")
     print(f"server      {url.removesuffix('/api')} ({how})")
     print(f"pool        {POOL}")
     print("deployment  pretrain-and-eval/local")
-    print(f"worker      {'started' if started else 'was running'}, log in {FOLDER / 'worker.log'}")
+    print(f"worker      {how_worker}, log in {FOLDER / 'worker.log'}")
     print(f"\nexport PREFECT_API_URL={url}")
     print(f"{_shown('prefect')} deployment run pretrain-and-eval/local --watch")
     print("make stop   ends what was started here")
@@ -166,17 +184,23 @@ def _shown(program: str) -> str:
 def stop() -> None:
     """End the worker and the server that were started here, with what they run."""
     for name in ("worker", "server"):
-        pid = _pid(name)
-        if pid is None:
-            print(f"{name:<8}was not running")
-            continue
-        for number, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            deadline = time.monotonic() + patience
-            while _pid(name) and time.monotonic() < deadline:
-                time.sleep(0.2)
-        print(f"{name:<8}stopped")
+        print(f"{name:<8}{'stopped' if _end(name) else 'was not running'}")
+
+
+def _end(name: str) -> bool:
+    """End a process in the background, with what it runs. False if it did not run."""
+    pid = _pid(name)
+    if pid is None:
+        return False
+    for number, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience
+        while _pid(name) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if not _pid(name):
+            break
+    return True
 
 
 def main() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import http.client
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -61,11 +62,23 @@ def _start() -> str:
 
 def answers(url: str) -> bool:
     """Whether a Prefect server answers at this address (`…/api`)."""
-    with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{url}/health", timeout=2) as reply:
-            return bool(reply.status == 200 and reply.read().strip() == b"true")
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException, ValueError),
+        get(f"{url}/health", seconds=2) as reply,
+    ):
+        return reply.status == 200 and reply.read().strip() == b"true"
     return False
+
+
+def get(url: str, *, seconds: float) -> http.client.HTTPResponse:
+    """Open an address of the server's past any proxy of the environment, which may not know this machine.
+
+    Raises:
+        OSError: If nobody answers in time, or with an error (`urllib.error.HTTPError`).
+        http.client.HTTPException: If what answers does not speak HTTP.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return cast(http.client.HTTPResponse, opener.open(url, timeout=seconds))
 
 
 def _free_port() -> int:

@@ -1,14 +1,21 @@
-"""What every process of the pipeline sets before it works: threads, and the libraries' telemetry switched off.
+"""What every process of the pipeline sets before it works: threads, telemetry off, SIGTERM as an orderly exit.
 
 How many threads a stage computes with changes the last bits of its results, so it is a function of the machine alone:
 the flow runs `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too.
 """
 
+from __future__ import annotations
+
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
 
+TERMINATED = 128 + signal.SIGTERM
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -26,12 +33,30 @@ def cores() -> int:
 
 def parallel() -> int:
     """Stages that the flow runs at once: `DEEPCLUST_PARALLEL`, else two where there are two cores."""
-    return int(os.environ.get("DEEPCLUST_PARALLEL") or min(2, cores()))
+    return _count("DEEPCLUST_PARALLEL", "stages at once") or min(2, cores())
 
 
 def threads() -> int:
     """Threads a stage computes with: `DEEPCLUST_THREADS`, else the cores shared among the parallel stages."""
-    return int(os.environ.get("DEEPCLUST_THREADS") or max(1, cores() // parallel()))
+    return _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
+
+
+def _count(variable: str, what: str) -> int | None:
+    """A number of at least one from the environment, or None where it is not set.
+
+    Anything else ends the process here, as one line with status 2: the flows ask while they are imported, where no
+    caller could turn an exception into that.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    print(
+        f"error: expected {variable} to be a number of {what}, 1 or more; got {text!r}; mend or unset it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def prepare() -> None:
@@ -47,3 +72,16 @@ def limit_threads() -> None:
     threadpool_limits(threads())
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads())
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM as an exit that `finally` blocks see, unless somebody else handles it already."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

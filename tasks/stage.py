@@ -55,12 +55,25 @@ class Here:
         self._files[layout.curve(self.stage, self.encoder)] = table(rows, columns)
 
     def commit(self) -> None:
-        """Put everything in its place."""
+        """Put everything in its place. What may find the disk full comes before anything old is replaced."""
         target = layout.out(self.stage, self.encoder)
-        shutil.rmtree(target, ignore_errors=True)
-        self.folder.replace(target)
-        for path, text in self._files.items():
-            write_text(path, text)
+        partials = {path: _partial(path) for path in self._files}
+        try:
+            for path, text in self._files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partials[path].write_text(text, encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            self.folder.replace(target)
+            for path, partial in partials.items():
+                partial.replace(path)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _rounded(value: Any) -> Any:
@@ -96,7 +109,7 @@ def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
@@ -106,8 +119,8 @@ def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
 
     A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
-    one line on stderr; nothing of the stage's outputs is left behind then. Any other exception is a bug and keeps its
-    traceback.
+    one line on stderr, SIGTERM with status 143; nothing of the stage's outputs is left behind then. Any other exception
+    is a bug and keeps its traceback.
     """
     per_encoder = stage not in ("prepare", "report")
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
@@ -115,14 +128,14 @@ def running(stage: str) -> Iterator[Here]:
         parser.add_argument("encoder", help="an encoder of params.yaml")
     arguments = parser.parse_args()
     encoder: str | None = arguments.encoder if per_encoder else None
-    with errors_as_one_line():
+    with errors_as_one_line(), environment.sigterm_exits():
         environment.prepare()
         environment.limit_threads()
         values = params.load()
         if encoder is not None:
             values.method(encoder)
         target = layout.out(stage, encoder)
-        partial = target.with_name(f".{target.name}.partial")
+        partial = _partial(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

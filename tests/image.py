@@ -17,7 +17,9 @@ from tasks import overrides, params, run
 
 def main() -> None:
     """Run one stage in this container, and say what came of it."""
-    params.load()
+    default = Path(params.load().data.folder)
+    if not default.is_dir():  # before the images below make it: a dep in dvc.yaml, without which no stage can run
+        sys.exit(f"error: expected the folder {default}/ in the image, found none; see .dockerignore")
     random = np.random.default_rng(0)
     folder = Path("data/made")
     for index in range(40):
