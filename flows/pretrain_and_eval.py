@@ -23,6 +23,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import server, summary
+from flows.stage import check_folder
 from tasks import environment, overrides, params, tracking
 from tasks.run import DeepclustError, Outcome, StageError, Workspace
 from tasks.stage import errors_as_one_line
@@ -80,7 +81,7 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     logger = get_run_logger()
     if edits:
         logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
-    params.load()
+    check_folder(params.load().data)
     stages = workspace.select(targets)
     unchanged = set() if force else workspace.unchanged()
     logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
@@ -175,8 +176,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_as_one_line():
         with Workspace() as workspace:  # what can be refused at once is not kept waiting for the server
-            overrides.apply(arguments.override or [], write=False)
-            workspace.select(arguments.targets)
+            if arguments.override:  # which may bring the encoders and the folder that the rest speaks of
+                overrides.apply(arguments.override, write=False)
+            else:
+                check_folder(params.load().data)
+                workspace.select(arguments.targets)
         try:
             with server.configured():
                 state = pretrain_and_eval(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -14,7 +15,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import server
-from tasks.run import DeepclustError, Workspace
+from tasks import params
+from tasks.run import DeepclustError, StageError, Workspace
 from tasks.stage import errors_as_one_line
 
 
@@ -28,11 +30,31 @@ def stage(name: str) -> State[Any]:
     logger = get_run_logger()
     try:
         with Workspace(alone=False) as workspace:
-            outcome = workspace.run_stage(workspace.one(name), on_line=logger.info)
+            if workspace.one(name) == "prepare":
+                check_folder(params.load().data)
+            outcome = workspace.run_stage(name, on_line=logger.info)
     except DeepclustError as error:
         logger.error("error: %s", error)
         return Failed(message=str(error))
     return Completed(message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
+
+
+def check_folder(data: params.Data) -> None:
+    """Refuse a folder of images that DVC can not follow; of its own it says only that a dep is missing.
+
+    Raises:
+        StageError: If it begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
+    """
+    if data.folder.startswith("~"):
+        raise StageError(
+            f"data.folder: expected a path that DVC can follow, got {data.folder!r}; write it out, without `~`: "
+            "data.folder=/absolute/path"
+        )
+    if data.source == "folder" and not Path(data.folder).exists():
+        raise StageError(
+            f"data.folder: expected a folder of images, found no {data.folder!r} in {Path.cwd()}; create it, or name "
+            "another one: data.folder=path/to/images"
+        )
 
 
 def main() -> None:

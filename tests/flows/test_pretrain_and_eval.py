@@ -14,10 +14,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed
 
+import flows.pretrain_and_eval as module
 from flows import summary
 from flows.pretrain_and_eval import pretrain_and_eval
-from tasks import comparison, tracking
+from tasks import comparison, overrides, tracking
 from tasks.run import Workspace
 from tests import pipelines
 from tests.closure import ROOT
@@ -102,6 +104,10 @@ def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixtur
     [
         ({"targets": ["embd"]}, "got 'embd'; did you mean embed?"),
         ({"overrides": ["sed=5"]}, "sed: unknown parameter; did you mean seed?"),
+        (
+            {"overrides": ["data.source=folder", "data.folder=nowhere"]},
+            "create it, or name another one: data.folder=path/to/images",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_runs(
@@ -135,6 +141,46 @@ def test_a_second_flow_is_refused_at_once_in_one_line(root: Path) -> None:
     assert second.returncode == 2
     assert output.count("\n") == 1
     assert f"one already runs there (process {os.getpid()})" in output
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[dict[str, object]]]:
+    """The exit status of the command, and what it called the flow with."""
+    calls: list[dict[str, object]] = []
+
+    def called(**values: object) -> State:
+        calls.append(values)
+        return Completed()
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_and_eval", *arguments])
+    monkeypatch.setattr(module, "pretrain_and_eval", called)
+    monkeypatch.setattr(called, "description", "", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, calls
+
+
+def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
+    status, calls = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
+    assert status == 0
+    assert calls[0]["targets"] == ["embed@swav"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "remedy"), [("nowhere", "create it, or name"), ("~/x", "write it out, without `~`: data.folder=/")]
+)
+def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, remedy: str
+) -> None:
+    overrides.apply(["data.source=folder", f"data.folder={folder}"])
+    assert _main(monkeypatch) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.folder: expected a ")
+    assert remedy in error
+    assert error.count("\n") == 1
+    (root / "nowhere").mkdir()
+    assert _main(monkeypatch)[0] == (0 if folder == "nowhere" else 2)
 
 
 def test_a_summary_aligns_stages_and_shows_the_comparison(tmp_path: Path) -> None:

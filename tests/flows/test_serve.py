@@ -18,6 +18,8 @@ from tasks.run import StageError
 from tests.closure import ROOT
 from tests.pipelines import eventually
 
+URL = "http://127.0.0.1:1/api"
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -29,16 +31,55 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_process_in_the_background_is_started_once_and_stopped(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve._background("worker", ["sleep", "60"], {})
-    assert not serve._background("worker", ["sleep", "60"], {})
+    assert serve._background("worker", ["sleep", "60"], URL) == "started"
+    assert serve._background("worker", ["sleep", "60"], URL) == "was running"
     assert serve._pid("worker")
     serve.stop()
     assert capsys.readouterr().out == "worker  stopped\nserver  was not running\n"
     assert serve._pid("worker") is None
 
 
+def test_a_worker_of_another_server_is_replaced() -> None:
+    show = ["sh", "-c", "echo $PREFECT_API_URL >>urls; exec sleep 60"]
+    serve._background("worker", show, URL)
+    assert eventually(lambda: Path("urls").exists(), 5)
+    old = serve._pid("worker")
+    other = "http://127.0.0.1:2/api"
+    assert serve._background("worker", show, other).startswith("restarted")
+    assert serve._pid("worker") not in (None, old)
+    assert eventually(lambda: Path("urls").read_text() == f"{URL}\n{other}\n", 5)
+    assert serve._background("worker", show, other) == "was running"
+
+
+class _Api(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the path ends with."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_pool_is_looked_up_past_the_proxy_and_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", URL)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), _Api) as api:
+        threading.Thread(target=api.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{api.server_port}"
+        assert serve._has_pool(f"{url}/200")
+        assert not serve._has_pool(f"{url}/404")
+        with pytest.raises(StageError, match="got status 500; mend"):
+            serve._has_pool(f"{url}/500")
+        api.shutdown()
+    with pytest.raises(StageError, match="Connection refused"):
+        serve._has_pool(url)
+
+
 def test_the_number_of_a_dead_process_is_not_trusted() -> None:
-    assert serve._background("worker", ["true"], {})
+    assert serve._background("worker", ["true"], URL) == "started"
     assert eventually(lambda: serve._pid("worker") is None, 5)
     (serve.FOLDER / "server.pid").write_text(str(os.getpid()))
     assert serve._pid("server") is None
