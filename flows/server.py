@@ -42,18 +42,23 @@ def _start() -> str:
     atexit.register(family.stop)  # and not sooner: Prefect sends its last logs while the interpreter ends
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    server = family.start(
-        [
-            *(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)),
-            *("--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"),
-        ],
-        env={"PREFECT_HOME": str(HOME.resolve())},
-        stdout=subprocess.DEVNULL,
-    )
+    HOME.mkdir(exist_ok=True)
+    # To a file: while it is stopped, the server complains of its own cancelled tasks.
+    log = HOME / "server.log"
+    with log.open("wb") as complaints:
+        server = family.start(
+            [
+                *(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)),
+                *("--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"),
+            ],
+            env={"PREFECT_HOME": str(HOME.resolve())},
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+        )
     begin = time.monotonic()
     while not answers(url):
         if server.poll() is not None:
-            raise StageError(f"Prefect's server ended with status {server.returncode}; see its output above")
+            raise StageError(f"Prefect's server ended with status {server.returncode}; see {log}")
         if time.monotonic() - begin > _PATIENCE:
             raise StageError(f"Prefect's server did not answer within {_PATIENCE:g} s; is the machine overloaded?")
         time.sleep(0.2)
