@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 from types import TracebackType
+from typing import IO
 
 from deepclust.errors import StageError
 
