@@ -174,7 +174,7 @@ def run(
     shifted = [row for row in rows if row["corruption"] != CLEAN[0]]
     metrics = {
         "clean": next(row["error"] for row in rows if row["adapter"] == "source"),
-        "error": {
+        "errors": {
             name: float(np.mean([row["error"] for row in shifted if row["adapter"] == name])) for name in adapters
         },
         "not_applicable": not_applicable,

@@ -67,7 +67,7 @@ def _row(encoder: str) -> Row:
     row |= _neighbours(linear.get("all") or {})
     row |= {"linear": linear.get("linear"), "rankme": stage_metrics("embed", encoder).get("rankme")}
     adapted = stage_metrics("adapt", encoder)
-    return row | {"clean": adapted.get("clean")} | {f"error_{k}": v for k, v in (adapted.get("error") or {}).items()}
+    return row | {"clean": adapted.get("clean")} | {f"error_{k}": v for k, v in (adapted.get("errors") or {}).items()}
 
 
 def _neighbours(scores: Mapping[str, float]) -> Row:

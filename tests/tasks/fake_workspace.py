@@ -184,7 +184,7 @@ def _linear(random: np.random.Generator, name: str, dim: int, classes: list[str]
         }
         write(
             layout.metrics("adapt", name),
-            {"clean": 1 - score, "error": error, "not_applicable": reasons, "images": 60},
+            {"clean": 1 - score, "errors": error, "not_applicable": reasons, "images": 60},
         )
     for path in (layout.curve("adapt", name), layout.out("adapt", name) / "errors.csv"):
         table(path, ["adapter", "corruption", "severity", "error"], streams)

@@ -118,7 +118,7 @@ def test_errors_of_source_are_those_of_the_classifier_on_each_stream():
         (adapter, *stream) for stream in streams for adapter in ("source", "bn", "tsd")
     ]
     assert metrics["clean"] == rows[0]["error"]
-    for adapter, error in metrics["error"].items():
+    for adapter, error in metrics["errors"].items():
         mean = np.mean([row["error"] for row in rows if row["adapter"] == adapter and row["severity"]])
         assert error == pytest.approx(mean)
     assert metrics["images"] == 60
@@ -140,7 +140,7 @@ def test_every_stream_starts_afresh_so_its_result_does_not_depend_on_the_others(
 def test_adapters_that_do_not_apply_are_named_with_the_reason_and_the_others_measured(capsys):
     test = adapt.choose(*images_and_labels(), count=60, seed=0)
     rows, metrics = adapt.run(classifier_of("pixels"), test, options(), seed=0, device=CPU)
-    assert {row["adapter"] for row in rows} == {"source"} == set(metrics["error"])
+    assert {row["adapter"] for row in rows} == {"source"} == set(metrics["errors"])
     assert "BatchNorm" in metrics["not_applicable"]["bn"]
     assert "no parameters" in metrics["not_applicable"]["tsd"]
     assert "bn: not applicable: bn needs BatchNorm" in capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_batches_of_one_take_the_adapters_out_that_need_more():
 def test_source_is_measured_even_where_it_is_not_asked_for():
     test = adapt.choose(*images_and_labels(), count=20, seed=0)
     rows, metrics = adapt.run(classifier_of(), test, options(adapters=("bn",)), seed=0, device=CPU)
-    assert list(metrics["error"]) == ["source", "bn"]
+    assert list(metrics["errors"]) == ["source", "bn"]
     assert metrics["clean"] == rows[0]["error"]
 
 
@@ -204,8 +204,8 @@ def test_the_stage_writes_the_same_bytes_twice(workspace, capsys):
     assert list(rows[0]) == ["adapter", "corruption", "severity", "error"]
     assert len(rows) == 3 * (1 + 5 * 3)
     metrics = json.loads(first[2])
-    assert set(metrics) == {"clean", "error", "not_applicable", "images"}
-    assert set(metrics["error"]) == {"source", "bn", "tsd"}
+    assert set(metrics) == {"clean", "errors", "not_applicable", "images"}
+    assert set(metrics["errors"]) == {"source", "bn", "tsd"}
     assert metrics["images"] == 61
     output = capsys.readouterr().out
     assert "adapt.images 2000: there are 61 labelled test images, all are used" in output

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fake_workspace
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from deepclust import encoder as encoders
 from tasks import layout, register
+from tests.tasks import fake_workspace
 
 
 @pytest.fixture(scope="module")

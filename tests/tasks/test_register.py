@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import fake_workspace
 import pytest
 
 from tasks import layout, params, register, tracking
 from tasks.register import Version, champion
+from tests.tasks import fake_workspace
 
 
 def version(number: int, knn: float | None = None, rankme: float | None = None, data: str = "d") -> Version:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_workspace
 import numpy as np
 import pytest
 import threadpoolctl
@@ -17,6 +16,7 @@ from sklearn.manifold import TSNE
 
 from deepclust.errors import DataError, TrackingError
 from tasks import comparison, layout, plots, register, report, tracking
+from tests.tasks import fake_workspace
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_baselines_come_first_and_numbers_are_those_of_the_metrics(workspace: Pa
     assert float(rows[2]["knn20"]) == pytest.approx(measured["all"]["k20_t0.07"], rel=1e-5)
     assert float(rows[2]["knn200"]) == pytest.approx(measured["all"]["k200_t0.07"], rel=1e-5)
     assert float(rows[2]["error_tsd"]) == pytest.approx(
-        comparison.stage_metrics("adapt", "swav")["error"]["tsd"], rel=1e-5
+        comparison.stage_metrics("adapt", "swav")["errors"]["tsd"], rel=1e-5
     )
     assert rows[0]["error_bn"] == "", "not applicable to pixels: blank, not zero"
     assert "bn: no batch normalisation" in html()

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_workspace
 import pytest
 
 from deepclust.errors import TrackingError
 from tasks import params, provenance, tracking
+from tests.tasks import fake_workspace
 
 PYTHON = (sys.executable, "-c")
 TRACK = "from tasks import params, tracking\nwith tracking.stage_run('embed', 'swav', params.load()) as run: "
