@@ -5,7 +5,8 @@ FROM ${BASE_IMAGE}
 # Git tells DVC and the tracking which code ran. Without it the image would still work, with less to say.
 RUN command -v git || (apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*)
 
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy PYTHONDONTWRITEBYTECODE=1
+# Compiled once here: every stage is a process of its own, and the container may not write beside the libraries.
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PYTHONDONTWRITEBYTECODE=1
 RUN python -m venv /opt/venv && pip install --no-cache-dir --disable-pip-version-check uv
 
 # The dependencies stand above the code, so that a change of code installs nothing again.
