@@ -73,7 +73,7 @@ def _with_old_gaps(before: str, after: str) -> str:
 
 def _round_trip() -> YAML:
     """A YAML reader and writer that leaves every line as it is that it need not change."""
-    yaml = YAML()
+    yaml = YAML(typ="rt")  # keeps comments, and constructs no Python objects
     yaml.preserve_quotes = True
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)

@@ -309,7 +309,14 @@ class Params(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that reads 1e-4 as a number, where YAML 1.1 sees a string."""
+    """A safe loader that reads 1e-4 as a number, where YAML 1.1 sees a string, and refuses a key that comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is stated twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepclust.errors import ConfigError
-from tasks import params
+from tasks import overrides, params
 from tests.closure import ROOT
 
 
@@ -145,3 +145,23 @@ def test_values_that_only_look_right_are_refused(path: str, value: object) -> No
         params.parse(raw)
     assert "\n" not in str(refused.value)
     assert "constrained" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('seed: !!python/object/apply:os.mkdir ["made"]', "not valid YAML"),
+        ("seed: 0\nseed: 1", "'seed' is stated twice"),
+    ],
+)
+def test_a_file_that_runs_code_or_says_a_thing_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(text.replace("seed: 0", line), encoding="utf-8")
+    with pytest.raises(ConfigError, match=complaint):
+        params.load(tmp_path / "params.yaml")
+    with pytest.raises(ConfigError):
+        overrides.apply(["embed.batch_size=100"], tmp_path / "params.yaml")
+    assert not (tmp_path / "made").exists()
