@@ -52,8 +52,8 @@ def check_folder(data: params.Data) -> None:
         )
     if data.source == "folder" and not Path(data.folder).exists():
         raise StageError(
-            f"data.folder: expected a folder of images, found no {data.folder!r} in {Path.cwd()}; create it, or name "
-            "another one: data.folder=path/to/images"
+            f"data.folder: expected a folder of images, found no {str(Path(data.folder).absolute())!r}; create it, or "
+            "name another one: data.folder=path/to/images"
         )
 
 
