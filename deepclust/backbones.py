@@ -61,7 +61,7 @@ def _resnet(name: str) -> Callable[[int, int], tuple[nn.Module, int]]:
     def build_resnet(channels: int, image_size: int) -> tuple[nn.Module, int]:
         from torchvision import models
 
-        net = getattr(models, name)(weights=None, zero_init_residual=True)
+        net = getattr(models, name)(weights=None)
         dim: int = net.fc.in_features
         net.fc = nn.Identity()
         if image_size <= SMALL_IMAGE:
@@ -98,3 +98,28 @@ def build(name: str, *, channels: int, image_size: int) -> tuple[nn.Module, int]
     if name not in BACKBONES:
         raise ConfigError(f"pretrain.shared.backbone: expected one of {', '.join(BACKBONES)}; got {name!r}")
     return BACKBONES[name](channels, image_size)
+
+
+def zero_init_residual(module: nn.Module) -> int:
+    """Set the weight of the last norm of every residual block to zero, so that each block starts as its shortcut.
+
+    Source: arXiv 1706.02677, section 5.1. timm's blocks know their own last norm (`zero_init_last`).
+
+    Returns:
+        The number of norms set; 0 if the module has no residual blocks that are known here.
+    """
+    from torchvision.models import resnet
+
+    norms: list[nn.Module] = []
+    others = 0
+    for block in module.modules():
+        if isinstance(block, ResidualBlock | resnet.BasicBlock):
+            norms.append(block.norm2 if isinstance(block, ResidualBlock) else block.bn2)
+        elif isinstance(block, resnet.Bottleneck):
+            norms.append(block.bn3)
+        elif callable(zero_last := getattr(block, "zero_init_last", None)):
+            zero_last()
+            others += 1
+    for norm in norms:
+        nn.init.zeros_(norm.weight)  # type: ignore[arg-type]  # a norm's, not any module's
+    return len(norms) + others
