@@ -26,6 +26,7 @@ DOORS = {
     "torch.distributed": ("deepclust/distributed.py",),
     "faiss": ("deepclust/kmeans.py",),
     "torch": ("tasks/", "deepclust/"),
+    "timm": ("deepclust/backbones.py",),
 }
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 
