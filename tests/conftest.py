@@ -1,5 +1,20 @@
-"""Every test runs without telemetry and on a stage's number of threads."""
+"""Every test runs without telemetry and on a stage's number of threads; `seed` repeats a test at several seeds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
 
 from tasks import environment
 
 environment.prepare()
+
+_SEEDS = [int(seed) for seed in os.environ.get("DEEPCLUST_TEST_SEEDS", "0,1,2").split(",")]
+
+
+@pytest.fixture(params=_SEEDS)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fixed seed, or one of those that `python -m tests.fresh_seeds` draws."""
+    number: int = request.param
+    return number

@@ -1,4 +1,4 @@
-"""The contract of a pretraining method: a loss, parameter groups, a check and three hooks with empty defaults."""
+"""The contract of a pretraining method: a loss, parameter groups, a check and four hooks with empty defaults."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ Embed = Callable[[nn.Module], Tensor]
 class Method(nn.Module, ABC):
     """A backbone with what the method trains around it.
 
+    Whatever outlives a step is a parameter or a buffer, so that the state dict holds it.
+
     Attributes:
         backbone: Images (batch, C, H, W), normalised, to features; the encoder that pretraining is for.
     """
@@ -26,7 +28,9 @@ class Method(nn.Module, ABC):
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch.
+        """Loss of a batch, or of one of the equal parts that the batch of an update is split into.
+
+        So nothing that the next part would see may change in here: what enters a queue is kept until `after_step`.
 
         Args:
             views: Normalised crops of the batch, each (batch, C, S, S).
@@ -34,7 +38,11 @@ class Method(nn.Module, ABC):
             generator: CPU generator of this step, for whatever else is random.
 
         Returns:
-            The loss, and scalars worth logging, without gradient.
+            The loss, and scalars worth logging, 0-dim and without gradient. By the same name in every method that has
+            it: `embedding_spread` (see `spread`); `loss_to_chance`, the classification part of the loss divided by its
+            value for a model that knows nothing; `prototypes_used`, the share of the prototypes, or of the batch's
+            codes where those are fewer, that are somebody's strongest code; `code_entropy`, the mean entropy of a
+            sample's codes / ln K.
         """
 
     def check(self, images: int) -> None:
@@ -48,14 +56,26 @@ class Method(nn.Module, ABC):
         """Groups for the optimiser; by default one with everything that has a gradient."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
+    def bind(self, images: int) -> None:
+        """Register the buffers with a row for each of `images` training images; called once, after `check`."""
+
     def before_epoch(self, epoch: int, embed: Embed, seed: int) -> None:
         """Called before each epoch, with a seed of its own."""
 
-    def after_backward(self, step: int) -> None:
-        """Called between the gradients and the update."""
+    def before_step(self, step: int) -> None:
+        """Called before the first loss of an update."""
 
     def after_step(self, step: int) -> None:
         """Called after the update."""
+
+
+def spread(unit_embeddings_BD: Tensor) -> Tensor:
+    """Mean over the dimensions of the batch's standard deviation, times √D: 1 is healthy, 0 is collapse.
+
+    SimSiam (arXiv 2011.10566, section 4.1) shows the same number without the factor, so that 1/√D is healthy.
+    """
+    embeddings = unit_embeddings_BD.detach().float()
+    return embeddings.std(0, correction=0).mean() * embeddings.shape[1] ** 0.5
 
 
 def by_resolution(module: nn.Module, views: list[Tensor]) -> Tensor:
