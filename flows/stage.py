@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import server
-from tasks import params
+from tasks import params, sections
 from tasks.run import DeepclustError, StageError, Workspace
 from tasks.stage import errors_as_one_line
 
@@ -39,7 +39,7 @@ def stage(name: str) -> State[Any]:
     return Completed(message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
 
 
-def check_folder(data: params.Data) -> None:
+def check_folder(data: sections.Data) -> None:
     """Refuse a folder of images that DVC can not follow; of its own it says only that a dep is missing.
 
     Raises:

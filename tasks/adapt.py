@@ -30,7 +30,7 @@ from deepclust.corruptions import corrupt
 from deepclust.devices import default_device
 from deepclust.errors import AdaptationError, CheckpointError
 from deepclust.views import to_float
-from tasks import layout, params, prepared, stage
+from tasks import layout, prepared, sections, stage
 
 COLUMNS = ["adapter", "corruption", "severity", "error"]
 CLEAN = ("clean", 0)
@@ -80,7 +80,7 @@ def batches(
         yield images, torch.from_numpy(test.labels[cut])
 
 
-def make_adapters(model: Classifier, values: params.Adapt) -> tuple[dict[str, Adapter], dict[str, str]]:
+def make_adapters(model: Classifier, values: sections.Adapt) -> tuple[dict[str, Adapter], dict[str, str]]:
     """The adapters that apply to the model, and why the others do not. `source` is always there, to compare with."""
     adapters: dict[str, Adapter] = {}
     not_applicable: dict[str, str] = {}
@@ -143,7 +143,7 @@ def load_head(folder: Path, feature_dim: int) -> nn.Linear | None:
 
 
 def run(
-    model: Classifier, test: Chosen, values: params.Adapt, *, seed: int, device: torch.device
+    model: Classifier, test: Chosen, values: sections.Adapt, *, seed: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every adapter on every stream.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepclust import kmeans, metrics, seeding
 from deepclust.devices import default_device
 from deepclust.errors import ConfigError
-from tasks import gallery, layout, params, prepared, stage
+from tasks import gallery, layout, prepared, sections, stage
 
 MOST_AUTOMATIC_CLUSTERS = 100
 
@@ -53,7 +53,7 @@ def main() -> None:
         _write(here, best[primary], points, splits, options)
 
 
-def primary_k(options: params.Cluster, *, classes: int, images: int) -> int:
+def primary_k(options: sections.Cluster, *, classes: int, images: int) -> int:
     """`cluster.k`; automatic: the number of classes, without labels √(images / 2) rounded, between 2 and 100."""
     if options.k != "auto":
         return options.k
@@ -68,7 +68,7 @@ def _load(encoder: str, split: str, normalise: bool) -> Tensor:
 class Scorer:
     """Scores clusterings of the test points; the distances for the silhouette are computed once."""
 
-    def __init__(self, test: Tensor, labels: np.ndarray, options: params.Cluster, seed: int) -> None:
+    def __init__(self, test: Tensor, labels: np.ndarray, options: sections.Cluster, seed: int) -> None:
         self._test = test
         self._labels = labels
         self._options = options
@@ -117,7 +117,7 @@ def _write(
     best: kmeans.Clusters,
     points: dict[str, Tensor],
     splits: dict[str, prepared.Split],
-    options: params.Cluster,
+    options: sections.Cluster,
 ) -> None:
     """Centroids, the table of assignments and the contact sheet."""
     np.save(here.folder / "centroids.npy", best.centroids.cpu().numpy())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepclust import evaluation
 from deepclust.devices import default_device
-from tasks import layout, params, prepared, stage
+from tasks import layout, prepared, sections, stage
 
 NO_LABELS = "no labelled training images"
 NO_TEST_LABELS = "no labelled test images"
@@ -67,7 +67,7 @@ def evaluate(
     labels: dict[str, np.ndarray],
     heldout: np.ndarray,
     classes: int,
-    options: params.Linear,
+    options: sections.Linear,
 ) -> tuple[dict[str, Any], evaluation.LinearClassifier]:
     """kNN and linear accuracy on the held-out training images and on the test images.
 

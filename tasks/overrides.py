@@ -11,11 +11,12 @@ import argparse
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from deepclust.errors import ConfigError
@@ -36,12 +37,67 @@ def apply(overrides: Sequence[str], path: Path = layout.PARAMS, *, write: bool =
         ConfigError: If an override has no `=`, names an unknown parameter, or makes the file invalid; the file stays
             as it was then.
     """
+
+    def change(document: Any) -> None:
+        for override in overrides:
+            _set(document, override)
+
+    return _edit(path, change, write=write)
+
+
+def apply_recipe(recipe: Path, path: Path = layout.PARAMS) -> str:
+    """Write a recipe over a parameter file: a YAML file with some of its keys, the rest stays.
+
+    A list is replaced as a whole, and so is a mapping whose `name` changes: an optimiser takes none of another's
+    options with it.
+
+    Returns:
+        The change as a unified diff, empty if the values stood there already.
+
+    Raises:
+        ConfigError: If the recipe can not be read, names an unknown parameter, or makes the file invalid; the file
+            stays as it was then.
+    """
+    if not recipe.is_file():
+        known = ", ".join(sorted(str(file) for file in recipe.parent.glob("*.yaml"))) or "none there"
+        raise ConfigError(f"expected a recipe in {recipe}, found none; there are: {known}")
+    changes = params.read(recipe)
+    try:
+        return _edit(path, lambda document: _merge(document, changes), write=True)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _merge(document: Any, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        old = document.get(key)
+        same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name"))
+        if same_kind:
+            _merge(old, value)
+        elif old != value:
+            document[key] = _styled(value)
+
+
+def _styled(value: Any) -> Any:
+    """A plain value laid out as params.yaml does it: in one line, but for a list of mappings, one a line."""
+    if isinstance(value, dict):
+        mapping = CommentedMap({key: _styled(item) for key, item in value.items()})
+        mapping.fa.set_flow_style()
+        return mapping
+    if isinstance(value, list):
+        items = CommentedSeq(map(_styled, value))
+        if not any(isinstance(item, dict) for item in value):
+            items.fa.set_flow_style()
+        return items
+    return value
+
+
+def _edit(path: Path, change: Callable[[Any], None], *, write: bool) -> str:
     params.read(path)  # a missing or broken file is reported in the usual words
     before = path.read_text(encoding="utf-8")
     yaml = _round_trip()
     document = yaml.load(before)
-    for override in overrides:
-        _set(document, override)
+    change(document)
     text = io.StringIO()
     yaml.dump(document, text)
     after = _with_old_gaps(before, text.getvalue())
@@ -77,6 +133,9 @@ def _round_trip() -> YAML:
     yaml.preserve_quotes = True
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     return yaml
 
 

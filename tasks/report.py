@@ -19,7 +19,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError, TrackingError
-from tasks import comparison, layout, params, plots, prepared, provenance, register, stage, store
+from tasks import comparison, layout, plots, prepared, provenance, register, sections, stage, store
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MAP_ITERATIONS = 500
@@ -77,7 +77,7 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def draw(folder: Path, rows: list[comparison.Row], values: params.Params) -> dict[str, Any]:
+def draw(folder: Path, rows: list[comparison.Row], values: sections.Params) -> dict[str, Any]:
     """Write every picture into the folder.
 
     Returns:
@@ -188,7 +188,7 @@ def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
     return found
 
 
-def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: params.Params) -> str:
+def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: sections.Params) -> str:
     """The HTML, with the folder's pictures inside."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

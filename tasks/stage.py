@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.errors import DeepclustError
-from tasks import environment, layout, params, tracking
+from tasks import environment, layout, params, sections, tracking
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Here:
 
     stage: str
     encoder: str | None
-    params: params.Params
+    params: sections.Params
     folder: Path
     run: tracking.Run
     _files: dict[Path, str] = field(default_factory=dict)

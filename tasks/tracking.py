@@ -22,8 +22,8 @@ from typing import Any
 from deepclust.errors import TrackingError
 from tasks import environment, provenance, store
 from tasks.guards import TERMINATED, locked, sigterm_exits
-from tasks.params import Params
 from tasks.params import load as load_params
+from tasks.sections import Params
 
 PARENT = "DEEPCLUST_PARENT_RUN"
 EXPERIMENT = "deepclust"

@@ -17,8 +17,12 @@ ROOMS = ("tasks", "deepclust")
 # Where the closure stops: these never decide what a stage writes.
 OBSERVERS = {
     "tasks/params.py": "has no defaults: every value stands in params.yaml, which DVC tracks by value",
+    "tasks/sections.py": "the same",
+    "tasks/pretrain_sections.py": "the same",
+    "tasks/values.py": "the same",
     "tasks/tracking.py": "writes to MLflow only",
     "tasks/probe.py": "writes to MLflow only",
+    "tasks/watch.py": "writes to MLflow, the terminal and state/ only, and can stop a run",
     "tasks/progress.py": "writes to the terminal only",
 }
 _DEP = re.compile(r"^ {6}- (?:tasks|deepclust)/\S+\n", re.MULTILINE)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import ConfigError
-from tasks import overrides, params
+from tasks import overrides, params, pretrain_sections
 from tests.closure import ROOT
 
 
@@ -55,7 +55,7 @@ def test_lists_items_and_nested_values_can_be_set_at_once(file: Path) -> None:
     assert values.cluster.k == 7
     assert values.adapt.tsd.filter_k is None
     swav = values.method("swav")
-    assert isinstance(swav, params.SwAV)
+    assert isinstance(swav, pretrain_sections.SwAV)
     assert (swav.optimiser.rate, swav.crops[1].count) == (0.01, 4)
     assert len(_changed(before, file.read_text())) == 2 * len(edits)
 
@@ -69,7 +69,7 @@ def test_the_repositorys_own_file_survives_a_round_trip_unchanged(file: Path) ->
 
 def test_a_new_encoder_is_a_valid_key(file: Path) -> None:
     overrides.apply(["pretrain.untrained={method: random}", "encoders=[pixels, untrained]"], file)
-    assert params.load(file).method("untrained") == params.Frozen(method="random")
+    assert params.load(file).method("untrained") == pretrain_sections.Frozen(method="random")
 
 
 @pytest.mark.parametrize(

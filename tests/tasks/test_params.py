@@ -116,7 +116,7 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str | None,
 def test_the_check_is_a_command(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     done = subprocess.run([sys.executable, "-m", "tasks.params", "check"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: encoders: missing; ")
 
 

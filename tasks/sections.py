@@ -1,0 +1,125 @@
+"""What params.yaml may say: one frozen class a section. `tasks.params` reads them.
+
+No field has a default: params.yaml is the whole statement of a run, and DVC tracks it by value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from deepclust.errors import ConfigError
+from tasks.pretrain_sections import Method, Pretrain
+from tasks.values import Auto, Count, EncoderName, Flag, Natural, Positive, Section, Share, hint
+
+
+class Data(Section):
+    """What `prepare` makes the arrays from."""
+
+    source: Literal["FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10", "folder"]
+    folder: str
+    image_size: Annotated[int, Field(strict=True, ge=8, le=1024)] | Auto
+    resize: Literal["crop", "pad", "stretch"]
+    colour: Literal["grey", "rgb", "auto"]
+    test_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    heldout_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    max_skipped: Share
+    max_pixels: Count
+
+
+class Embed(Section):
+    """Feature extraction."""
+
+    batch_size: Count
+
+
+class Cluster(Section):
+    """k-means on the embeddings."""
+
+    k: Annotated[int, Field(strict=True, ge=2)] | Auto
+    other_k: tuple[Annotated[int, Field(strict=True, ge=2)], ...]
+    seeds: Count
+    iterations: Count
+    normalise: Flag
+    silhouette_images: Annotated[int, Field(strict=True, ge=10)]
+    gallery_images: Count
+
+
+class Linear(Section):
+    """kNN and the linear classifier."""
+
+    neighbours: Annotated[tuple[Count, ...], Field(min_length=1)]
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    weight_decays: Annotated[tuple[Annotated[float, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+    iterations: Count
+
+
+class TSD(Section):
+    """TSD's options; see deepclust/adaptation/tsd.py."""
+
+    rate: Positive
+    parameters: Literal["all", "affine", "body", "head"]
+    filter_k: Count | None
+    neighbours: Count
+    local_weight: Annotated[float, Field(strict=True, ge=0)]
+    temperature: Positive
+
+
+class Adapt(Section):
+    """Test-time adaptation to corrupted streams."""
+
+    adapters: Annotated[tuple[Literal["source", "bn", "tsd"], ...], Field(min_length=1)]
+    corruptions: Annotated[
+        tuple[Literal["gaussian_noise", "gaussian_blur", "contrast", "brightness", "rotation"], ...],
+        Field(min_length=1),
+    ]
+    severities: Annotated[tuple[Annotated[int, Field(strict=True, ge=1, le=5)], ...], Field(min_length=1)]
+    images: Count
+    batch_size: Count
+    tsd: TSD
+
+
+class Report(Section):
+    """The comparison."""
+
+    map_images: Annotated[int, Field(strict=True, ge=10)]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: Natural
+    encoders: Annotated[tuple[EncoderName, ...], Field(min_length=1)]
+    data: Data
+    pretrain: Pretrain
+    embed: Embed
+    cluster: Cluster
+    linear: Linear
+    adapt: Adapt
+    report: Report
+
+    @model_validator(mode="after")
+    def _check(self) -> Params:
+        for name in self.encoders:
+            if name not in self.pretrain.encoders:
+                raise ValueError(
+                    f"encoders names {name!r}, but there is no section pretrain.{name}; there are "
+                    f"{', '.join(self.pretrain.encoders)}; add the section or mend the name"
+                )
+        if len(set(self.encoders)) < len(self.encoders):
+            raise ValueError(f"encoders must be distinct, got {list(self.encoders)}")
+        return self
+
+    def method(self, encoder: str) -> Method:
+        """The encoder's section.
+
+        Raises:
+            ConfigError: If params.yaml has no such encoder.
+        """
+        if encoder not in self.pretrain.encoders:
+            known = list(self.pretrain.encoders)
+            raise ConfigError(
+                f"expected an encoder of params.yaml ({', '.join(known)}), got {encoder!r}{hint(encoder, known)}"
+            )
+        return self.pretrain.encoders[encoder]
