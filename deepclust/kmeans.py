@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust import seeding
@@ -57,6 +58,9 @@ def fit(
     iterations: int,
     initialisation: str = "k-means++",
     tolerance: float = 1e-4,
+    spherical: bool = False,
+    restarts: int = 1,
+    initial: Tensor | None = None,
 ) -> Clusters:
     """Cluster points.
 
@@ -64,9 +68,13 @@ def fit(
         points_ND: float32 points.
         k: Number of clusters.
         seed: Decides the initialisation.
-        iterations: At most so many Lloyd iterations.
+        iterations: At most so many Lloyd iterations of a run.
         initialisation: `k-means++` (Arthur and Vassilvitskii, 2007; greedy) or `points`, k distinct random points.
         tolerance: Stop when the inertia falls by less than this share in one iteration.
+        spherical: Bring the centroids to unit length after every mean; for points of unit length, where the nearest
+            centroid is then the one of the largest cosine.
+        restarts: Runs from initialisations of their own; the one with the smallest inertia counts.
+        initial: Centroids (k, D) to start the only run from, in place of an initialisation.
 
     Raises:
         ConfigError: If k is not in 1..N.
@@ -77,14 +85,33 @@ def fit(
         raise ConfigError(f"expected 1 ≤ k ≤ {count}, the number of points; got k = {k}; lower it")
     if not torch.isfinite(points_ND).all():
         raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
+    assert initial is None or (restarts == 1 and len(initial) == k)
     points = points_ND.float().contiguous()
-    centroids = _INITIALISATIONS[initialisation](points, k, seeding.generator(seed, "k-means", k))
     total = sum(float(block.double().square().sum()) for block in _blocks(points))
+    best: Clusters | None = None
+    for restart in range(restarts):
+        if initial is None:
+            generator = seeding.generator(seed, "k-means", k, *([restart] if restart else []))
+            centroids = _INITIALISATIONS[initialisation](points, k, generator)
+        else:
+            centroids = F.normalize(initial.float(), dim=1) if spherical else initial.float().clone()
+        found = _lloyd(points, centroids, total=total, iterations=iterations, tolerance=tolerance, spherical=spherical)
+        if best is None or found.inertia < best.inertia:
+            best = found
+    assert best is not None, f"expected at least one run, got {restarts}"
+    return best
+
+
+def _lloyd(
+    points: Tensor, centroids: Tensor, *, total: float, iterations: int, tolerance: float, spherical: bool
+) -> Clusters:
+    """One run from `centroids`; `total` is the sum of the points' squared lengths."""
+    k = len(centroids)
     previous = math.inf
     for iteration in range(1, iterations + 1):  # noqa: B007 - reported below
         assignments = _nearest(points, centroids)
         sums, sizes = _accumulate(points, assignments, k)
-        centroids = (sums / sizes.clamp(min=1)[:, None]).float()
+        centroids = (F.normalize(sums, dim=1) if spherical else sums / sizes.clamp(min=1)[:, None]).float()
         # Σ‖x − c‖² without another pass over the points.
         exact = centroids.double()
         inertia = total - 2 * float((exact * sums).sum()) + float((sizes * exact.square().sum(1)).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -68,14 +69,30 @@ class Method(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """Called after the update."""
 
+    def exported(self) -> dict[str, dict[str, Tensor]]:
+        """What later stages need besides the backbone: names of files, and the tensors (on the CPU) of each."""
+        return {}
+
 
 def spread(unit_embeddings_BD: Tensor) -> Tensor:
     """Mean over the dimensions of the batch's standard deviation, times √D: 1 is healthy, 0 is collapse.
 
     SimSiam (arXiv 2011.10566, section 4.1) shows the same number without the factor, so that 1/√D is healthy.
     """
-    embeddings = unit_embeddings_BD.detach().float()
-    return embeddings.std(0, correction=0).mean() * embeddings.shape[1] ** 0.5
+    embeddings = unit_embeddings_BD.detach()
+    return embeddings.std(0, correction=0).mean() * math.sqrt(embeddings.shape[1])
+
+
+def share_used(chosen: Tensor, count: int) -> Tensor:
+    """Share of `count` prototypes that are chosen at least once, or of the choices where these are fewer."""
+    used = torch.zeros(count, dtype=torch.bool, device=chosen.device)
+    used[chosen] = True
+    return used.sum() / min(count, len(chosen))
+
+
+def by_view(rows: Tensor, views: int) -> Tensor:
+    """Rows (views · batch, dim), as `by_resolution` gives them, as (views, batch, dim)."""
+    return rows.view(views, -1, rows.shape[1])
 
 
 def by_resolution(module: nn.Module, views: list[Tensor]) -> Tensor:

@@ -4,14 +4,16 @@ Differences from the original code, all deliberate:
 - A cluster is one column of the prototype logits, also when several samples of the batch share it; the original repeats
   the column, so that a sample's own prototype counts among its negatives.
 - Negatives are drawn for the whole batch by one vectorised draw, not by loops over samples.
-- The keys go through the network in shuffled groups, so that batch normalisation does not leak which query is whose key
-  (MoCo, arXiv 1911.05722, section 3.3); the original shuffles over GPUs.
+- The number of negatives is a parameter of its own; the original takes the queue's length.
+- Those of MoCo, which it builds on.
+
+B batch, N training images, K clusters, D dimension of the embeddings.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +22,7 @@ from torch import Tensor, nn
 from deepclust import heads, kmeans
 from deepclust.errors import ConfigError
 from deepclust.methods import base
-
-_KEY_GROUPS = 4  # of the shuffled keys; four groups of 64 at batch 256
-
-
-def info_nce(queries_BD: Tensor, keys_BD: Tensor, queue_RD: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of each query with its own key against the queue (equation 1). Rows of unit length."""
-    positive = (queries_BD * keys_BD).sum(1, keepdim=True)
-    logits = torch.cat([positive, queries_BD @ queue_RD.T], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+from deepclust.methods.moco import MoCo
 
 
 def proto_nce(
@@ -52,17 +46,65 @@ def proto_nce(
         assignments_B: Cluster of each query.
         negatives: Clusters drawn; at most K minus the distinct positives.
         generator: CPU generator of the draw.
+
+    Raises:
+        ConfigError: If the positives leave fewer clusters than `negatives`.
     """
     count = len(prototypes_KD)
     chosen = torch.zeros(count, dtype=torch.bool, device=queries_BD.device)
     chosen[assignments_B] = True
+    # Counting makes a GPU wait, so only where the batch does not leave enough in any case.
+    if negatives > count - len(assignments_B) and negatives > (left := count - int(chosen.sum())):
+        raise ConfigError(
+            f"negatives: expected at most {left}, the clusters of {count} that are nobody's positive in a batch of "
+            f"{len(assignments_B)}; got {negatives}; lower it, or raise clusters"
+        )
     order = torch.rand(count, generator=generator).to(chosen.device).masked_fill_(chosen, -1.0)
     chosen[order.topk(negatives).indices] = True
-    logits = queries_BD @ prototypes_KD.T / concentrations_K
+    logits = heads.products(queries_BD, prototypes_KD) / concentrations_K
     return F.cross_entropy(logits.masked_fill(~chosen, -torch.inf), assignments_B)
 
 
-class PCL(base.Method):
+class Clustering(nn.Module):
+    """One granularity's clusters, as buffers.
+
+    Attributes:
+        centroids: (K, D), as k-means left them.
+        prototypes: (K, D), the same as unit rows.
+        concentrations: (K,), φ.
+        assignments: (N,) int64, the cluster of each training image; no rows before `bind`.
+    """
+
+    centroids: Tensor
+    prototypes: Tensor
+    concentrations: Tensor
+    assignments: Tensor
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("centroids", torch.zeros(count, dim))
+        self.register_buffer("prototypes", torch.zeros(count, dim))
+        self.register_buffer("concentrations", torch.zeros(count))
+        self.register_buffer("assignments", torch.zeros(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    def bind(self, images: int) -> None:
+        """Make room for as many assignments."""
+        self.assignments = self.assignments.new_zeros(images)
+
+    def replace(self, found: kmeans.Clusters, *, temperature: float) -> None:
+        """Take over a new k-means; the concentrations are of the distances to its centroids as they are."""
+        self.centroids.copy_(found.centroids)
+        self.prototypes.copy_(F.normalize(found.centroids, dim=1))
+        self.concentrations.copy_(
+            kmeans.concentration(found.distances, found.assignments, k=len(self), temperature=temperature)
+        )
+        self.assignments.copy_(found.assignments)
+
+
+class PCL(MoCo):
     """PCL.
 
     Args:
@@ -71,16 +113,20 @@ class PCL(base.Method):
         hidden_dim: Width of the head's hidden layer; 0 for a linear head (v1).
         dim: Dimension of the embeddings, D.
         key_momentum: m of the momentum encoder.
-        queue_length: Keys that are kept as negatives, R.
+        queue_length: Keys that are kept as negatives of InfoNCE.
         temperature: τ of InfoNCE, and the mean of φ.
-        clusters: Number of clusters of each granularity.
+        key_groups: See MoCo.
+        clusters: Number of clusters of each granularity, K.
         negatives: Clusters drawn as negatives in each granularity.
         warmup_epochs: Epochs with InfoNCE alone.
-        kmeans_iterations: Lloyd iterations of each E-step.
+        kmeans_iterations: Lloyd iterations of each E-step, at most.
+        kmeans_restarts: Seeded runs of k-means, of which the best counts.
+        kmeans_every: Epochs from one E-step to the next.
+        kmeans_warm_start: Begin each E-step but the first from the centroids of the last one, in a single run.
+        spherical: Keep the centroids at unit length during k-means.
     """
 
-    queue: Tensor
-    position: Tensor
+    clustered: Tensor
 
     def __init__(
         self,
@@ -92,87 +138,100 @@ class PCL(base.Method):
         key_momentum: float,
         queue_length: int,
         temperature: float,
+        key_groups: int,
         clusters: Sequence[int],
         negatives: int,
         warmup_epochs: int,
         kmeans_iterations: int,
+        kmeans_restarts: int,
+        kmeans_every: int,
+        kmeans_warm_start: bool,
+        spherical: bool,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = heads.projection(feature_dim, hidden_dim, dim)
-        self.key_encoder = nn.Sequential(copy.deepcopy(self.backbone), copy.deepcopy(self.head)).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))
-        self.key_momentum = key_momentum
-        self.temperature = temperature
-        self.clusters = tuple(clusters)
+        super().__init__(
+            backbone,
+            feature_dim,
+            hidden_dim=hidden_dim,
+            dim=dim,
+            key_momentum=key_momentum,
+            queue_length=queue_length,
+            temperature=temperature,
+            key_groups=key_groups,
+        )
+        self.clusterings = nn.ModuleList([Clustering(count, dim) for count in clusters])
+        self.register_buffer("clustered", torch.zeros((), dtype=torch.bool))
         self.negatives = negatives
         self.warmup_epochs = warmup_epochs
         self.kmeans_iterations = kmeans_iterations
-        self._granularities: list[tuple[Tensor, Tensor, Tensor]] = []  # prototypes, concentrations, assignments
-        self._keys: Tensor | None = None
+        self.kmeans_restarts = kmeans_restarts
+        self.kmeans_every = kmeans_every
+        self.kmeans_warm_start = kmeans_warm_start
+        self.spherical = spherical
+        self._use_prototypes = False
 
     def check(self, images: int) -> None:
         """Every granularity needs as many images as clusters."""
-        if max(self.clusters) > images:
+        most = max(len(clustering) for clustering in self._granularities())
+        if most > images:
             raise ConfigError(
-                f"clusters: expected at most {images}, the number of training images; got {max(self.clusters)}; "
-                "lower it"
+                f"clusters: expected at most {images}, the number of training images; got {most}; lower it"
             )
+
+    def bind(self, images: int) -> None:
+        """Make room for the assignments of all images."""
+        for clustering in self._granularities():
+            clustering.bind(images)
 
     def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
         """The E-step: cluster the momentum features of all training images, once for each granularity."""
-        if epoch < self.warmup_epochs:
+        if epoch < self.warmup_epochs or (epoch - self.warmup_epochs) % self.kmeans_every:
             return
         features = F.normalize(embed(self.key_encoder), dim=1)
-        self._granularities = []
-        for k in self.clusters:
-            found = kmeans.fit(features, k, seed=seed, iterations=self.kmeans_iterations, initialisation="points")
-            phi = kmeans.concentration(found.distances, found.assignments, k=k, temperature=self.temperature)
-            self._granularities.append((F.normalize(found.centroids, dim=1), phi, found.assignments))
+        warm = self.kmeans_warm_start and bool(self.clustered)
+        for clustering in self._granularities():
+            found = kmeans.fit(
+                features,
+                len(clustering),
+                seed=seed,
+                iterations=self.kmeans_iterations,
+                initialisation="points",
+                spherical=self.spherical,
+                restarts=1 if warm else self.kmeans_restarts,
+                initial=clustering.centroids if warm else None,
+            )
+            clustering.replace(found, temperature=self.temperature)
+        self.clustered.fill_(True)
+
+    def before_step(self, step: int) -> None:
+        """Decide whether the prototypes count yet."""
+        super().before_step(step)
+        self._use_prototypes = bool(self.clustered)
 
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class. InfoNCE plus, after the warm-up, the mean ProtoNCE over the granularities."""
-        query_view, key_view = views
-        queries = F.normalize(self.head(self.backbone(query_view)), dim=1)
-        keys = self._shuffled_keys(key_view, generator)
-        instance = info_nce(queries, keys, self.queue, temperature=self.temperature)
-        self._keys = keys
-        logged = {"info_nce": instance.detach()}
-        if not self._granularities:
+        """See the base class. InfoNCE plus, after the warm-up, the mean ProtoNCE over the granularities.
+
+        Raises:
+            ConfigError: If a group of keys would have a single row, or the negatives of a batch are too few.
+        """
+        queries, instance, logged = self.contrast(views, generator)
+        if not self._use_prototypes:
             return instance, logged
         prototype = torch.stack(
             [
                 proto_nce(
                     queries,
-                    prototypes,
-                    concentrations,
-                    assignments[indices.to(assignments.device)],
+                    clustering.prototypes,
+                    clustering.concentrations,
+                    clustering.assignments[indices.to(queries.device)],
                     negatives=self.negatives,
                     generator=generator,
                 )
-                for prototypes, concentrations, assignments in self._granularities
+                for clustering in self._granularities()
             ]
         ).mean()
         return instance + prototype, logged | {"proto_nce": prototype.detach()}
 
-    @torch.no_grad()
-    def _shuffled_keys(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(len(view), generator=generator).to(view.device)
-        groups = view[order].tensor_split(max(1, min(_KEY_GROUPS, len(view) // 2)))
-        keys = torch.cat([self.key_encoder(group) for group in groups])
-        return F.normalize(keys[order.argsort()], dim=1)
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Move the momentum encoder, then put the batch's keys into the queue in place of the oldest."""
-        online = [*self.backbone.parameters(), *self.head.parameters()]
-        for key, query in zip(self.key_encoder.parameters(), online, strict=True):
-            key.lerp_(query, 1 - self.key_momentum)
-        assert self._keys is not None
-        start = int(self.position)
-        self.queue[start : start + len(self._keys)] = self._keys
-        self.position.fill_((start + len(self._keys)) % len(self.queue))
-        self._keys = None
+    def _granularities(self) -> list[Clustering]:
+        return cast("list[Clustering]", list(self.clusterings))

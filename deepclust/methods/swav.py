@@ -1,12 +1,16 @@
 """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (SwAV), arXiv 2006.09882.
 
 Differences from the original code, all deliberate:
-- Sinkhorn runs in the log domain and in float32 at least, so it neither overflows nor divides in half precision.
+- Sinkhorn runs in the log domain and in float64, so it neither overflows nor divides in half precision.
 - Frozen prototypes get no gradient at all, so neither weight decay nor momentum moves them.
+- Codes can be made hard for the first steps.
+
+B batch, V crops, A crops that codes are computed for, K prototypes, D dimension of the embeddings.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 from deepclust import heads, sinkhorn
 from deepclust.methods import base
+from deepclust.methods.queue import Queue
 
 
 def swapped_loss(scores: Sequence[Tensor], codes: dict[int, Tensor], *, temperature: float) -> Tensor:
@@ -40,6 +45,11 @@ def swapped_loss(scores: Sequence[Tensor], codes: dict[int, Tensor], *, temperat
     return torch.stack(losses).mean()
 
 
+def harden(codes_BK: Tensor) -> Tensor:
+    """One-hot rows of each code's largest entry."""
+    return F.one_hot(codes_BK.argmax(1), codes_BK.shape[1]).to(codes_BK.dtype)
+
+
 class SwAV(base.Method):
     """SwAV.
 
@@ -48,13 +58,19 @@ class SwAV(base.Method):
         feature_dim: Dimension of the features.
         hidden_dim: Width of the head's hidden layer; 0 for a linear head.
         dim: Dimension of the embeddings.
-        prototypes: Number of prototypes, K; about ten times the number of classes.
+        prototypes: Number of prototypes of each prototype head, K; about ten times the number of classes.
         temperature: τ of the prediction.
         epsilon: Entropy weight of the codes; smaller against collapse.
         sinkhorn_iterations: Alternations for the codes.
         assign_crops: Numbers of the crops that codes are computed for.
         freeze_prototypes_steps: First steps in which the prototypes do not move.
+        hard_assignment_steps: First steps in which a code is the one-hot of its largest entry.
+        queue_length: Embeddings of earlier batches, for each assign crop, that take part in the codes of a batch
+            (section 4, "small batches"); 0 for none. Used from when it is full.
+        queue_start_epoch: Epoch in which it begins to fill.
     """
+
+    epoch: Tensor
 
     def __init__(
         self,
@@ -63,41 +79,97 @@ class SwAV(base.Method):
         *,
         hidden_dim: int,
         dim: int,
-        prototypes: int,
+        prototypes: Sequence[int],
         temperature: float,
         epsilon: float,
         sinkhorn_iterations: int,
         assign_crops: Sequence[int],
         freeze_prototypes_steps: int,
+        hard_assignment_steps: int,
+        queue_length: int,
+        queue_start_epoch: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = heads.projection(feature_dim, hidden_dim, dim)
-        self.prototypes = heads.Prototypes(prototypes, dim)
+        self.prototypes = heads.PrototypeHeads(prototypes, dim)
+        self.queue = Queue(len(assign_crops), queue_length, dim)
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
         self.temperature = temperature
         self.epsilon = epsilon
         self.sinkhorn_iterations = sinkhorn_iterations
         self.assign_crops = tuple(assign_crops)
         self.freeze_prototypes_steps = freeze_prototypes_steps
+        self.hard_assignment_steps = hard_assignment_steps
+        self.queue_length = queue_length
+        self.queue_start_epoch = queue_start_epoch
+        self._hard = self._filling = self._use_queue = False
+        self._new: list[Tensor] = []  # embeddings (A, B, D) that enter the queue after the step
+
+    def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
+        """Remember the epoch, which decides when the queue begins to fill."""
+        self.epoch.fill_(epoch)
+
+    def before_step(self, step: int) -> None:
+        """Freeze or normalise the prototypes; decide how the codes of this step are made."""
+        frozen = step < self.freeze_prototypes_steps
+        for prototypes in self.prototypes:
+            prototypes.requires_grad_(not frozen)
+            if frozen:
+                prototypes.weight.grad = None
+            else:
+                prototypes.normalise()
+        self._hard = step < self.hard_assignment_steps
+        self._filling = self.queue_length > 0 and bool(self.epoch >= self.queue_start_epoch)
+        self._use_queue = self._filling and self.queue.full()
+        self._new.clear()
 
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class. Logs the share of prototypes that are some sample's strongest code."""
-        self.prototypes.normalise()
-        embeddings = F.normalize(self.head(base.by_resolution(self.backbone, views)), dim=1)
-        scores = self.prototypes(embeddings).chunk(len(views))
-        codes = {
-            crop: sinkhorn.codes(scores[crop], epsilon=self.epsilon, iterations=self.sinkhorn_iterations)
-            for crop in self.assign_crops
-        }
-        used = torch.bincount(torch.cat([code.argmax(1) for code in codes.values()]), minlength=scores[0].shape[1]) > 0
-        return (
-            swapped_loss(scores, codes, temperature=self.temperature),
-            {"prototypes_used": used.float().mean()},
-        )
+        """See the base class. The mean over the prototype heads of the swapped loss; so are the logged scalars."""
+        embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
+        assigned = base.by_view(embeddings.detach(), len(views))[list(self.assign_crops)]
+        if self._filling:
+            self._new.append(assigned)
+        losses, parts = [], []
+        for prototypes in self.prototypes:
+            scores = prototypes(embeddings).chunk(len(views))
+            soft = self._codes(prototypes, scores)
+            codes = {crop: harden(code) for crop, code in soft.items()} if self._hard else soft
+            losses.append(swapped_loss(scores, codes, temperature=self.temperature))
+            chance = math.log(len(prototypes))
+            every_code = torch.cat(list(soft.values()))
+            parts.append(
+                {
+                    "loss_to_chance": losses[-1].detach() / chance,
+                    "prototypes_used": base.share_used(every_code.argmax(1), len(prototypes)),
+                    "code_entropy": torch.special.entr(every_code).sum(1).mean() / chance,
+                }
+            )
+        logged = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        return torch.stack(losses).mean(), {"embedding_spread": base.spread(assigned[0])} | logged
 
-    def after_backward(self, step: int) -> None:
-        """Keep the prototypes where they are while they are frozen."""
-        if step < self.freeze_prototypes_steps:
-            self.prototypes.weight.grad = None
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Put the step's embeddings into the queue in place of the oldest."""
+        if self._new:
+            self.queue.push(torch.cat(self._new, dim=1))
+        self._new.clear()
+
+    def exported(self) -> dict[str, dict[str, Tensor]]:
+        """See the base class. What `heads.prototype_scores` needs."""
+        return self.prototypes.exported(self.head)
+
+    @torch.no_grad()
+    def _codes(self, prototypes: heads.Prototypes, scores: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Codes of the batch for each assign crop, before any of them is made hard."""
+        codes = {}
+        for number, crop in enumerate(self.assign_crops):
+            # The queue holds embeddings: scores of today's prototypes with the embeddings of then.
+            earlier = [prototypes(self.queue.rows[number])] if self._use_queue else []
+            all_codes = sinkhorn.codes(
+                torch.cat([scores[crop], *earlier]), epsilon=self.epsilon, iterations=self.sinkhorn_iterations
+            )
+            codes[crop] = all_codes[: len(scores[crop])]
+        return codes

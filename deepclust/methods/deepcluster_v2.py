@@ -1,0 +1,144 @@
+"""DeepCluster-v2, from "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882.
+
+Described in the paper's appendix E; the assignments follow DeepCluster, arXiv 1807.05520. Differences from the original
+code, all deliberate:
+- Before the first epoch the memory bank is filled from plain centre views in eval mode; the original takes a pass over
+  augmented crops in train mode.
+- An empty cluster moves to the worst served point; the original leaves its old centroid where it was.
+- k-means stops when it no longer improves, and may be restarted.
+- The bank has one row for each image, by its number; the images that an epoch leaves out keep their older rows.
+
+N training images, B batch, V crops, A crops in the memory bank, K prototypes, D dimension of the embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepclust import heads, kmeans, seeding
+from deepclust.errors import ConfigError
+from deepclust.methods import base
+
+
+def assignment_loss(scores_VBK: Tensor, assignments_B: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy of every crop's scores, divided by τ, with the assignment of its image; mean over the crops."""
+    crops = len(scores_VBK)
+    return F.cross_entropy(scores_VBK.flatten(0, 1) / temperature, assignments_B.repeat(crops))
+
+
+class DeepClusterV2(base.Method):
+    """DeepCluster-v2.
+
+    Args:
+        backbone: Images to features.
+        feature_dim: Dimension of the features.
+        hidden_dim: Width of the head's hidden layer; 0 for a linear head.
+        dim: Dimension of the embeddings, D.
+        prototypes: Number of clusters of each prototype head, K. Head i clusters the embeddings of assign crop i,
+            counted modulo their number.
+        temperature: τ of the prediction.
+        assign_crops: Numbers of the crops whose embeddings are clustered.
+        kmeans_iterations: Lloyd iterations before each epoch, at most.
+        kmeans_restarts: Seeded runs of k-means, of which the best counts.
+    """
+
+    bank: Tensor
+    assignments: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        hidden_dim: int,
+        dim: int,
+        prototypes: Sequence[int],
+        temperature: float,
+        assign_crops: Sequence[int],
+        kmeans_iterations: int,
+        kmeans_restarts: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = heads.projection(feature_dim, hidden_dim, dim)
+        # The centroids of the last k-means, not trained.
+        self.prototypes = heads.PrototypeHeads(prototypes, dim).requires_grad_(False)
+        self.register_buffer("bank", torch.zeros(len(assign_crops), 0, dim))
+        self.register_buffer("assignments", torch.zeros(len(prototypes), 0, dtype=torch.long))
+        self.temperature = temperature
+        self.assign_crops = tuple(assign_crops)
+        self.kmeans_iterations = kmeans_iterations
+        self.kmeans_restarts = kmeans_restarts
+        self._new: list[tuple[Tensor, Tensor]] = []  # indices (B,) and embeddings (A, B, D) for the bank
+
+    def check(self, images: int) -> None:
+        """Every head needs as many images as clusters."""
+        most = max(len(prototypes) for prototypes in self.prototypes)
+        if most > images:
+            raise ConfigError(
+                f"prototypes: expected at most {images}, the number of training images; got {most}; lower it"
+            )
+
+    def bind(self, images: int) -> None:
+        """Make room for the memory bank (A, N, D) and the assignments (heads, N)."""
+        crops, _, dim = self.bank.shape
+        self.bank = self.bank.new_zeros(crops, images, dim)
+        self.assignments = self.assignments.new_zeros(len(self.assignments), images)
+
+    @torch.no_grad()
+    def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
+        """Cluster the memory bank once for each head."""
+        if not self.bank.any():
+            self.bank.copy_(heads.unit_rows(embed(nn.Sequential(self.backbone, self.head))))
+        for number, prototypes in enumerate(self.prototypes):
+            found = kmeans.fit(
+                self.bank[number % len(self.bank)],
+                len(prototypes),
+                seed=seeding.derive(seed, number),
+                iterations=self.kmeans_iterations,
+                initialisation="points",
+                spherical=True,
+                restarts=self.kmeans_restarts,
+            )
+            prototypes.weight.copy_(found.centroids)
+            self.assignments[number] = found.assignments
+
+    def before_step(self, step: int) -> None:
+        """Forget embeddings of a step that came to no update."""
+        self._new.clear()
+
+    def loss(
+        self, views: list[Tensor], indices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the base class. The mean over the prototype heads of the assignment loss; so are the logged scalars."""
+        indices = indices.to(self.assignments.device)
+        embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
+        assigned = base.by_view(embeddings.detach(), len(views))[list(self.assign_crops)]
+        self._new.append((indices, assigned))
+        losses, chances, used = [], [], []
+        for prototypes, assignments in zip(self.prototypes, self.assignments[:, indices], strict=True):
+            scores = base.by_view(prototypes(embeddings), len(views))
+            losses.append(assignment_loss(scores, assignments, temperature=self.temperature))
+            chances.append(losses[-1].detach() / math.log(len(prototypes)))
+            used.append(base.share_used(assignments, len(prototypes)))
+        return torch.stack(losses).mean(), {
+            "embedding_spread": base.spread(assigned[0]),
+            "loss_to_chance": torch.stack(chances).mean(),
+            "prototypes_used": torch.stack(used).mean(),
+        }
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Write the step's embeddings into the memory bank, for the next epoch's clustering."""
+        for indices, embeddings in self._new:
+            self.bank[:, indices] = embeddings
+        self._new.clear()
+
+    def exported(self) -> dict[str, dict[str, Tensor]]:
+        """See the base class. What `heads.prototype_scores` needs."""
+        return self.prototypes.exported(self.head)

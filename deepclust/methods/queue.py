@@ -1,0 +1,38 @@
+"""The newest embeddings of the last batches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Queue(nn.Module):
+    """The last `length` rows that were pushed, for each of `shape` queues side by side; all state is in buffers.
+
+    Attributes:
+        rows: (*shape, length, D); unit rows by chance before the first push.
+        pushed: Rows pushed so far, 0-dim.
+    """
+
+    rows: Tensor
+    pushed: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(shape), dim=-1))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
+
+    def full(self) -> bool:
+        """Whether as many rows were pushed as there are places."""
+        return bool(self.pushed >= self.rows.shape[-2])
+
+    @torch.no_grad()
+    def push(self, rows: Tensor) -> None:
+        """Put rows (*shape, count, D) in the places of the oldest."""
+        length, count = self.rows.shape[-2], rows.shape[-2]
+        assert count <= length, f"a batch of {count} rows is longer than the queue of {length}"
+        # The positions stay on the device: reading `pushed` there would make the host wait for the update.
+        places = (self.pushed + torch.arange(count, device=self.rows.device)) % length
+        self.rows.index_copy_(-2, places, rows)
+        self.pushed += count
