@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from deepclust import data, features, optim, seeding, views
-from deepclust.errors import TrainingError
+from deepclust.errors import ConfigError, TrainingError
 from deepclust.methods.base import Method
 
 Normalise = Callable[[Tensor], Tensor]
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,37 +27,57 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the images.
-        batch_size: Images of a step.
-        rate: Learning rate after the warm-up.
-        momentum: SGD's momentum.
-        weight_decay: SGD's weight decay.
-        warmup_epochs: Length of the linear warm-up.
-        final_rate: Share of the rate that is left at the last step.
+        batch_size: Images of an update.
+        accumulate: Equal parts that a batch goes through the network in, one after the other, to need less memory.
+            Batch normalisation sees one part at a time.
+        precision: `float32`, or `bf16` or `fp16` for autocast where the device has it; see `effective_precision`.
+        optimiser: How the parameters move.
         crops: Resolutions of the crops.
         colour: Colour augmentation.
         seed: Decides order, views and everything else that is random.
+
+    Raises:
+        ConfigError: If `accumulate` does not divide the batch, or there is no such precision.
     """
 
     epochs: int
     batch_size: int
-    rate: float
-    momentum: float
-    weight_decay: float
-    warmup_epochs: float
-    final_rate: float
+    accumulate: int
+    precision: str
+    optimiser: optim.Optimiser
     crops: Sequence[views.Crop]
     colour: views.Colour
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}; "
+                "change one of them"
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+
 
 @dataclass(frozen=True)
 class Step:
-    """What one update did: its number from 0, epoch from 0, loss, learning rate and the method's own scalars."""
+    """What one update did.
+
+    Attributes:
+        step: Its number, from 0.
+        epoch: Its epoch, from 0.
+        loss: Loss before the update.
+        rate: The scheduled learning rate.
+        gradient_norm: Norm of the whole gradient before clipping; with fp16 it may be infinite, and the update was
+            then left out.
+        logged: The method's own scalars.
+    """
 
     step: int
     epoch: int
     loss: float
     rate: float
+    gradient_norm: float
     logged: dict[str, float]
 
 
@@ -75,6 +98,18 @@ def _ignore_step(_: Step) -> None:
 
 def _ignore_epoch(_: Epoch) -> None:
     """For callers that do not watch the epochs."""
+
+
+def effective_precision(precision: str, device: torch.device) -> str:
+    """The precision that a device really trains in.
+
+    Half precision only on a GPU, bf16 only on one that computes in it: elsewhere autocast is slower than float32.
+    """
+    if device.type != "cuda":
+        return "float32"
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float32"
+    return precision
 
 
 def train(
@@ -102,19 +137,17 @@ def train(
         Number of updates made.
 
     Raises:
-        TrainingError: If the loss is not finite; before the update, so the weights are still good.
-        ConfigError: If the batch is larger than the data set.
+        TrainingError: If the loss or the gradient is not finite; before the update, so the weights are still good.
+        ConfigError: If the batch is larger than the data set, or the method refuses the data set.
     """
     method.check(len(images))
+    method.bind(len(images))
     source = data.Images(images, device)
     per_epoch = data.steps_per_epoch(len(source), recipe.batch_size)
-    schedule = optim.Schedule(
-        rate=recipe.rate,
-        final_rate=recipe.final_rate,
-        warmup_steps=round(recipe.warmup_epochs * per_epoch),
-        total_steps=recipe.epochs * per_epoch,
+    schedule = optim.schedule(
+        recipe.optimiser, batch_size=recipe.batch_size, epochs=recipe.epochs, steps_per_epoch=per_epoch
     )
-    optimiser = optim.sgd(method.parameter_groups(), momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    update = _Update(optim.build(recipe.optimiser, method.parameter_groups()), recipe, device)
 
     def embed(module: nn.Module) -> Tensor:
         module.eval()
@@ -139,22 +172,66 @@ def train(
                 generator=seeding.generator(recipe.seed, "views", step),
             )
             waiting += time.perf_counter() - asked
-            rate = optim.set_rate(optimiser, schedule, step)
-            loss, logged = method.loss(
-                [normalise(crop) for crop in crops], indices, seeding.generator(recipe.seed, "method", step)
+            rate = optim.set_rate(update.optimiser, schedule, step)
+            method.before_step(step)
+            loss, norm, logged = update.prepare(
+                method, [normalise(crop) for crop in crops], indices, seeding.generator(recipe.seed, "method", step)
             )
-            value = loss.item()
-            if not np.isfinite(value):
-                raise TrainingError(
-                    f"expected a finite loss, got {value} in step {step} of epoch {epoch}, stopped before the update; "
-                    f"lower optimiser.rate (now {rate:.3g}) or lengthen the warm-up"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            method.after_backward(step)
-            optimiser.step()
+            update.check(loss, norm, where=f"step {step} of epoch {epoch}", rate=rate)
+            update.apply()
             method.after_step(step)
-            on_step(Step(step, epoch, value, rate, {name: float(scalar) for name, scalar in logged.items()}))
+            on_step(Step(step, epoch, loss, rate, norm, logged))
             step += 1
         on_epoch(Epoch(epoch, time.perf_counter() - started, waiting, per_epoch * recipe.batch_size))
     return step
+
+
+class _Update:
+    """From a batch to gradients and from these to an update, in parts and in the precision that the recipe wants."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer, recipe: Recipe, device: torch.device) -> None:
+        self.optimiser = optimiser
+        self._parts = recipe.accumulate
+        precision = effective_precision(recipe.precision, device)
+        # What is switched off passes everything through, bit for bit: autocast, the scaler, and an infinite norm.
+        self._autocast = torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "float32")
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._largest_norm = math.inf if recipe.optimiser.clip_norm is None else recipe.optimiser.clip_norm
+
+    def prepare(
+        self, method: Method, crops: list[Tensor], indices: Tensor, generator: torch.Generator
+    ) -> tuple[float, float, dict[str, float]]:
+        """Put the batch's clipped gradient into the parameters.
+
+        Returns:
+            Loss, norm of the gradient before clipping, and the method's scalars; means over the parts.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = []
+        for part_indices, *part_crops in zip(*(rows.chunk(self._parts) for rows in (indices, *crops)), strict=True):
+            with self._autocast:
+                loss, logged = method.loss(part_crops, part_indices, generator)
+            self._scaler.scale(loss / self._parts).backward()  # type: ignore[no-untyped-call]
+            parts.append(torch.stack([loss.detach(), *(scalar.to(loss.device) for scalar in logged.values())]))
+        self._scaler.unscale_(self.optimiser)
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        clip_grads_with_norm_(parameters, self._largest_norm, norm)
+        # One synchronisation a step, for all numbers together.
+        value, *scalars, norm_value = torch.cat([torch.stack(parts).mean(0), norm.view(1)]).tolist()
+        return value, norm_value, dict(zip(logged, scalars, strict=True))
+
+    def check(self, loss: float, gradient_norm: float, *, where: str, rate: float) -> None:
+        """Refuse to update from what is not finite; with fp16 a gradient that is not is the scaler's business."""
+        norm_checked = 0.0 if self._scaler.is_enabled() else gradient_norm
+        for name, value in (("loss", loss), ("gradient norm", norm_checked)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"expected a finite {name}, got {value} in {where}, stopped before the update; "
+                    f"lower optimiser.rate (now {rate:.3g}) or lengthen the warm-up"
+                )
+
+    def apply(self) -> None:
+        """Update the parameters; with fp16, unless the gradient is not finite."""
+        self._scaler.step(self.optimiser)
+        self._scaler.update()
