@@ -1,4 +1,4 @@
-"""The pipeline with several training seeds, in throw-away workspaces side by side: mean ± std of every encoder's numbers.
+"""The pipeline with several training seeds in throw-away workspaces side by side: mean ± std of every number.
 
     python benchmarks/seeds.py --seeds 0 1 2
     python benchmarks/seeds.py --seeds 0 --recipe recipes/fashion-mnist-long.yaml --override 'encoders=[pixels, swav]'

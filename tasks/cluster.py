@@ -17,7 +17,7 @@ from torch import Tensor
 from deepclust import kmeans, metrics, seeding
 from deepclust.devices import default_device
 from deepclust.errors import ConfigError
-from tasks import gallery, layout, prepared, sections, stage
+from tasks import gallery, layout, prepared, prototypes, sections, stage
 
 MOST_AUTOMATIC_CLUSTERS = 100
 
@@ -49,7 +49,18 @@ def main() -> None:
                 ),
                 flush=True,
             )
-        here.metrics({"k": primary, **scores[primary], "other_k": {str(k): scores[k] for k in ks if k != primary}})
+        own = prototypes.Prototypes(here.encoder, device)
+        features = {split: _load(here.encoder, split, normalise=False).to(device) for split in layout.SPLITS}
+        here.metrics(
+            {
+                "k": primary,
+                **scores[primary],
+                "other_k": {str(k): scores[k] for k in ks if k != primary},
+                "prototypes": own.score(features, splits),
+            }
+        )
+        if table := own.rows(features, splits):
+            stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
         _write(here, best[primary], points, splits, options)
 
 

@@ -41,3 +41,8 @@ def split(name: str) -> Path:
 def embeddings(encoder: str, split_name: str) -> Path:
     """Features of one split, rows in data-set order."""
     return out("embed", encoder) / f"{split_name}.npy"
+
+
+def last_good(encoder: str) -> Path:
+    """The encoder of the last epoch without an alarm, kept while its run is not over."""
+    return STATE / "pretrain" / encoder / "last_good"

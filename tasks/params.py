@@ -75,6 +75,8 @@ def _lines(errors: list[Any]) -> str:
         found.setdefault(path, []).append(message)
         if message.startswith("expected"):
             came[path] = f", got {item['input']!r}"
+    # What is wrong inside a list says more than that the list is no number either.
+    found = {path: texts for path, texts in found.items() if not any(other.startswith(f"{path}.") for other in found)}
     return "; ".join(f"{path}: {' or '.join(texts)}{came.get(path, '')}" for path, texts in list(found.items())[:3])
 
 

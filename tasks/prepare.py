@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deepclust.errors import DataError
 from tasks import draw, folders, layout, pixels, sources, stage
-from tasks.params import Data
+from tasks.sections import Data
 
 Source = sources.Named | folders.Folder
 

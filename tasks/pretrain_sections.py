@@ -97,6 +97,8 @@ class Pretrained(Section):
     weights: str
     sha256: Hash | None
     input_size: Annotated[int, Field(strict=True, ge=8, le=1024)] | None
+    mean: tuple[Share, ...] | None
+    std: tuple[Positive, ...] | None
 
     @model_validator(mode="after")
     def _check(self) -> Pretrained:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import layout
-from tasks.params import Params
+from tasks.sections import Params
 
 # What the pipeline itself writes into git: a run in progress does not make the code "dirty".
 _WRITTEN = (":!dvc.lock", f":!{layout.METRICS}", f":!{layout.PLOTS}", f":!{layout.PARAMS}")

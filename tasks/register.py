@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from deepclust import backbones
 from deepclust.errors import DataError
 from tasks import layout, params, prepared, provenance, store, tracking
 from tasks.guards import locked
@@ -28,6 +29,7 @@ from tasks.stage import errors_as_one_line
 
 ALIAS = "champion"
 _CONTENT, _DATA = "content", "data.hash"
+# What the stored model needs; timm only where the encoder is one of its networks.
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
 _HERE = Path(__file__).resolve().parent
 
@@ -124,12 +126,18 @@ def _create(
             code=_HERE / "model.py",
             files=folder,
             library=_HERE.parent / "deepclust",
-            requirements=[f"{package}=={metadata.version(package).partition('+')[0]}" for package in _REQUIRED],
+            requirements=_requirements(encoder),
             labelled=bool(classes),
             example=np.array(prepared.images("test")[:2]),
             metadata={"classes": classes, "encoder": encoder, "data_hash": tags[_DATA]},
         )
     tracking.create_version(client, name, address, run_id, tags)
+
+
+def _requirements(encoder: str) -> list[str]:
+    backbone = _read(layout.out("pretrain", encoder) / "encoder.json")["backbone"]
+    packages = [*_REQUIRED, "timm"] if backbone.startswith(backbones.TIMM) else _REQUIRED
+    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in packages]
 
 
 def _files(encoder: str) -> list[Path]:

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from tasks import overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+METHODS = ("swav", "deepcluster_v2", "moco", "pcl", "simsiam")
 SHORT = [
     "data.source=folder",
     "data.folder=images",
@@ -26,8 +27,10 @@ SHORT = [
     "adapt.severities=[3]",
     "adapt.batch_size=16",
     "report.map_images=12",
-    *(f"pretrain.{method}.{edit}" for method in ("swav", "pcl", "simsiam") for edit in ("epochs=2", "batch_size=16")),
+    *(f"pretrain.{method}.{edit}" for method in METHODS for edit in ("epochs=2", "batch_size=16")),
+    f"encoders=[pixels, random, {', '.join(METHODS)}]",
     "pretrain.swav.prototypes=12",
+    "pretrain.deepcluster_v2.prototypes=[12, 12, 12]",
     "pretrain.pcl.clusters=[24, 30]",
     "pretrain.pcl.negatives=8",
     "pretrain.pcl.queue_length=32",

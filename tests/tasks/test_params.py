@@ -70,7 +70,35 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("pretrain.simsiam.crops.0.count", 3, r"^pretrain\.simsiam: needs exactly two crops of each image, got 3$"),
         ("pretrain.pcl.crops.0.count", 1, r"^pretrain\.pcl: needs exactly two crops"),
         ("pretrain.pcl.queue_length", 4000, r"^pretrain\.pcl: queue_length 4000 .*the nearest is 4096$"),
-        ("pretrain.pcl.negatives", 245, r"^pretrain\.pcl: negatives 245 \+ batch_size 256 .*smallest of clusters, 500"),
+        (
+            "pretrain.swav.optimiser.momentun",
+            0.9,
+            r"^pretrain\.swav\.optimiser\.momentun: unknown parameter; did you mean momentum\?$",
+        ),
+        (
+            "pretrain.swav.optimiser.name",
+            "adam",
+            r"^pretrain\.swav\.optimiser\.name: one of sgd, lars, larc, adamw is expected, got 'adam'$",
+        ),
+        ("pretrain.swav.optimiser.name", "lars", r"^pretrain\.swav\.optimiser\.trust: missing"),
+        ("pretrain.swav.prototypes", 1, r"^pretrain\.swav\.prototypes: .*greater than or equal to 2.*, got 1$"),
+        (
+            "pretrain.swav.prototypes",
+            [30, 1],
+            r"^pretrain\.swav\.prototypes\.1: .*greater than or equal to 2.*, got 1$",
+        ),
+        ("pretrain.swav.queue_length", 300, r"^pretrain\.swav: queue_length 300 .*the nearest is 256$"),
+        ("pretrain.swav.accumulate", 3, r"^pretrain\.swav: accumulate 3 must divide batch_size 256"),
+        ("pretrain.moco.key_groups", 129, r"^pretrain\.moco: key_groups 129 .*at most 128"),
+        ("pretrain.pcl.kmeans_restarts", 0, r"^pretrain\.pcl\.kmeans_restarts: .*greater than or equal to 1, got 0$"),
+        ("pretrain.shared.stem", "imagenet", r"^pretrain\.shared: stem 'imagenet' is a ResNet's"),
+        ("pretrain.shared.backbone", "resnet19", r"^pretrain\.shared\.backbone: .*pattern.*, got 'resnet19'|^pretrain"),
+        (
+            "pretrain.pretrained.weights",
+            "timm",
+            r"^pretrain\.pretrained: weights: timm needs a backbone timm/NAME\.TAG",
+        ),
+        ("pretrain.watchdog", "bark", r"^pretrain\.watchdog: expected 'warn' or 'stop', got 'bark'$"),
     ],
 )
 def test_a_mistake_is_one_line(whole: dict[str, Any], dotted: str, value: Any, message: str) -> None:
@@ -87,7 +115,12 @@ def test_a_missing_parameter_is_an_error_as_there_are_no_defaults(whole: dict[st
 
 
 def test_the_negatives_of_pcl_may_just_fit(whole: dict[str, Any]) -> None:
-    params.parse(_with(whole, "pretrain.pcl.negatives", 500 - 256))
+    raw = _with(_with(whole, "pretrain.pcl.clusters", [500, 1000]), "pretrain.pcl.negatives", 500 - 256)
+    params.parse(raw)
+    with pytest.raises(
+        ConfigError, match=r"^pretrain\.pcl: negatives 245 \+ batch_size 256 .*smallest of clusters, 500"
+    ):
+        params.parse(_with(raw, "pretrain.pcl.negatives", 500 - 255))
 
 
 def test_an_unknown_encoder_is_named_with_the_nearest(whole: dict[str, Any]) -> None:

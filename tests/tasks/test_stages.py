@@ -17,7 +17,7 @@ from deepclust import features, kmeans
 from tasks import layout, params, pretrain, probe, tracking
 from tests.tasks import small_run
 
-ENCODERS = ("pixels", "random", "swav", "pcl", "simsiam")
+ENCODERS = ("pixels", "random", "swav", "deepcluster_v2", "moco", "pcl", "simsiam")
 STAGES = ("pretrain", "embed", "cluster", "linear", "adapt")
 
 
@@ -66,7 +66,7 @@ def test_embeddings_are_the_saved_encoders_features_in_data_set_order(labelled: 
 
 def test_training_moved_the_backbone_from_where_random_stays(labelled: Path) -> None:
     random = load_file(labelled / layout.out("pretrain", "random") / encoders.WEIGHTS)
-    for encoder in ("swav", "pcl", "simsiam"):
+    for encoder in small_run.METHODS:
         trained = load_file(labelled / layout.out("pretrain", encoder) / encoders.WEIGHTS)
         assert trained.keys() == random.keys()
         assert not torch.equal(trained["backbone.0.weight"], random["backbone.0.weight"])
@@ -102,6 +102,34 @@ def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled
     ]
     best = min(fits, key=lambda found: found.inertia)
     np.testing.assert_allclose(np.load(folder / "centroids.npy"), best.centroids.numpy(), atol=1e-6)
+
+
+def test_prototypes_cluster_unseen_images_by_their_strongest_score(labelled: Path) -> None:
+    points = np.load(labelled / layout.embeddings("swav", "test")).astype(np.float64)
+    head = {name: tensor.double().numpy() for name, tensor in _stored(labelled, "swav", "projection").items()}
+    rows = _stored(labelled, "swav", "prototypes")["0"].double().numpy()
+    hidden = points @ head["0.weight"].T
+    hidden = (hidden - head["1.running_mean"]) / np.sqrt(head["1.running_var"] + 1e-5)
+    embeddings = np.maximum(hidden * head["1.weight"] + head["1.bias"], 0) @ head["3.weight"].T + head["3.bias"]
+    scores = embeddings @ rows.T / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    table = csv.DictReader((labelled / layout.out("cluster", "swav") / "prototypes.csv").open())
+    found = [row for row in table if row["split"] == "test"]
+    np.testing.assert_allclose([float(row["score"]) for row in found], scores.max(1), atol=1e-5)
+    assert [int(row["prototype"]) for row in found] == scores.argmax(1).tolist()
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+def test_each_head_is_a_clustering_with_its_own_numbers(labelled: Path, unlabelled: Path) -> None:
+    found = metrics(labelled, "cluster", "deepcluster_v2")["prototypes"]
+    assert list(found) == ["0", "1", "2"]
+    assert all(set(head) == {"k", "used", "nmi", "ari", "majority"} for head in found.values())
+    assert found["0"]["k"] == 12
+    assert set(metrics(unlabelled, "cluster", "swav")["prototypes"]["0"]) == {"k", "used"}
+    assert metrics(labelled, "cluster", "pcl")["prototypes"] == {}
+
+
+def _stored(root: Path, encoder: str, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / layout.out("pretrain", encoder) / f"{name}.safetensors")
 
 
 def test_other_k_are_reported_beside_the_primary_one(labelled: Path) -> None:

@@ -1,0 +1,90 @@
+"""What follows a training run: probe, watchdog, and the encoder of the last good epoch for the case that it fails.
+
+An observer: it writes to MLflow, to the terminal and under state/, and can stop a run, but never changes an output.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepclust import encoder, training, watchdog
+from deepclust.errors import TrainingError
+from deepclust.methods import Method
+from tasks import layout, probe, stage
+
+
+class Watch:
+    """Follows the run of one stage.
+
+    Args:
+        here: The stage.
+        method: The method in training.
+        trained: The encoder around its backbone.
+        images: (N, H, W, C) uint8, what it is trained on.
+        normalise: What comes between crops and network.
+        device: Where both are.
+    """
+
+    def __init__(
+        self,
+        here: stage.Here,
+        method: Method,
+        trained: encoder.Encoder,
+        images: NDArray[np.uint8],
+        *,
+        normalise: training.Normalise,
+        device: torch.device,
+    ) -> None:
+        assert here.encoder
+        self._here = here
+        self._trained = trained
+        self._dog = watchdog.Watchdog(method, images, normalise=normalise, device=device, seed=here.params.seed)
+        self._probe = probe.Probe(here.run, trained, device)
+        self._folder = layout.last_good(here.encoder)
+        self._good = 0
+        self.clear()
+
+    def step(self, done: training.Step) -> None:
+        """Take note of an update."""
+        self._dog.step(done)
+
+    def epoch(self, done: training.Epoch, means: dict[str, float]) -> None:
+        """Log an epoch with the means over its steps; say, or stop, what is wrong with it.
+
+        Raises:
+            TrainingError: If something is, and params.yaml says `watchdog: stop`.
+        """
+        report = self._dog.epoch(done)
+        self._probe(done, means | report.indicators)
+        for alarm in report.alarms:
+            print(f"warning: epoch {done.epoch + 1}: {alarm.message}", file=sys.stderr, flush=True)
+        if not report.alarms:
+            self._keep(done.epoch + 1)
+            return
+        self._here.run.set_tags({"watchdog": ", ".join(alarm.symptom for alarm in report.alarms)})
+        if self._here.params.pretrain.watchdog == "stop":
+            raise TrainingError(f"stopped by the watchdog after epoch {done.epoch + 1}: {report.alarms[0].message}")
+
+    def kept(self) -> str:
+        """Where the last good encoder is."""
+        if not self._good:
+            return "no epoch was good, so no encoder is kept"
+        return f"the encoder after epoch {self._good} is kept in {self._folder}"
+
+    def clear(self) -> None:
+        """Forget what was kept: a new run begins, or this one has ended well."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep(self, epochs: int) -> None:
+        partial = self._folder.with_name(f".{self._folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        encoder.save(self._trained, partial, epochs=epochs)
+        self.clear()
+        partial.rename(self._folder)
+        self._good = epochs

@@ -1,0 +1,64 @@
+"""What is left at `auto` is decided by the data, what is stated is kept, and sizes that do not fit are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deepclust import sizes
+from deepclust.errors import ConfigError
+from tasks import params, sizing
+from tasks.pretrain_sections import Trained
+from tests.closure import ROOT
+
+
+def _section(method: str, **changes: Any) -> Trained:
+    raw = params.read(ROOT / "params.yaml")
+    raw["pretrain"][method] |= changes
+    section = params.parse(raw).pretrain.encoders[method]
+    assert isinstance(section, Trained)
+    return section
+
+
+def test_automatic_sizes_are_those_of_the_rule() -> None:
+    swav = _section("swav", prototypes="auto", queue_length="auto", batch_size=64)
+    options = sizing.options(swav, images=60_000, image_size=28)
+    assert options["prototypes"] == (100,)
+    assert options["queue_length"] == 64
+    pcl = _section("pcl", clusters="auto", negatives="auto", queue_length="auto")
+    options = sizing.options(pcl, images=60_000, image_size=28)
+    assert (options["clusters"], options["negatives"], options["queue_length"]) == ((500, 1000, 2000), 244, 4096)
+
+
+def test_only_what_the_data_decided_is_reported() -> None:
+    section = _section("swav", prototypes="auto", queue_length=512)
+    options = sizing.options(section, images=60_000, image_size=28)
+    assert sizing.automatic(section, options) == {"prototypes": (100,)}
+
+
+def test_deepcluster_v2_has_three_heads_of_its_own_accord() -> None:
+    options = sizing.options(_section("deepcluster_v2", prototypes="auto"), images=60_000, image_size=28)
+    assert options["prototypes"] == (100, 100, 100)
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(30, (30,)), ([20, 40], (20, 40))])
+def test_stated_prototypes_are_kept(stated: Any, expected: tuple[int, ...]) -> None:
+    assert sizing.options(_section("swav", prototypes=stated), images=999, image_size=28)["prototypes"] == expected
+
+
+def test_parts_of_a_batch_count_for_the_negatives_not_the_whole() -> None:
+    section = _section("pcl", clusters=[300], negatives="auto", accumulate=4)
+    assert sizing.options(section, images=60_000, image_size=28)["negatives"] == 300 - 64
+
+
+def test_automatic_clusters_with_too_many_stated_negatives_are_refused_with_the_numbers() -> None:
+    section = _section("pcl", clusters="auto", negatives=5000)
+    with pytest.raises(ConfigError, match=r"negatives 5000 \+ batch_size 256 must not exceed .* 500"):
+        sizing.options(section, images=60_000, image_size=28)
+
+
+def test_a_batch_too_large_for_the_data_is_refused_with_the_one_that_fits() -> None:
+    with pytest.raises(ConfigError, match="lower batch_size to at most 100"):
+        sizing.options(_section("pcl", clusters="auto"), images=300, image_size=28)
+    assert sizes.clusters(300, 100)
