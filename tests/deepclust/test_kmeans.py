@@ -1,4 +1,4 @@
-"""Lloyd's algorithm against scikit-learn and brute force in float64; φ by hand."""
+"""Lloyd's algorithm against scikit-learn and brute force in float64; φ by hand and by a loop."""
 
 import math
 from itertools import pairwise
@@ -88,6 +88,80 @@ def test_points_that_are_not_finite_are_refused() -> None:
     data[3, 2] = math.nan
     with pytest.raises(DataError, match="finite"):
         kmeans.fit(data, 3, seed=0, iterations=5)
+
+
+def unit_points(count: int = 600, dim: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(points(count, dim, seed), dim=1)
+
+
+@pytest.mark.reference
+def test_spherical_clusters_are_a_fixed_point_of_cosine_in_float64(seed: int) -> None:
+    data = unit_points(seed=seed)
+    found = kmeans.fit(data, 7, seed=seed, iterations=500, tolerance=0.0, spherical=True)
+    exact, centroids = data.double().numpy(), found.centroids.double().numpy()
+    cosines = exact @ centroids.T
+    # Ties but for the last digits may fall either way.
+    np.testing.assert_allclose(cosines[np.arange(600), found.assignments.numpy()], cosines.max(1), atol=1e-6)
+    for cluster in range(7):
+        total = exact[found.assignments.numpy() == cluster].sum(0)
+        np.testing.assert_allclose(centroids[cluster], total / np.linalg.norm(total), atol=1e-6)
+    assert found.inertia == pytest.approx(2 * (600 - cosines.max(1).sum()), rel=1e-5)
+
+
+def test_without_spherical_the_centroids_of_unit_points_are_shorter() -> None:
+    assert kmeans.fit(unit_points(), 7, seed=0, iterations=50).centroids.norm(dim=1).max() < 0.99
+
+
+def test_restarts_keep_the_best_of_runs_that_differ_and_the_first_is_the_only_one_of_before() -> None:
+    one, many = (kmeans.fit(points(), 12, seed=0, iterations=50, restarts=n) for n in (1, 6))
+    runs = [
+        kmeans._lloyd(
+            points(),
+            kmeans._plus_plus(points(), 12, kmeans.seeding.generator(0, "k-means", 12, *extra)),
+            total=float(points().double().square().sum()),
+            iterations=50,
+            tolerance=1e-4,
+            spherical=False,
+        ).inertia
+        for extra in [(), (1,), (2,), (3,), (4,), (5,)]
+    ]
+    assert len(set(runs)) > 1
+    assert one.inertia == runs[0]
+    assert many.inertia == min(runs)
+
+
+def test_a_warm_start_from_the_end_ends_there_and_leaves_it_as_it_is() -> None:
+    cold = kmeans.fit(points(), 12, seed=0, iterations=500, tolerance=0.0)
+    initial = cold.centroids.clone()
+    warm = kmeans.fit(points(), 12, seed=1, iterations=500, tolerance=0.0, initial=initial)
+    assert torch.equal(initial, cold.centroids)
+    assert torch.equal(warm.assignments, cold.assignments)
+    assert warm.iterations <= 2 < cold.iterations
+
+
+def plain_concentration(distances: np.ndarray, assignments: np.ndarray, k: int, temperature: float) -> np.ndarray:
+    """Section 3.3 and the original's care for small clusters, by a loop."""
+    raw = np.full(k, np.nan)
+    for cluster in range(k):
+        members = distances[assignments == cluster]
+        if len(members) > 1:
+            raw[cluster] = members.mean() / math.log(len(members) + 10)
+    raw[np.isnan(raw)] = np.nanmax(raw)
+    clipped = raw.clip(np.percentile(raw, 10), np.percentile(raw, 90))
+    return temperature * clipped / clipped.mean()
+
+
+@pytest.mark.reference
+def test_concentration_is_the_papers_in_float64(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    distances = rng.gamma(2.0, size=90).astype(np.float32)
+    assignments = (40 * rng.random(90) ** 2).astype(np.int64)  # some clusters are empty, some have one member
+    sizes = np.bincount(assignments, minlength=40)
+    assert (sizes <= 1).any()
+    assert (sizes > 1).any()
+    found = kmeans.concentration(torch.from_numpy(distances), torch.from_numpy(assignments), k=40, temperature=0.2)
+    expected = plain_concentration(distances.astype(np.float64), assignments, 40, 0.2)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
 def test_concentration_by_hand() -> None:

@@ -18,13 +18,26 @@ def plain_sinkhorn(scores: np.ndarray, epsilon: float, iterations: int) -> np.nd
     return (q * b).T
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("epsilon", "iterations"), [(0.05, 3), (0.05, 1), (0.5, 10)])
+@pytest.mark.reference
+@pytest.mark.parametrize(("epsilon", "iterations"), [(0.05, 3), (0.05, 1), (0.5, 10), (0.005, 3)])
 def test_codes_equal_the_plain_algorithm_in_float64(seed: int, epsilon: float, iterations: int) -> None:
     scores = np.random.default_rng(seed).uniform(-1, 1, (32, 10)).astype(np.float32)
     expected = plain_sinkhorn(scores, epsilon, iterations)
     found = sinkhorn.codes(torch.from_numpy(scores), epsilon=epsilon, iterations=iterations).numpy()
-    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-6
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("spread", ["uniform", "mostly at the ends"])
+def test_3000_prototypes_at_epsilon_005_keep_float32s_digits(seed: int, spread: str) -> None:
+    scores = np.random.default_rng(seed).uniform(-1, 1, (128, 3000)).astype(np.float32)
+    if spread != "uniform":
+        scores = np.clip(3 * scores, -1, 1)
+    expected = plain_sinkhorn(scores, 0.005, 3)
+    found = sinkhorn.codes(torch.from_numpy(scores), epsilon=0.005, iterations=3).numpy().astype(np.float64)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-6
+    np.testing.assert_allclose(found.sum(1), 1, rtol=0, atol=1e-6)
 
 
 def test_each_sample_sums_to_one_and_prototypes_are_balanced_in_the_limit() -> None:
@@ -39,6 +52,18 @@ def test_a_small_epsilon_neither_overflows_nor_loses_the_samples_sum() -> None:
     codes = sinkhorn.codes(scores, epsilon=0.001, iterations=3)
     assert torch.isfinite(codes).all()
     torch.testing.assert_close(codes.sum(1), torch.ones(64))
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.05])
+@pytest.mark.parametrize(("batch", "level"), [(8, 0.0), (8, 1.0), (8, -1.0), (1, 1.0)])
+def test_samples_that_all_score_the_same_have_even_codes(epsilon: float, batch: int, level: float) -> None:
+    codes = sinkhorn.codes(torch.full((batch, 30), level), epsilon=epsilon, iterations=3)
+    torch.testing.assert_close(codes, torch.full((batch, 30), 1 / 30))
+
+
+def test_a_batch_of_one_has_no_other_to_be_balanced_with() -> None:
+    scores = torch.linspace(-1, 1, 30)[None]
+    torch.testing.assert_close(sinkhorn.codes(scores, epsilon=0.001, iterations=3), torch.full((1, 30), 1 / 30))
 
 
 def test_a_batch_that_prefers_one_prototype_is_spread_over_all() -> None:
