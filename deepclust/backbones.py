@@ -1,20 +1,30 @@
 """Backbones by name: module and feature dimension.
 
 `small` is made for two CPU cores and images of 16 to 64 pixels: a stride-2 4×4 stem, then residual blocks of 32, 64 and
-128 channels. The ResNets (arXiv 1512.03385) are torchvision's; images of at most 64 pixels get the usual small-image
-stem, a 3×3 convolution of stride 1 and no pooling (SimCLR, arXiv 2002.05709, appendix B.9).
+128 channels; `medium` has twice the channels. The ResNets (arXiv 1512.03385) are torchvision's. Their `small` stem is
+the usual one for small images, a 3×3 convolution of stride 1 and no pooling (SimCLR, arXiv 2002.05709, appendix B.9),
+their `imagenet` stem the original 7×7 of stride 2 with pooling. `timm/NAME` is any model of timm, initialised as timm
+does; timm is imported for these alone, because that takes seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import difflib
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from deepclust.errors import ConfigError
+from deepclust.errors import CheckpointError, ConfigError
 
 SMALL_IMAGE = 64
+STEMS = ("auto", "small", "imagenet")
+TIMM = "timm/"
 _RESNETS = ("resnet18", "resnet34", "resnet50")
+_HUB_FILE = "model.safetensors"
 
 
 class ResidualBlock(nn.Module):
@@ -37,67 +47,206 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def _small(channels: int, image_size: int) -> tuple[nn.Module, int]:
-    return (
-        nn.Sequential(
-            nn.Conv2d(channels, 32, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(inplace=True),
-            ResidualBlock(32, 32, 1),
-            ResidualBlock(32, 64, 2),
-            ResidualBlock(64, 128, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        ),
-        128,
-    )
+def _convnet(width: int) -> Callable[[int, int], tuple[nn.Module, int]]:
+    def build_convnet(channels: int, image_size: int) -> tuple[nn.Module, int]:
+        return (
+            nn.Sequential(
+                nn.Conv2d(channels, width, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                ResidualBlock(width, width, 1),
+                ResidualBlock(width, 2 * width, 2),
+                ResidualBlock(2 * width, 4 * width, 2),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+            ),
+            4 * width,
+        )
+
+    return build_convnet
 
 
 def _pixels(channels: int, image_size: int) -> tuple[nn.Module, int]:
     return nn.Flatten(), channels * image_size**2
 
 
-def _resnet(name: str) -> Callable[[int, int], tuple[nn.Module, int]]:
-    def build_resnet(channels: int, image_size: int) -> tuple[nn.Module, int]:
-        from torchvision import models
+def _resnet(name: str, *, channels: int, stem: str) -> tuple[nn.Module, int]:
+    from torchvision import models
 
-        net = getattr(models, name)(weights=None)
-        dim: int = net.fc.in_features
-        net.fc = nn.Identity()
-        if image_size <= SMALL_IMAGE:
-            net.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-            net.maxpool = nn.Identity()
-        elif channels != 3:
-            net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-        return net, dim
-
-    return build_resnet
+    net = getattr(models, name)(weights=None)
+    dim: int = net.fc.in_features
+    net.fc = nn.Identity()
+    if stem == "small":
+        net.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        net.maxpool = nn.Identity()
+    elif channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return net, dim
 
 
-BACKBONES: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
+_OTHERS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "pixels": _pixels,
-    "small": _small,
-    **{name: _resnet(name) for name in _RESNETS},
+    "small": _convnet(32),
+    "medium": _convnet(64),
 }
 
 
-def build(name: str, *, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def build(name: str, *, channels: int, image_size: int, stem: str = "auto") -> tuple[nn.Module, int]:
     """A freshly initialised backbone.
 
     Args:
-        name: A key of `BACKBONES`.
+        name: `pixels`, `small`, `medium`, `resnet18`, `resnet34`, `resnet50`, or `timm/` and a name of timm's.
         channels: Channels of the images.
-        image_size: Side of the images in pixels; decides a ResNet's stem and the dimension of `pixels`.
+        image_size: Side of the images in pixels; decides the stem left at `auto`, the dimension of `pixels` and the
+            position embedding of timm's transformers.
+        stem: `small`, `imagenet`, or `auto`: `small` up to 64 pixels. Only ResNets have this choice.
 
     Returns:
         The module, images (batch, channels, height, width) to features (batch, dim), and dim.
 
     Raises:
+        ConfigError: If there is no backbone of that name, or it can not take such images or that stem.
+    """
+    chosen = resolve_stem(name, image_size=image_size, stem=stem)
+    if chosen is not None:
+        return _resnet(name, channels=channels, stem=chosen)
+    if name.startswith(TIMM):
+        return _timm(name.removeprefix(TIMM), channels=channels, image_size=image_size)
+    return _OTHERS[name](channels, image_size)
+
+
+def resolve_stem(name: str, *, image_size: int, stem: str) -> str | None:
+    """The stem that `build` gives a backbone: `small` or `imagenet`, or None for one without that choice.
+
+    Raises:
+        ConfigError: If there is no backbone of that name, or it has no such stem.
+    """
+    if name not in _OTHERS and name not in _RESNETS and not name.startswith(TIMM):
+        known = ", ".join([*_OTHERS, *_RESNETS, f"{TIMM}NAME"])
+        raise ConfigError(f"backbone: expected one of {known}; got {name!r}")
+    if stem not in STEMS:
+        raise ConfigError(f"stem: expected one of {', '.join(STEMS)}; got {stem!r}")
+    if name in _RESNETS:
+        return stem if stem != "auto" else "small" if image_size <= SMALL_IMAGE else "imagenet"
+    if stem != "auto":
+        raise ConfigError(f"stem: expected 'auto', as {name} has one stem only; got {stem!r}; only ResNets have two")
+    return None
+
+
+def first_convolution(name: str) -> str:
+    """Name of the module that sees the images; for a model of timm's empty where timm does not say.
+
+    Raises:
         ConfigError: If there is no backbone of that name.
     """
-    if name not in BACKBONES:
-        raise ConfigError(f"pretrain.shared.backbone: expected one of {', '.join(BACKBONES)}; got {name!r}")
-    return BACKBONES[name](channels, image_size)
+    if name.startswith(TIMM):
+        first = timm_config(name).first_conv or ""
+        return first if isinstance(first, str) else str(first[0])
+    return "0" if resolve_stem(name, image_size=SMALL_IMAGE, stem="auto") is None else "conv1"
+
+
+def timm_config(name: str) -> Any:
+    """What timm knows of the weights of `timm/NAME` or `timm/NAME.TAG`: mean, std, classifier, first_conv and more.
+
+    Raises:
+        ConfigError: If timm has no such model or weights, or is not installed.
+    """
+    timm = _import_timm()
+    model, _, tag = name.removeprefix(TIMM).partition(".")
+    if not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=5))
+        raise ConfigError(
+            f"backbone: timm {timm.__version__} has no model {model!r}; "
+            f"{f'the nearest names are {near}' if near else 'timm.list_models() names them all'}"
+        )
+    tags = {known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")}
+    if tag and tag not in tags:
+        raise ConfigError(
+            f"backbone: timm {timm.__version__} has no weights {tag!r} of {model}; "
+            f"it knows {', '.join(sorted(tags)) or 'none'}"
+        )
+    return timm.get_pretrained_cfg(name.removeprefix(TIMM)) or timm.models.PretrainedCfg()
+
+
+def download(name: str, *, image_size: int) -> dict[str, Tensor]:
+    """The published weights of `timm/NAME.TAG`, classifier included, fitted to the image size by timm.
+
+    Only a safetensors file is fetched.
+
+    Raises:
+        ConfigError: If timm has no weights of that name.
+        CheckpointError: If they can not be fetched.
+    """
+    config = timm_config(name)
+    if "." not in name or not config.hf_hub_id:
+        known = ", ".join(TIMM + found for found in _import_timm().list_pretrained(f"{name.removeprefix(TIMM)}.*"))
+        raise ConfigError(
+            f"backbone: expected timm/NAME.TAG with published weights, got {name!r}; known: {known or '-'}"
+        )
+    try:
+        weights = _import_timm().models.load_state_dict_from_hf(config.hf_hub_id, _HUB_FILE)
+    except Exception as error:  # of the hub's client, of its HTTP library or of the system
+        raise CheckpointError(
+            f"can not fetch {_HUB_FILE} of {config.hf_hub_id} ({_line(error)}); fetch it where there is a network, put "
+            "the safetensors file beside and name it as weights"
+        ) from error
+    # Through timm's own loading, strict with the classifier: it fits position embeddings to another image size.
+    net = _create(
+        name.removeprefix(TIMM), image_size=image_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}
+    )
+    return dict(net.state_dict())
+
+
+def _timm(name: str, *, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    net = _create(name, image_size=image_size, in_chans=channels, num_classes=0)
+    images = torch.zeros(2, channels, image_size, image_size, device="meta")
+    try:
+        # On `meta` nothing is computed; on a copy, so that the network itself stays where it is.
+        with torch.no_grad():
+            features = copy.deepcopy(net).eval().to("meta")(images)
+    except Exception as error:  # whatever the model's own layers raise
+        raise _unfit(name, tuple(images.shape[1:]), error) from error
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ConfigError(f"backbone: expected features (2, dim) of 2 images, {TIMM}{name} gives {shape}; take another")
+    return net, features.shape[1]
+
+
+def _create(name: str, *, image_size: int, **options: Any) -> nn.Module:
+    create: Callable[..., nn.Module] = _import_timm().create_model
+    fixed = timm_config(name).fixed_input_size
+    try:
+        if not fixed:
+            return create(name, **options)
+        # Transformers: position embeddings of this size, and, where the model has the option, crops of other sizes.
+        options["img_size"] = image_size
+        with contextlib.suppress(TypeError):
+            return create(name, dynamic_img_size=True, **options)
+        return create(name, **options)
+    except Exception as error:  # whatever the model's own layers raise
+        raise _unfit(name, (options.get("in_chans", 3), image_size, image_size), error) from error
+
+
+def _unfit(name: str, shape: tuple[int, ...], error: Exception) -> ConfigError:
+    return ConfigError(
+        f"backbone: {TIMM}{name} can not take images of shape {shape} ({_line(error)}); "
+        "take images of another size (`input_size` resizes them) or another model"
+    )
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(
+            f"backbone: names that begin with {TIMM} need timm, which can not be imported ({_line(error)}); "
+            "install it: pip install timm"
+        ) from error
+    return timm
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def zero_init_residual(module: nn.Module) -> int:
