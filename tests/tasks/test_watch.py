@@ -1,0 +1,87 @@
+"""The watchdog in the stage: it warns or stops as params.yaml says, and the last good encoder is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepclust import encoder as encoders
+from deepclust import optim
+from tasks import layout, watch
+from tests.tasks import small_run
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    small_run.build(tmp_path)
+    return tmp_path
+
+
+def _make_images_alike(root: Path) -> None:
+    for path in (root / "images").rglob("*.png"):
+        Image.fromarray(np.full((20, 18, 3), 90, dtype=np.uint8)).save(path)
+
+
+def test_a_broken_run_goes_on_with_a_warning(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_images_alike(workspace)
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch")]
+    assert warnings[0].startswith("warning: epoch 1: constant images: ")
+    assert (layout.out("pretrain", "simsiam") / encoders.WEIGHTS).is_file()
+
+
+def test_a_broken_run_stops_where_params_say_so_and_writes_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_images_alike(workspace)
+    small_run.overrides.apply(["pretrain.watchdog=stop"])
+    small_run.run("prepare", monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        small_run.run("pretrain", monkeypatch, "simsiam")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: stopped by the watchdog after epoch 1: constant images: ")
+    assert error.endswith("; no epoch was good, so no encoder is kept")
+    assert not layout.out("pretrain", "simsiam").exists()
+
+
+def test_after_a_loss_that_is_not_finite_the_last_good_epochs_encoder_is_kept(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_run.run("prepare", monkeypatch)
+    kept: dict[str, torch.Tensor] = {}
+    keep, set_rate = watch.Watch._keep, optim.set_rate
+
+    def keep_and_remember(self: watch.Watch, epochs: int) -> None:
+        keep(self, epochs)
+        kept.update({name: value.clone() for name, value in self._trained.state_dict().items()})
+
+    def spoil(optimiser: torch.optim.Optimizer, schedule: optim.Schedule, step: int) -> float:
+        if step == 5:  # in the second epoch of four steps
+            optimiser.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return set_rate(optimiser, schedule, step)
+
+    monkeypatch.setattr(watch.Watch, "_keep", keep_and_remember)
+    monkeypatch.setattr(optim, "set_rate", spoil)
+    with pytest.raises(SystemExit):
+        small_run.run("pretrain", monkeypatch, "simsiam")
+    folder = layout.last_good("simsiam")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "expected a finite loss" in error
+    assert error.endswith(f"; the encoder after epoch 1 is kept in {folder}")
+    loaded = encoders.load(folder)
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_run_that_ends_well_leaves_no_state(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert not layout.last_good("simsiam").exists()
