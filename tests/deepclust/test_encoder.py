@@ -99,10 +99,12 @@ def original(name: str, **options: Any) -> nn.Module:
     with seeding.seeded(1):
         net = timm.create_model(name.removeprefix("timm/"), **options) if "/" in name else getattr(models, name)()
         for parameter in net.parameters():
-            nn.init.normal_(parameter, std=0.05)
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter)
+            else:
+                nn.init.uniform_(parameter, 0.5, 1.5)
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
     result: nn.Module = net.eval()

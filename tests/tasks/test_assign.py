@@ -96,6 +96,27 @@ def test_features_are_normalised_where_the_clusters_are(
     assert float(row["distance"]) == pytest.approx(0, abs=1e-6)
 
 
+def test_grey_images_reach_a_larger_network_of_three_channels(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = encoder.Encoder(
+        backbone="pixels",
+        image_size=SIDE,
+        channels=1,
+        mean=[MEAN] * 3,
+        std=[STD] * 3,
+        network_channels=3,
+        input_size=2 * SIDE,
+    )
+    encoder.save(wide, workspace / "artifacts/pretrain/pixels")
+    dim = 3 * (2 * SIDE) ** 2
+    clusters(np.array([[-1.0] * dim, [1.0] * dim]), normalise=False)
+    run(monkeypatch, "new")
+    for name, row in rows(capsys.readouterr().out).items():
+        value = (BRIGHTNESS[name] / 255 - MEAN) / STD
+        assert float(row["distance"]) == pytest.approx(min(abs(value + 1), abs(value - 1)) * np.sqrt(dim), rel=1e-5)
+
+
 def test_a_classifier_adds_class_and_probability(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

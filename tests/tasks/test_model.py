@@ -22,7 +22,7 @@ from tests.tasks import fake_workspace
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a labelled grey encoder, registered, and an unlabelled colour one beside it."""
+    """A labelled grey encoder, an unlabelled colour one and a grey one with a network for colour, all registered."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, folder))
@@ -31,6 +31,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.chdir(folder / name)
             fake_workspace.build(folder / name, ["swav"] if name == "grey" else ["pcl"], **options)  # type: ignore[arg-type]
             register.register("swav" if name == "grey" else "pcl")
+        (folder / "wide").mkdir()
+        patch.chdir(folder / "wide")
+        fake_workspace.build(folder / "wide", ["simsiam"])
+        torch.manual_seed(0)
+        wide = encoders.Encoder(
+            backbone="small",
+            image_size=12,
+            channels=1,
+            mean=[0.4] * 3,
+            std=[0.2] * 3,
+            network_channels=3,
+            input_size=24,
+        )
+        encoders.save(wide.eval(), layout.out("pretrain", "simsiam"))
+        register.register("simsiam")
     return folder
 
 
@@ -88,6 +103,12 @@ def test_any_size_and_mode_is_prepared_as_the_pipeline_does(root: Path, monkeypa
     ragged = np.empty(2, dtype=object)
     ragged[:] = [images[0], images[1, :20, :, 0]]
     assert len(model.predict(ragged)) == 2
+
+
+def test_grey_images_reach_a_larger_network_of_three_channels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "wide")
+    images = np.load(layout.split("test") / "images.npy")
+    check(load(root, "simsiam").predict(images), by_hand(images, "simsiam"))
 
 
 def test_without_labels_there_is_no_class(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,17 @@ def test_a_version_per_content_and_an_alias_that_moves_to_the_better_only(client
     retrain(0.10)
     assert register.register("swav") == "deepclust-swav version 5 (champion stays version 4)"
     assert client.get_model_version_by_alias("deepclust-swav", register.ALIAS).version in (4, "4")
+
+
+@pytest.mark.parametrize(("backbone", "needed"), [("resnet18", False), ("timm/test_vit", True)])
+def test_a_stored_model_asks_for_timm_where_it_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, needed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_workspace.write(layout.out("pretrain", "any") / "encoder.json", {"backbone": backbone})
+    found = [line.partition("==")[0] for line in register._requirements("any")]
+    assert ("timm" in found) == needed
+    assert {"torch", "safetensors"}.issubset(found)
 
 
 def test_an_encoder_that_has_not_run_is_named(
