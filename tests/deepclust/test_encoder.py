@@ -250,6 +250,11 @@ def test_stated_statistics_go_before_the_usual_ones(tmp_path: Path) -> None:
             CheckpointError,
             r"lacks layer1.0.conv1.weight and.*state the backb",
         ),
+        (
+            lambda t: t.update({"module.bn1.bias": t.pop("bn1.bias")}),
+            CheckpointError,
+            r"lacks bn1.bias and has the unknown module.bn1.bias",
+        ),
         (lambda t: t.pop("conv1.weight"), CheckpointError, r"expected weights of resnet18 with a convolution conv1"),
         (
             lambda t: t.update({f"queue{i}": torch.zeros(2) for i in range(5)}),
