@@ -101,6 +101,9 @@ def test_the_e_step_clusters_the_momentum_features_and_the_loss_is_the_papers_in
 ) -> None:
     method = toy(seed, spherical=spherical, kmeans_iterations=200)
     images = data(seed)
+    with torch.no_grad():  # the two encoders are to differ
+        for parameter in method.key_encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
     for epoch in range(2):
         method.before_epoch(epoch, embedder(images), seed)
     features = exact_rows(method.key_encoder.eval(), images)
