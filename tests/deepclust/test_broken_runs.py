@@ -71,9 +71,9 @@ def drawings(count: int = 1200) -> NDArray[np.uint8]:
 
 
 def watched(
-    name: str, images: NDArray[np.uint8], *, rate: float | None = None, **changes: Any
+    name: str, images: NDArray[np.uint8], *, rate: float | None = None, schedule_warmup: int = 0, **changes: Any
 ) -> list[watchdog.Report]:
-    """The reports on two epochs."""
+    """The reports on two epochs; `changes` are to the method's options."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=1, image_size=SIZE)
         method = METHODS[name](backbone, dim, **(OPTIONS[name] | changes))
@@ -91,7 +91,7 @@ def watched(
             weight_decay=5e-4,
             decay_norm_and_bias=True,
             clip_norm=None,
-            warmup_epochs=0,
+            warmup_epochs=schedule_warmup,
             final_rate=0.001,
             options={"momentum": 0.9},
         ),
@@ -127,6 +127,26 @@ def first_symptoms(reports: list[watchdog.Report]) -> list[str]:
 def test_a_healthy_run_raises_no_alarm(name: str) -> None:
     reports = watched(name, drawings())
     assert [alarm.message for report in reports for alarm in report.alarms] == []
+
+
+def test_a_warm_up_in_which_nothing_is_learnt_yet_raises_no_alarm() -> None:
+    reports = watched("swav", drawings(), schedule_warmup=200)
+    assert reports[-1].indicators["loss_to_chance"] > 1 - watchdog.LOSS_FROM_CHANCE
+    assert [alarm.message for report in reports for alarm in report.alarms] == []
+
+
+def test_an_epsilon_too_large_is_named_by_its_uniform_codes() -> None:
+    reports = watched("swav", drawings(), epsilon=1.0)
+    assert [alarm.symptom for alarm in reports[-1].alarms] == ["prototype collapse", "loss at ln K"]
+    assert "lower epsilon" in reports[-1].alarms[0].message
+
+
+def test_hard_codes_of_free_prototypes_are_learnt_and_no_collapse() -> None:
+    # The original overflows below epsilon .0113. In the log domain such codes are nearly one-hot, and still balanced.
+    reports = watched("swav", drawings(), epsilon=1e-3, freeze_prototypes_steps=0)
+    assert [alarm.message for report in reports for alarm in report.alarms] == []
+    assert reports[-1].indicators["code_entropy"] < 0.2
+    assert reports[-1].indicators["loss_to_chance"] < 0.8
 
 
 def test_a_rate_100_times_too_large_is_named_diverging() -> None:

@@ -199,7 +199,6 @@ def test_images_that_do_not_vary_are_told_apart(given: NDArray[np.uint8], indica
     ("logged", "expected"),
     [
         ({"loss_to_chance": 0.7, "embedding_spread": 0.97, "prototypes_used": 0.8, "code_entropy": 0.5}, []),
-        ({"loss_to_chance": 1.6}, ["diverging"]),
         ({"loss_to_chance": 0.999}, ["loss at ln K"]),
         ({"prototypes_used": 0.05}, ["prototype collapse"]),
         ({"code_entropy": 0.999}, ["prototype collapse"]),
@@ -212,6 +211,19 @@ def test_images_that_do_not_vary_are_told_apart(given: NDArray[np.uint8], indica
 )
 def test_a_symptom_is_named_and_the_root_cause_comes_first(logged: dict[str, float], expected: list[str]) -> None:
     assert symptoms(report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)])) == expected
+
+
+def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger() -> None:
+    for start, later, expected in [
+        (1.0, 1.3, ["diverging"]),
+        (0.5, 1.1, []),
+        (1.3, 1.4, []),
+        (1.3, 2.0, ["diverging"]),
+    ]:
+        steps = [step(0, loss_to_chance=start), *(step(n, loss_to_chance=later) for n in range(1, 80))]
+        found = report(steps)
+        assert found.indicators["loss_rise"] == pytest.approx(later / max(1.0, start))
+        assert symptoms(found) == expected
 
 
 @pytest.mark.parametrize(
