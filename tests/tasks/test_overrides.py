@@ -28,8 +28,11 @@ def _changed(before: str, after: str) -> list[str]:
 def test_only_the_named_line_changes_and_the_diff_says_so(file: Path) -> None:
     before = file.read_text()
     difference = overrides.apply(["pretrain.swav.batch_size=128"], file)
-    assert _changed(before, file.read_text()) == ["-     batch_size: 256", "+     batch_size: 128"]
-    assert "-    batch_size: 256\n+    batch_size: 128\n" in difference
+    assert _changed(before, file.read_text()) == [
+        "-     batch_size: 256  # images of an update",
+        "+     batch_size: 128  # images of an update",
+    ]
+    assert "+    batch_size: 128  # images of an update\n" in difference
     assert params.load(file).pretrain.encoders["swav"].batch_size == 128  # type: ignore[union-attr]
 
 

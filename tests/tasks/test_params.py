@@ -162,7 +162,7 @@ def test_the_check_is_a_command(tmp_path: Path) -> None:
         ("pretrain.simsiam.constant_predictor_rate", "yes"),
         ("pretrain.simsiam.hidden_dim", 0),
         ("pretrain.shared.backbone", "pixels"),
-        ("pretrain.pcl.warmup_epochs", 3),
+        ("pretrain.pcl.warmup_epochs", 4),
         ("data.image_size", "big"),
         ("cluster.other_k", [1]),
     ],

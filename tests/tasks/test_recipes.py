@@ -59,8 +59,8 @@ def test_what_a_recipe_does_not_name_stays_with_its_comments(file: Path, tmp_pat
     difference = overrides.apply_recipe(tmp_path / "mine.yaml", file)
     after = file.read_text(encoding="utf-8").splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    assert changed == [("    epochs: 4", "    epochs: 9")]
-    assert "-    epochs: 4\n+    epochs: 9\n" in difference
+    assert changed == [("    epochs: 6", "    epochs: 9")]
+    assert "-    epochs: 6\n+    epochs: 9\n" in difference
 
 
 @pytest.mark.parametrize(
