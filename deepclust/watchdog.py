@@ -55,7 +55,7 @@ PROTOTYPES_USED = 0.2
 CODE_ENTROPY = 0.98
 # Distance of loss_to_chance from 1, where a run that learns nothing stays to three digits. Healthy ones: .05 after
 # forty steps; where labels change each epoch (DeepCluster-v2), the ratio may pass through 1, but does not stay.
-LOSS_FROM_CHANCE = 0.02
+LOSS_FROM_CHANCE = 0.01
 # Steps at the full rate before a method must have learnt something: those of the warm-up do not count.
 PATIENCE = 100
 

@@ -269,6 +269,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(part: str
 
 
 def test_with_fp16_a_gradient_that_is_not_finite_costs_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    unscaled = run(Recording())[0].gradient_norm
     monkeypatch.setattr(training, "effective_precision", lambda precision, device: "fp16")
     done = run_breaking(Breaking("gradient"))
     assert len(done) == 8
@@ -276,6 +277,7 @@ def test_with_fp16_a_gradient_that_is_not_finite_costs_one_update(monkeypatch: p
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[2], weights[3])
     assert [math.isfinite(step.gradient_norm) for step, _ in done] == [True, True, False, *[True] * 5]
+    assert run(Recording())[0].gradient_norm == pytest.approx(unscaled, rel=1e-3)
 
 
 def test_with_fp16_a_loss_that_is_not_finite_stops_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def test_an_alarm_is_one_line_with_symptom_number_and_the_methods_remedy(name: s
     assert alarm.indicator == "loss_from_chance"
     assert alarm.value == pytest.approx(0.001)
     assert alarm.threshold == watchdog.LOSS_FROM_CHANCE
-    assert alarm.message.startswith(f"loss at ln K: loss_from_chance 0.001, below 0.02; {remedy}")
+    assert alarm.message.startswith(f"loss at ln K: loss_from_chance 0.001, below 0.01; {remedy}")
     assert "\n" not in alarm.message
 
 
