@@ -65,20 +65,21 @@ def run(root: Path, stage: str, encoder: str | None) -> None:
     if (root / layout.metrics(stage, encoder)).exists():
         return
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", f"tasks.{stage}", *([encoder] if encoder else [])],
-        cwd=root,
-        env=os.environ | {"DEEPCLUST_TRACKING": "off", "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
     log = root / "logs" / f"{stage}-{encoder}.txt"
     log.parent.mkdir(exist_ok=True)
-    log.write_text(done.stdout, encoding="utf-8")
+    with log.open("w", encoding="utf-8") as lines:
+        done = subprocess.run(
+            [sys.executable, "-m", f"tasks.{stage}", *([encoder] if encoder else [])],
+            cwd=root,
+            env=os.environ | {"DEEPCLUST_TRACKING": "off", "PYTHONPATH": str(root)},
+            stdout=lines,
+            stderr=subprocess.STDOUT,
+        )
     print(f"{root.name} {stage} {encoder or ''}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if done.returncode:
-        raise SystemExit(f"{root.name}: {stage} {encoder} failed:\n" + "\n".join(done.stdout.splitlines()[-5:]))
+        raise SystemExit(
+            f"{root.name}: {stage} {encoder} failed:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        )
 
 
 def chain(root: Path, encoder: str) -> None:

@@ -29,6 +29,7 @@ _BLOCK = (
     1 << 18
 )  # numbers in one block of rows or distances: it stays in the cache, four times faster at 784 dimensions
 _FAISS_FROM = 256  # clusters
+_LEAST_CONCENTRATION = 0.01  # of the mean; the clipping keeps all but clusters of copies far above it
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def concentration(distances_N: Tensor, assignments_N: Tensor, *, k: int, tempera
     """Concentration φ of each cluster, the temperature of its prototype (PCL, arXiv 2005.04966, section 3.3).
 
     φ = mean ‖v − c‖₂ / log(n + 10) over the n members. Clusters of at most one member take the largest φ; then all are
-    clipped to the 10th and 90th percentile and scaled so that their mean is the temperature.
+    clipped to the 10th and 90th percentile and scaled so that their mean is the temperature. Clusters of identical
+    points take a hundredth of the temperature at least.
 
     Args:
         distances_N: Distance of each point to its raw, not normalised, centroid.
@@ -249,4 +251,5 @@ def concentration(distances_N: Tensor, assignments_N: Tensor, *, k: int, tempera
     mean = phi.mean()
     # All points on their centroids: every cluster is equally tight.
     phi = temperature * phi / mean if mean > 0 else torch.full_like(phi, temperature)
-    return phi.float()
+    # Where more than a tenth of the clusters are copies of one image, the low percentile is 0, and logits divide by φ.
+    return phi.clamp(min=_LEAST_CONCENTRATION * temperature).float()

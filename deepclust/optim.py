@@ -174,7 +174,9 @@ class LARS(torch.optim.Optimizer):
     def _limited(self, local: Tensor, rate: float) -> Tensor:
         return local
 
-    def _with_momentum(self, parameters: list[Tensor], updates: list[Tensor] | tuple[Tensor, ...], momentum: float) -> list[Tensor]:
+    def _with_momentum(
+        self, parameters: list[Tensor], updates: list[Tensor] | tuple[Tensor, ...], momentum: float
+    ) -> list[Tensor]:
         new = [parameter for parameter in parameters if "momentum_buffer" not in self.state[parameter]]
         for parameter in new:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

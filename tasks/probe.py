@@ -16,6 +16,7 @@ BANK = 5000
 QUERIES = 1000
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
+SHOWN = ("loss", "embedding_spread", "prototypes_used", "rankme", "knn_heldout", "images_per_second")  # in the terminal
 
 
 class Probe:
@@ -50,7 +51,7 @@ class Probe:
         if len(self._bank) and len(self._queries):
             values["knn_heldout"] = self._accuracy()
         self._run.log_metrics(values, step=done.epoch + 1)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        numbers = ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         print(f"epoch {done.epoch + 1}: {numbers}", flush=True)
 
     def _accuracy(self) -> float:

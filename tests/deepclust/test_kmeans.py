@@ -179,3 +179,11 @@ def test_concentration_by_hand() -> None:
 def test_clusters_without_spread_all_get_the_temperature() -> None:
     found = kmeans.concentration(torch.zeros(6), torch.tensor([0, 0, 1, 1, 2, 2]), k=3, temperature=0.1)
     torch.testing.assert_close(found, torch.full((3,), 0.1))
+
+
+def test_clusters_of_copies_keep_a_concentration_that_logits_can_be_divided_by() -> None:
+    assignments = torch.arange(10).repeat_interleave(2)
+    distances = torch.where(assignments < 3, 0.0, 1.0)  # three of ten clusters hold one point twice
+    phi = kmeans.concentration(distances, assignments, k=10, temperature=0.2)
+    assert phi[:3].tolist() == pytest.approx([0.002] * 3)
+    assert phi[3:].tolist() == pytest.approx([0.2 / 0.7] * 7)
