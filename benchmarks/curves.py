@@ -85,6 +85,7 @@ def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[li
     with seeding.seeded(values.seed, "weights"):
         trained = encoder.Encoder(
             backbone=values.pretrain.shared.backbone,
+            stem=values.pretrain.shared.stem,
             image_size=statistics["image_size"],
             channels=statistics["channels"],
             mean=statistics["mean"],

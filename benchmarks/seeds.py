@@ -5,7 +5,7 @@
 
 Each workspace is a copy of the repository's files with a seed of its own; the stages run as DVC would run them, as many
 chains at once as the flow runs stages. `--keep DIR` keeps the workspaces, and a second call with it goes on where the
-first stopped. Accuracies are on the test images; recipes are not to be chosen by them.
+first stopped, with the code of then. Accuracies are on the test images; recipes are not to be chosen by them.
 """
 
 from __future__ import annotations
@@ -40,20 +40,35 @@ COLUMNS = {
 
 
 def workspace(folder: Path, seed: int, recipe: Path | None, edits: list[str]) -> Path:
-    """A copy of the repository's files with its own parameters; an existing one is kept."""
+    """A copy of the repository's files with its own parameters; an existing one with the same parameters is kept.
+
+    Raises:
+        SystemExit: If there is one with others.
+    """
     root = folder / f"seed{seed}"
+    fresh = folder / f".seed{seed}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    _copy(fresh)
+    if recipe:
+        overrides.apply_recipe(recipe, fresh / layout.PARAMS)
+    overrides.apply([f"seed={seed}", *edits], fresh / layout.PARAMS)
     if not root.exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-        )
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/", ".dvc/", "dvc.")):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, root / name)
-        if recipe:
-            overrides.apply_recipe(recipe, root / layout.PARAMS)
-        overrides.apply([f"seed={seed}", *edits], root / layout.PARAMS)
+        fresh.rename(root)
+    elif (root / layout.PARAMS).read_bytes() != (fresh / layout.PARAMS).read_bytes():
+        raise SystemExit(f"error: {root} was made with other parameters; remove it or name another folder")
+    shutil.rmtree(fresh, ignore_errors=True)
     return root
+
+
+def _copy(root: Path) -> None:
+    """The repository's files, without results."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/", ".dvc/", "dvc.")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
 
 
 def run(root: Path, stage: str, encoder: str | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -247,6 +247,24 @@ def _import_timm() -> Any:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_crops(backbone: nn.Module, sizes: Sequence[int], *, channels: int) -> None:
+    """Refuse sizes of crops that a backbone can not take, on `meta`, where nothing is computed.
+
+    Raises:
+        ConfigError: With the crop and what the backbone's layers say.
+    """
+    shadow = copy.deepcopy(backbone).eval().to("meta")
+    for number, size in enumerate(sizes):
+        try:
+            with torch.no_grad():
+                shadow(torch.zeros(2, channels, size, size, device="meta"))
+        except Exception as error:  # whatever the backbone's own layers raise
+            raise ConfigError(
+                f"crops.{number}.size: the backbone can not take crops of {size} pixels ({_line(error)}); "
+                "choose another size"
+            ) from error
 
 
 def zero_init_residual(module: nn.Module) -> int:

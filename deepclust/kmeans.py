@@ -25,9 +25,9 @@ try:
 except ImportError:  # GPU machines often have an image of their own without it
     faiss = None  # type: ignore[assignment]
 
-_BLOCK = (
-    1 << 18
-)  # numbers in one block of rows or distances: it stays in the cache, four times faster at 784 dimensions
+# Numbers in one block of rows or distances. On a CPU it stays in the cache, four times faster at 784 dimensions; a GPU
+# wants few launches.
+_BLOCK_CPU, _BLOCK_GPU = 1 << 18, 1 << 26
 _FAISS_FROM = 256  # clusters
 _LEAST_CONCENTRATION = 0.01  # of the mean; the clipping keeps all but clusters of copies far above it
 
@@ -88,7 +88,7 @@ def fit(
         raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
     assert initial is None or (restarts == 1 and len(initial) == k)
     points = points_ND.float().contiguous()
-    total = sum(float(block.double().square().sum()) for block in _blocks(points))
+    total = float(sum((block.double().square().sum() for block in _blocks(points)), start=torch.zeros(()).double()))
     best: Clusters | None = None
     for restart in range(restarts):
         if initial is None:
@@ -148,8 +148,12 @@ def _squared_distances(points: Tensor, centroids: Tensor, assignments: Tensor) -
 def _blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Rows in blocks of bounded size; `like` another tensor with as many rows."""
     width = (rows if like is None else like).shape[1]
-    blocks: tuple[Tensor, ...] = torch.split(rows, max(1, _BLOCK // width))
+    blocks: tuple[Tensor, ...] = torch.split(rows, max(1, _block(rows.device) // width))
     return blocks
+
+
+def _block(device: torch.device) -> int:
+    return _BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ def _nearest_faiss(points: Tensor, centroids: Tensor) -> Tensor:
 
 def _nearest_torch(points: Tensor, centroids: Tensor) -> Tensor:
     half_norms = centroids.square().sum(1) / 2
-    blocks = torch.split(points, max(1, _BLOCK // max(centroids.shape)))
+    blocks = torch.split(points, max(1, _block(points.device) // max(centroids.shape)))
     return torch.cat([torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(1) for block in blocks])
 
 

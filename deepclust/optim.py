@@ -29,7 +29,7 @@ class Optimiser:
             not adapt their rate either.
         clip_norm: Largest norm of the whole gradient; None leaves it as it is.
         warmup_epochs: Length of the linear warm-up.
-        final_rate: Share of the rate that is left at the last step.
+        final_rate: Share of the rate that the cosine ends at.
         options: The optimiser's own: `momentum` (sgd); `momentum`, `trust` (lars, larc); `betas` (adamw).
 
     Raises:
@@ -64,7 +64,7 @@ class Schedule:
 
     Attributes:
         rate: Learning rate after the warm-up.
-        final_rate: Share of `rate` that is left at the last step.
+        final_rate: Share of `rate` that the cosine ends at, one step after the last.
         warmup_steps: Steps of the warm-up.
         total_steps: Steps of the whole run.
     """
@@ -84,7 +84,7 @@ class Schedule:
 
 
 def schedule(settings: Optimiser, *, batch_size: int, epochs: int, steps_per_epoch: int) -> Schedule:
-    """The schedule of a run whose updates are on `batch_size` images, over all processes."""
+    """The schedule of a run whose updates are on `batch_size` images."""
     return Schedule(
         rate=settings.rate * batch_size / RATE_BATCH,
         final_rate=settings.final_rate,
@@ -96,8 +96,9 @@ def schedule(settings: Optimiser, *, batch_size: int, epochs: int, steps_per_epo
 def set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
     """Give every group its rate of the step; returns the scheduled one."""
     rate = schedule.at(step)
+    constant = rate if step < schedule.warmup_steps else schedule.rate
     for group in optimiser.param_groups:
-        group["lr"] = schedule.rate if group["constant_rate"] else rate
+        group["lr"] = constant if group["constant_rate"] else rate
     return rate
 
 
@@ -125,7 +126,9 @@ def _by_decay(group: dict[str, Any], settings: Optimiser) -> list[dict[str, Any]
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum and a local rate for each parameter tensor (LARS, arXiv 1708.03888, algorithm 1).
+    """SGD with momentum and a local rate for each parameter tensor (LARS, arXiv 1708.03888).
+
+    Unlike the paper's algorithm 1, and like torch's SGD, the global rate is outside the momentum buffer.
 
     The local rate trust · ‖w‖ / (‖g‖ + weight_decay · ‖w‖) multiplies g + weight_decay · w before the momentum. Where
     ‖w‖ or ‖g‖ is zero, and in groups with `adapted: False`, it is 1. Parameters without gradient stay as they are.

@@ -25,9 +25,8 @@ def codes(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
         Codes (B, K), float32 at least, without gradient.
     """
     # A score's last bit, divided by ε, is an error of its code: at ε = .005 half of float32's digits are gone. float64
-    # is no slower at a small ε either, where the exponentials would be float32's denormal numbers. MPS has none.
-    exact = torch.float32 if scores_BK.device.type == "mps" else torch.float64
-    log_codes = scores_BK.detach().to(exact) / epsilon
+    # is no slower at a small ε either, where the exponentials would be float32's denormal numbers.
+    log_codes = scores_BK.detach().double() / epsilon
     for _ in range(iterations):
         # Each prototype to sum 1, not B/K: that factor is the same for a whole sample, so the next half step takes it.
         log_codes = log_codes.log_softmax(0).log_softmax(1)

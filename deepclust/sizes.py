@@ -21,13 +21,13 @@ def prototypes(images: int, image_size: int) -> int:
     return max(2, min(max(10, _rounded(wanted, digits=1)), images // 5))
 
 
-def swav_queue(prototypes: int, batch_size: int, images: int) -> int:
-    """Embeddings in SwAV's queue: none if the batch has as many images as there are prototypes.
+def swav_queue(prototypes: int, batch_size: int, images: int, *, part: int) -> int:
+    """Embeddings in SwAV's queue: none if there are as many images at once as prototypes.
 
-    Otherwise as many whole batches as bring batch and queue to the number of prototypes, at most a quarter of the
-    images, so that the oldest embedding is not from an epoch ago.
+    Otherwise as many whole batches as bring the part of a batch that is computed at once, and the queue, to the number
+    of prototypes; at most a quarter of the images, so that the oldest embedding is not from an epoch ago.
     """
-    batches = math.ceil(max(0, prototypes - batch_size) / batch_size)
+    batches = math.ceil(max(0, prototypes - part) / batch_size)
     return min(batches, images // 4 // batch_size) * batch_size
 
 

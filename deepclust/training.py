@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from deepclust import data, features, optim, seeding, views
-from deepclust.errors import ConfigError, TrainingError
+from deepclust.errors import ConfigError, DataError, TrainingError
 from deepclust.methods.base import Method
 
 Normalise = Callable[[Tensor], Tensor]
@@ -161,7 +161,12 @@ def train(
     step = 0
     for epoch in range(recipe.epochs):
         method.train()
-        method.before_epoch(epoch, embed, seeding.derive(recipe.seed, "epoch", epoch))
+        try:
+            method.before_epoch(epoch, embed, seeding.derive(recipe.seed, "epoch", epoch))
+        except DataError as error:  # features that are not finite; the images were checked long ago
+            raise TrainingError(
+                f"before epoch {epoch}: {error}; lower optimiser.rate or lengthen the warm-up"
+            ) from error
         started, waiting = time.perf_counter(), 0.0
         for indices in data.batches(len(source), recipe.batch_size, seed=recipe.seed, epoch=epoch):
             asked = time.perf_counter()

@@ -50,16 +50,18 @@ def main() -> None:
                 flush=True,
             )
         own = prototypes.Prototypes(here.encoder, device)
-        features = {split: _load(here.encoder, split, normalise=False).to(device) for split in layout.SPLITS}
+        assigned = {
+            split: own.assign(_load(here.encoder, split, normalise=False).to(device)) for split in layout.SPLITS
+        }
         here.metrics(
             {
                 "k": primary,
                 **scores[primary],
                 "other_k": {str(k): scores[k] for k in ks if k != primary},
-                "prototypes": own.score(features, splits),
+                "prototypes": own.score(assigned, splits),
             }
         )
-        if table := own.rows(features, splits):
+        if table := prototypes.rows(assigned, splits):
             stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
         _write(here, best[primary], points, splits, options)
 

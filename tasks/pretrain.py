@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepclust import encoder, optim, seeding, training, views
+from deepclust import backbones, encoder, optim, seeding, training, views
 from deepclust.devices import default_device
 from deepclust.errors import TrainingError
 from deepclust.methods import METHODS
@@ -80,6 +80,9 @@ def _train(here: stage.Here, section: sections.Trained, trained: encoder.Encoder
     method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     trained.to(device)
     plan = recipe(here.params.pretrain.shared, section, image_size=image_size, seed=here.params.seed)
+    backbones.check_crops(
+        trained.backbone, [crop.size for crop in plan.crops], channels=trained.description["channels"]
+    )
     _announce(here, section, options, plan, images=len(images), image_size=image_size, device=device)
     history: list[dict[str, Any]] = []
 

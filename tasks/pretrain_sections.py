@@ -131,6 +131,11 @@ class Trained(Section):
                 f"accumulate {self.accumulate} must divide batch_size {self.batch_size} into equal parts of at least "
                 "two images"
             )
+        if self.optimiser.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optimiser.warmup_epochs {self.optimiser.warmup_epochs:g} must be below epochs {self.epochs}: the "
+                "rate would never be reached; lower it or raise epochs"
+            )
         return self
 
     def _needs_two_crops(self) -> None:
@@ -168,11 +173,6 @@ class SwAV(_Clustering):
     @model_validator(mode="after")
     def _check_queue(self) -> SwAV:
         _check_multiple(self.queue_length, self.batch_size)
-        if self.queue_length not in (0, "auto") and self.queue_start_epoch >= self.epochs:
-            raise ValueError(
-                f"queue_start_epoch {self.queue_start_epoch} must be below epochs {self.epochs}: the queue would never "
-                "be used; lower it, or set queue_length to 0"
-            )
         return self
 
 
@@ -231,13 +231,12 @@ class PCL(_Contrastive):
                 f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}: the prototypes would never be "
                 "used; lower it or raise epochs"
             )
-        if self.kmeans_warm_start and self.kmeans_restarts > 1:
-            raise ValueError(
-                f"kmeans_warm_start starts from the last centroids, so kmeans_restarts must be 1, got "
-                f"{self.kmeans_restarts}"
-            )
-        if self.clusters != "auto" and self.negatives != "auto":
-            check_negatives(self.clusters, self.negatives, self.batch_size // self.accumulate)
+        if self.clusters != "auto":
+            if len(set(self.clusters)) < len(self.clusters):
+                raise ValueError(f"clusters must be distinct, got {list(self.clusters)}: equal ones cluster alike")
+            part = self.batch_size // self.accumulate
+            negatives = min(self.clusters) - part if self.negatives == "auto" else self.negatives
+            check_negatives(self.clusters, negatives, part)
         return self
 
 
@@ -269,15 +268,16 @@ def _check_multiple(length: int | str, batch_size: int) -> None:
 
 
 def check_negatives(clusters: tuple[int, ...], negatives: int, batch_size: int) -> None:
-    """Refuse more negatives than clusters can be left when each image of a batch has a cluster of its own.
+    """Refuse negatives that the clusters can not give when each image of a batch has a cluster of its own.
 
     Raises:
         ValueError: With the numbers and the remedy.
     """
-    if negatives > min(clusters) - batch_size:
+    if not 1 <= negatives <= min(clusters) - batch_size:
         raise ValueError(
-            f"negatives {negatives} + batch_size {batch_size} must not exceed the smallest of clusters, "
-            f"{min(clusters)}: a batch may hold that many positives; raise clusters or lower negatives or batch_size"
+            f"negatives must be at least 1, and with batch_size {batch_size} not exceed the smallest of clusters, "
+            f"{min(clusters)}, as a batch may hold that many positives; got {negatives}; raise clusters, or lower "
+            "negatives or batch_size"
         )
 
 

@@ -48,7 +48,7 @@ class Probe:
             "images_per_second": done.images / done.seconds,
             "data_share": done.waiting_seconds / done.seconds,
         }
-        if len(self._bank) and len(self._queries):
+        if len(self._bank) and len(self._queries) and not values.get("non_finite_features"):
             values["knn_heldout"] = self._accuracy()
         self._run.log_metrics(values, step=done.epoch + 1)
         numbers = ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)

@@ -16,6 +16,8 @@ from torch import Tensor
 from deepclust import heads, metrics
 from tasks import layout, prepared
 
+Assignments = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
+"""For each head, the strongest prototype of each image and its score."""
 COLUMNS = ["split", "index", "path", "head", "prototype", "score"]
 _ROWS = 8192  # images whose scores are held at once
 
@@ -36,7 +38,7 @@ class Prototypes:
             stored = load_file(folder / "prototypes.safetensors")
             self._prototypes = {name: stored[name].to(device) for name in sorted(stored, key=int)}
 
-    def assign(self, features: Tensor) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    def assign(self, features: Tensor) -> Assignments:
         """Strongest prototype of each image and its score, for each head.
 
         Args:
@@ -51,13 +53,13 @@ class Prototypes:
             )
         return found
 
-    def score(self, features: dict[str, Tensor], splits: dict[str, prepared.Split]) -> dict[str, Any]:
+    def score(self, assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) -> dict[str, Any]:
         """Metrics of each head's clustering of the test images.
 
         `k`; `used`, the share of prototypes with a test image; with labels `nmi`, `ari`, and `majority`, the accuracy
         when each prototype stands for the most frequent class among its labelled training images.
         """
-        train, test = self.assign(features["train"]), self.assign(features["test"])
+        train, test = assigned["train"], assigned["test"]
         scores = {}
         for name, rows in self._prototypes.items():
             clusters = test[name][0]
@@ -67,21 +69,22 @@ class Prototypes:
             )
         return scores
 
-    def rows(self, features: dict[str, Tensor], splits: dict[str, prepared.Split]) -> list[dict[str, Any]]:
-        """The table of assignments, one row an image and head."""
-        return [
-            {
-                "split": split,
-                "index": index,
-                "path": splits[split].paths[index],
-                "head": name,
-                "prototype": int(prototype),
-                "score": float(score),
-            }
-            for split in layout.SPLITS
-            for name, (clusters, scores) in self.assign(features[split]).items()
-            for index, (prototype, score) in enumerate(zip(clusters, scores, strict=True))
-        ]
+
+def rows(assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) -> list[dict[str, Any]]:
+    """The table of assignments, one row an image and head."""
+    return [
+        {
+            "split": split,
+            "index": index,
+            "path": splits[split].paths[index],
+            "head": name,
+            "prototype": int(prototype),
+            "score": float(score),
+        }
+        for split in layout.SPLITS
+        for name, (clusters, scores) in assigned[split].items()
+        for index, (prototype, score) in enumerate(zip(clusters, scores, strict=True))
+    ]
 
 
 def _by_labels(

@@ -9,7 +9,7 @@ from deepclust.errors import ConfigError
 from tasks import pretrain_sections as sections
 
 OF_THE_RECIPE = {"method", "epochs", "batch_size", "accumulate", "optimiser", "crops", "colour"}
-DEEPCLUSTER_HEADS = 3  # the published DeepCluster-v2 clusters three times (arXiv 2006.09882, appendix D)
+DEEPCLUSTER_HEADS = 3  # the published DeepCluster-v2 clusters three times (arXiv 2006.09882, appendix)
 
 
 def options(section: sections.Trained, *, images: int, image_size: int) -> dict[str, Any]:
@@ -28,8 +28,12 @@ def options(section: sections.Trained, *, images: int, image_size: int) -> dict[
     part = batch // section.accumulate
     if isinstance(section, (sections.SwAV, sections.DeepClusterV2)):
         values["prototypes"] = _prototypes(section, images, image_size)
-    if isinstance(section, sections.SwAV) and section.queue_length == "auto":
-        values["queue_length"] = sizes.swav_queue(max(values["prototypes"]), batch, images)
+    if isinstance(section, sections.SwAV):
+        pushed = max(0, section.epochs - section.queue_start_epoch) * (images // batch) * batch
+        if section.queue_length == "auto":
+            wanted = sizes.swav_queue(max(values["prototypes"]), batch, images, part=part)
+            values["queue_length"] = wanted if wanted < pushed else 0
+        _check_steps(section, values["queue_length"], pushed=pushed, updates=section.epochs * (images // batch))
     if isinstance(section, (sections.MoCo, sections.PCL)) and section.queue_length == "auto":
         values["queue_length"] = sizes.key_queue(images, batch)
     if isinstance(section, sections.PCL):
@@ -42,6 +46,19 @@ def options(section: sections.Trained, *, images: int, image_size: int) -> dict[
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return values
+
+
+def _check_steps(section: sections.SwAV, queue_length: int, *, pushed: int, updates: int) -> None:
+    """Refuse what would never take effect: a queue that never fills, or first steps that are all there are."""
+    if queue_length >= max(1, pushed):
+        raise ConfigError(
+            f"queue_length: from queue_start_epoch {section.queue_start_epoch} on, {pushed} embeddings enter a queue "
+            f"of {queue_length}, so it would never be used; start it earlier, shorten it, or set queue_length to 0"
+        )
+    for name in ("freeze_prototypes_steps", "hard_assignment_steps"):
+        steps = getattr(section, name)
+        if steps >= max(1, updates):
+            raise ConfigError(f"{name}: expected less than the {updates} updates of the run, got {steps}; lower it")
 
 
 def automatic(section: sections.Trained, values: dict[str, Any]) -> dict[str, Any]:

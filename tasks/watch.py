@@ -60,9 +60,9 @@ class Watch:
             TrainingError: If something is, and params.yaml says `watchdog: stop`.
         """
         report = self._dog.epoch(done)
-        self._probe(done, means | report.indicators)
         for alarm in report.alarms:
             print(f"warning: epoch {done.epoch + 1}: {alarm.message}", file=sys.stderr, flush=True)
+        self._probe(done, means | report.indicators)
         if not report.alarms:
             self._keep(done.epoch + 1)
             return
@@ -81,10 +81,17 @@ class Watch:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep(self, epochs: int) -> None:
-        partial = self._folder.with_name(f".{self._folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        encoder.save(self._trained, partial, epochs=epochs)
-        self.clear()
-        partial.rename(self._folder)
+        partial, old = (self._folder.with_name(f".{self._folder.name}.{name}") for name in ("partial", "old"))
+        try:
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir(parents=True)
+            encoder.save(self._trained, partial, epochs=epochs)
+            if self._folder.exists():
+                self._folder.rename(old)
+            partial.rename(self._folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:  # a net for the case of a fall is not worth a training run
+            print(f"warning: the encoder of epoch {epochs} could not be kept ({error})", file=sys.stderr, flush=True)
+            return
         self._good = epochs

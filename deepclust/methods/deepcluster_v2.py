@@ -1,6 +1,6 @@
 """DeepCluster-v2, from "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882.
 
-Described in the paper's appendix E; the assignments follow DeepCluster, arXiv 1807.05520. Differences from the original
+Described in the paper's appendix; the assignments follow DeepCluster, arXiv 1807.05520. Differences from the original
 code, all deliberate:
 - Before the first epoch the memory bank is filled from plain centre views in eval mode; the original takes a pass over
   augmented crops in train mode.

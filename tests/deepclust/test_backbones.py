@@ -229,3 +229,15 @@ def test_without_a_network_the_remedy_is_a_file(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timm.models, "load_state_dict_from_hf", fetch)
     with pytest.raises(CheckpointError, match=r"can not fetch .* \(no route to the host\); .*put the safetensors file"):
         backbones.download("timm/test_vit.r160_in1k", image_size=32)
+
+
+def test_crops_that_a_backbone_can_not_take_are_refused_before_any_work_and_change_nothing() -> None:
+    backbone, _ = backbones.build("timm/vit_tiny_patch16_224", channels=1, image_size=64)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    backbones.check_crops(backbone, [64, 32], channels=1)
+    with pytest.raises(
+        ConfigError, match=r"^crops\.1\.size: the backbone can not take crops of 51 pixels \(.*\); choose"
+    ):
+        backbones.check_crops(backbone, [64, 51], channels=1)
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

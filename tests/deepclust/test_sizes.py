@@ -29,7 +29,7 @@ def test_prototypes_by_hand(images: int, side: int, expected: int) -> None:
 def test_the_queue_brings_batch_and_queue_to_the_prototypes(
     prototypes: int, batch: int, images: int, expected: int
 ) -> None:
-    assert sizes.swav_queue(prototypes, batch, images) == expected
+    assert sizes.swav_queue(prototypes, batch, images, part=batch) == expected
 
 
 @pytest.mark.parametrize(("images", "batch", "expected"), [(60_000, 256, 4096), (50_000, 512, 3584), (96, 64, 64)])
@@ -64,5 +64,10 @@ def test_automatic_sizes_fit_each_other(images: int, batch: int) -> None:
     assert list(clusters) == sorted(set(clusters))
     assert sizes.key_queue(images, batch) % batch == 0 < sizes.key_queue(images, batch)
     prototypes = sizes.prototypes(images, 32)
-    assert sizes.swav_queue(prototypes, batch, images) % batch == 0
+    assert sizes.swav_queue(prototypes, batch, images, part=batch) % batch == 0
     assert 2 <= prototypes <= images
+
+
+def test_parts_of_a_batch_need_a_queue_that_the_whole_would_not() -> None:
+    assert sizes.swav_queue(100, 256, 60_000, part=256) == 0
+    assert sizes.swav_queue(100, 256, 60_000, part=64) == 256

@@ -30,6 +30,12 @@ def test_a_methods_page_has_exactly_its_options(method: str) -> None:
     assert _first_columns(method) == set(METHODS[method].model_fields) - {"method"}
 
 
+def test_every_file_that_a_page_links_to_is_there() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
 def test_what_methods_share_is_on_the_page_of_training() -> None:
     common = set(sections.Trained.model_fields) - {"hidden_dim", "dim", "optimiser"}
     of_optimisers = {

@@ -45,6 +45,24 @@ def _assert_within(part: object, whole: object) -> None:
         assert part == whole
 
 
+def test_no_recipe_has_a_blank_left() -> None:
+    assert not [
+        path.name
+        for path in RECIPES
+        if path.read_text(encoding="utf-8").rstrip().endswith("RUN") or "here: RUN" in path.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_default_recipe_leads_back_from_any_other(recipe: Path, file: Path) -> None:
+    before = params.read(file)
+    overrides.apply_recipe(recipe, file)
+    for other in RECIPES:
+        overrides.apply_recipe(other, file)
+    overrides.apply_recipe(ROOT / "recipes" / "fashion-mnist-small.yaml", file)
+    assert params.read(file) == before
+
+
 def test_another_optimiser_takes_no_option_of_the_old_one_along(file: Path) -> None:
     overrides.apply_recipe(ROOT / "recipes" / "cifar10-resnet18.yaml", file)
     swav = params.load(file).method("swav")

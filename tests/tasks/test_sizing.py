@@ -54,7 +54,7 @@ def test_parts_of_a_batch_count_for_the_negatives_not_the_whole() -> None:
 
 def test_automatic_clusters_with_too_many_stated_negatives_are_refused_with_the_numbers() -> None:
     section = _section("pcl", clusters="auto", negatives=5000)
-    with pytest.raises(ConfigError, match=r"negatives 5000 \+ batch_size 256 must not exceed .* 500"):
+    with pytest.raises(ConfigError, match=r"with batch_size 256 not exceed .* 500, .* got 5000"):
         sizing.options(section, images=60_000, image_size=28)
 
 
@@ -62,3 +62,19 @@ def test_a_batch_too_large_for_the_data_is_refused_with_the_one_that_fits() -> N
     with pytest.raises(ConfigError, match="lower batch_size to at most 100"):
         sizing.options(_section("pcl", clusters="auto"), images=300, image_size=28)
     assert sizes.clusters(300, 100)
+
+
+def test_a_queue_that_would_never_be_used_is_refused_if_stated_and_left_out_if_automatic() -> None:
+    late = {"batch_size": 64, "prototypes": 100, "queue_start_epoch": 99}
+    assert (
+        sizing.options(_section("swav", queue_length="auto", **late), images=60_000, image_size=28)["queue_length"] == 0
+    )
+    with pytest.raises(ConfigError, match=r"queue_length: from queue_start_epoch 99 on, 0 embeddings .* of 64"):
+        sizing.options(_section("swav", queue_length=64, **late), images=60_000, image_size=28)
+
+
+@pytest.mark.parametrize("name", ["freeze_prototypes_steps", "hard_assignment_steps"])
+def test_first_steps_that_are_the_whole_run_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected less than the 1404 updates"):
+        sizing.options(_section("swav", **{name: 1404}), images=60_000, image_size=28)
+    sizing.options(_section("swav", **{name: 1403}), images=60_000, image_size=28)
