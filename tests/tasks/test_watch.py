@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from deepclust import encoder as encoders
-from deepclust import optim
-from tasks import layout, watch
+from deepclust import kmeans, optim, watchdog
+from deepclust.errors import DataError
+from tasks import layout, probe, watch
 from tests.tasks import small_run
 
 
@@ -85,3 +86,33 @@ def test_a_run_that_ends_well_leaves_no_state(workspace: Path, monkeypatch: pyte
     small_run.run("prepare", monkeypatch)
     small_run.run("pretrain", monkeypatch, "simsiam")
     assert not layout.last_good("simsiam").exists()
+
+
+def test_features_that_are_not_finite_are_named_and_not_probed_and_the_run_goes_on(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: probe.Probe) -> float:
+        raise DataError("probed features that are not finite")
+
+    monkeypatch.setattr(watchdog.Watchdog, "_of_features", lambda self: {"non_finite_features": 1.0})
+    monkeypatch.setattr(probe.Probe, "_accuracy", refuse)
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch")]
+    assert warnings[0].startswith("warning: epoch 1: non-finite: ")
+
+
+def test_an_e_step_that_meets_diverged_features_names_the_remedy_and_the_kept_encoder(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverged(*_: object, **__: object) -> None:
+        raise DataError("expected finite points to cluster")
+
+    monkeypatch.setattr(kmeans, "fit", diverged)
+    small_run.run("prepare", monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        small_run.run("pretrain", monkeypatch, "pcl")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: before epoch 1: expected finite points to cluster; lower optimiser.rate")
+    assert error.endswith(f"; the encoder after epoch 1 is kept in {layout.last_good('pcl')}")
