@@ -21,6 +21,14 @@ class TrainingError(DeepclustError):
     """Training can not go on, for instance because the loss is no longer finite."""
 
 
+class PeerError(DeepclustError):
+    """Another process of the same run failed; its own message is the one that matters."""
+
+
+class PreemptedError(DeepclustError):
+    """A run was told to stop and has saved its state; started again, it goes on."""
+
+
 class AdaptationError(DeepclustError):
     """An adapter can not work with this model, head or batch."""
 

@@ -23,7 +23,7 @@ DOORS = {
     "yaml": ("tasks/params.py",),
     "pydantic": ("tasks/params.py", "tasks/sections.py", "tasks/pretrain_sections.py", "tasks/values.py"),
     "ruamel": ("tasks/overrides.py",),
-    "torch.distributed": ("deepclust/distributed.py",),
+    "torch.distributed": ("deepclust/distributed.py", "tasks/launch.py"),
     "faiss": ("deepclust/kmeans.py",),
     "torch": ("tasks/", "deepclust/"),
     "timm": ("deepclust/backbones.py",),

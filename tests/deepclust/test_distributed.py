@@ -1,0 +1,144 @@
+"""Several processes against one, each with data of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from deepclust import distributed, seeding
+from deepclust.errors import ConfigError, PeerError
+from tests import processes
+
+WORLDS = (2, 4)
+
+
+def _rows(count: int, *shape: int) -> Tensor:
+    return torch.randn(count, *shape, generator=seeding.generator("rows"))
+
+
+def _gather_uneven(count: int) -> Tensor:
+    return distributed.gather(_rows(count, 3)[distributed.share(count)], count)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("count", [3, 8, 13])
+def test_gathered_shares_are_the_whole_in_its_order(world: int, count: int) -> None:
+    for whole in processes.pool(world).run(_gather_uneven, count):
+        assert torch.equal(whole, _rows(count, 3))
+
+
+def _reduce() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mine = _rows(4, 3)[distributed.rank()]
+    return (
+        distributed.all_sum(mine.double()),
+        distributed.all_max(mine),
+        distributed.all_mean(mine.double()),
+        distributed.broadcast(mine),
+    )
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_reductions_are_those_of_the_stacked_rows(world: int) -> None:
+    rows = _rows(4, 3)[:world]
+    for total, largest, mean, first in processes.pool(world).run(_reduce):
+        torch.testing.assert_close(total, rows.double().sum(0))
+        assert torch.equal(largest, rows.amax(0))
+        torch.testing.assert_close(mean, rows.double().mean(0))
+        assert torch.equal(first, rows[0])
+
+
+def _part(count: int, parts: int) -> Tensor:
+    return distributed.part(torch.arange(count), parts)
+
+
+def test_a_part_of_all_processes_together_is_the_part_of_one_process() -> None:
+    first, second = processes.pool(2).run(_part, 12, 3)
+    assert [*first[:2], *second[:2]] == [0, 1, 2, 3]
+    assert [*first[4:], *second[4:]] == [8, 9, 10, 11]
+
+
+def _indivisible() -> str:
+    with pytest.raises(ConfigError) as error:
+        distributed.part(torch.arange(10), 2)
+    return str(error.value)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_with_the_numbers() -> None:
+    for message in processes.pool(4).run(_indivisible):
+        assert "4 processes × accumulate 2, got 10" in message
+
+
+def _one_fails() -> str:
+    try:
+        with distributed.together():
+            if distributed.rank() == 1:
+                raise ValueError("mine")
+    except (ValueError, PeerError) as error:
+        return type(error).__name__
+    return "none"
+
+
+def test_what_fails_on_one_process_fails_on_all() -> None:
+    assert processes.pool(2).run(_one_fails) == ["PeerError", "ValueError"]
+
+
+def _net(kind: str) -> nn.Module:
+    with seeding.seeded("net"):
+        if kind == "timm":
+            return nn.Sequential(nn.Conv2d(2, 5, 3), BatchNormAct2d(5), nn.Flatten(), nn.Linear(80, 3))
+        if kind == "2d":
+            return nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+        return nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+
+
+def _train(kind: str, sizes: list[int]) -> dict[str, Any]:
+    """Three steps on this process's rows, of which each has as many as `sizes` says; or all on one process."""
+    rows = _rows(sum(sizes), *((2, 6, 6) if kind != "1d" else (6,)))
+    start = sum(sizes[: distributed.rank()])
+    mine = rows if distributed.processes() == 1 else rows[start : start + sizes[distributed.rank()]]
+    net = _net(kind)
+    distributed.synchronise(net)
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimiser.zero_grad()
+        # A sum over all rows: each process's part, times their number, since the gradients are averaged.
+        (net(mine).square().sum() * distributed.processes()).backward()
+        distributed.average_gradients(net.parameters())
+        optimiser.step()
+    return {name: value.detach() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d", "timm"])
+@pytest.mark.parametrize("sizes", [[4, 4], [7, 1], [8, 0]])
+def test_synchronised_batch_norm_trains_like_one_process(kind: str, sizes: list[int]) -> None:
+    want = _train(kind, sizes)
+    for got in processes.pool(2).run(_train, kind, sizes):
+        assert got.keys() == want.keys()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _gradients() -> list[Tensor]:
+    net = nn.Linear(3, 2)
+    net.requires_grad_(True)
+    net.weight.grad = torch.full((2, 3), float(distributed.rank()))
+    distributed.average_gradients(net.parameters())
+    assert net.bias.grad is None
+    return [net.weight.grad]
+
+
+def test_gradients_are_averaged_and_absent_ones_stay_absent() -> None:
+    for (gradient,) in processes.pool(4).run(_gradients):
+        assert torch.equal(gradient, torch.full((2, 3), 1.5))
+
+
+def test_one_process_is_the_identity() -> None:
+    rows = _rows(5, 3)
+    for function in (distributed.all_sum, distributed.all_max, distributed.all_mean, distributed.gather):
+        assert torch.equal(function(rows), rows)
+    assert distributed.share(5) == slice(0, 5)
+    assert (distributed.processes(), distributed.rank(), distributed.is_main()) == (1, 0, True)
