@@ -1,7 +1,7 @@
 """State on disk that a run goes on from: a folder for each step, whole or not there, and nothing in it that is code.
 
 A step's folder holds its tensors (safetensors), the tree that they hang in (JSON) and a manifest with the size and
-SHA-256 of both, and in every version its own SHA-256: a newer version can be told from damage.
+SHA-256 of both, and in every version its own SHA-256: so a newer version can be told from damage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from deepclust.errors import CheckpointError
 VERSION = 1
 _MANIFEST, _TREE, _TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 # A step that is saved again is `.old` until the new one stands in its place; it counts like the step itself.
-_SAVED, _PARTIAL = re.compile(r"(?:step-(\d{8,})|\.step-(\d{8,})\.old)"), re.compile(r"\.step-\d{8,}\.partial")
-_UNREADABLE = (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2)  # safetensors writes them and can not read them
+_SAVED = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.old")
+_REFUSED = (torch.complex128, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2)  # safetensors writes two, reads none
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class Saved:
     step: int
     processes: int
     state: Any
-
-
-class _Damaged(Exception):
-    """What is wrong with one step's folder."""
 
 
 class Store:
@@ -78,21 +74,18 @@ class Store:
         tensors: dict[str, Tensor] = {}
         files = {_TREE: json.dumps(_encoded(state, tensors, "state")).encode(), _TENSORS: save_tensors(tensors)}
         body = {"version": VERSION, "step": step, "processes": processes, "fingerprint": self._fingerprint}
-        entries = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-        try:
+        body["files"] = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+        with self._disk(f"to save step {step}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
-            self._write(f"step-{step:08d}", files | {_MANIFEST: _sealed(body | {"files": entries})})
+            try:
+                self._write(f"step-{step:08d}", files | {_MANIFEST: _sealed(body)})
+            except OSError:
+                self._tidy()
+                raise
             kept = [path for at, path in self._found() if at <= step and path not in self._damaged][: self._keep]
             for path in [path for _, path in self._found() if path not in kept]:
                 self._remove(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._tidy()
-            raise CheckpointError(
-                f"expected to save step {step} in {self.folder}, got: {error.strerror or error}; make room or mend the "
-                "disk and start again, the run goes on from the newest state that is whole"
-            ) from error
 
     def newest(self) -> Saved | None:
         """The newest whole state, None if there is none at all; a damaged one is named on stderr and passed over.
@@ -100,46 +93,66 @@ class Store:
         Raises:
             CheckpointError: If all are damaged, or the newest whole one is of another run or a newer version.
         """
-        wrong = []
-        for step, path in self._found():
+        wrong: list[str] = []
+        with self._disk("to list all"):
+            found = self._found()
+        for step, path in found:
             try:
-                manifest = _manifest(path, step)
-                self._check(manifest["fingerprint"], path)
-                return Saved(step, manifest["processes"], _state(path, manifest["files"]))
-            except _Damaged as error:
+                return self._read(path, step)
+            except (CheckpointError, MemoryError):
+                raise
+            except Exception as error:  # whatever damage does to JSON; safetensors raises its own, undocumented types
                 self._damaged.add(path)
-                wrong.append(f"{path.name} is damaged: {error}")
-                print(f"warning: {self.folder}: {wrong[-1]}; the one before is taken", file=sys.stderr)
+                wrong.append(f"{path.name} is damaged, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                print(f"warning: passed over a state in {self.folder}: {wrong[-1]}", file=sys.stderr)
         if wrong:
             raise CheckpointError(
-                f"expected a whole state in {self.folder}, got none ({'; '.join(wrong)}); bring one back from a copy, or "
-                "remove the folder to begin anew"
+                f"expected a whole state in {self.folder}, got none ({'; '.join(wrong)}); bring one back from a copy, "
+                "or remove the folder to begin anew"
             )
         return None
 
     def clear(self) -> None:
-        """Remove all states, the newest last.
-
-        Raises:
-            CheckpointError: If the disk refuses.
-        """
-        try:
+        """Remove all states, the newest last; CheckpointError if the disk refuses."""
+        with self._disk("to remove all"):
             self._tidy()
             for _, path in reversed(self._found()):
                 self._remove(path)
-        except OSError as error:
+
+    def _read(self, path: Path, step: int) -> Saved:
+        body = json.loads(raw := (path / _MANIFEST).read_bytes())
+        _must(_sealed({key: body[key] for key in body.keys() - {"sha256"}}) == raw, f"{_MANIFEST} was changed")
+        if body["version"] > VERSION:
             raise CheckpointError(
-                f"expected to remove the states in {self.folder}, got: {error.strerror or error}; remove it by hand"
-            ) from error
+                f"expected {path} of version {VERSION} or older, got {body['version']}; upgrade deepclust"
+            )
+        _must(body["step"] == step and body["files"].keys() == {_TREE, _TENSORS}, f"{_MANIFEST} is of something else")
+        own, got = self._fingerprint, body["fingerprint"]
+        other = {part: f"of other {part}" for part in own | got if own.get(part) != got.get(part)}
+        if "method" in other:
+            other["method"] = f"of another method (expected {own.get('method')}, got {got.get('method')})"
+        if other:
+            raise CheckpointError(
+                f"expected this run's state in {path}, got one {', '.join(other.values())}; go back to what it was "
+                "begun with, or remove the folder to begin anew"
+            )
+        content = {}
+        for name in (_TREE, _TENSORS):  # our own names: none that a file gives is ever opened
+            size, expected = (path / name).stat().st_size, body["files"][name]
+            _must(size == expected["bytes"], f"{name} has {size} bytes, not {expected['bytes']}")
+            content[name] = (path / name).read_bytes()
+            _must(_sha256(content[name]) == expected["sha256"], f"{name} was changed")
+        tensors = load_tensors(content.pop(_TENSORS))
+        state = _decoded(json.loads(content[_TREE]), tensors)
+        _must(not tensors, f"{_TENSORS} holds more than {_TREE} names")
+        return Saved(step, body["processes"], state)
 
     def _write(self, name: str, files: Mapping[str, bytes]) -> None:
         final, partial, old = (self.folder / found for found in (name, f".{name}.partial", f".{name}.old"))
         partial.mkdir()
         for file_name, data in files.items():
-            with (partial / file_name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            (partial / file_name).write_bytes(data)
+            _sync(partial / file_name)
         _sync(partial)
         if final.exists():  # a folder can not be renamed onto one that is not empty
             final.rename(old)
@@ -152,155 +165,88 @@ class Store:
 
     def _tidy(self) -> None:
         """Remove what is half written, and put back what was moved away for a step that never came."""
-        for path in [path for path in self._listed() if _PARTIAL.fullmatch(path.name)]:
+        for path in self.folder.glob(".step-*.partial"):
             shutil.rmtree(path)
-        for step, path in [found for found in self._found() if found[1].name.startswith(".")]:
-            final = self.folder / f"step-{step:08d}"
-            if final.exists():
-                self._remove(path)
-            else:
-                path.rename(final)
+        for step, path in self._found():
+            if path.name.startswith("."):
+                final = self.folder / f"step-{step:08d}"
+                self._remove(path) if final.exists() else path.rename(final)
 
     def _remove(self, path: Path) -> None:
-        partial = self.folder / f".step-{path.name.strip('.step-old')}.partial"  # never half there and named a state
-        path.rename(partial)
+        partial = path.rename(self.folder / f".{path.name.lstrip('.')}.partial")  # never half there under its own name
         shutil.rmtree(partial)
-
-    def _listed(self) -> list[Path]:
-        try:
-            return list(self.folder.iterdir()) if self.folder.exists() else []
-        except OSError as error:
-            raise CheckpointError(
-                f"expected a folder of states in {self.folder}, got: {error.strerror}; take another or mend it"
-            ) from error
 
     def _found(self) -> list[tuple[int, Path]]:
         """Steps and their folders, newest first; of one step, the one saved last first."""
-        found = [(match, path) for path in self._listed() if (match := _SAVED.fullmatch(path.name))]
-        steps = [(int(match[1] or match[2]), path) for match, path in found]
-        return sorted(steps, key=lambda item: (item[0], item[1].name), reverse=True)
+        paths = list(self.folder.iterdir()) if self.folder.exists() else []
+        found = [(int(match[1] or match[2]), path) for path in paths if (match := _SAVED.fullmatch(path.name))]
+        return sorted(found, key=lambda item: (item[0], item[1].name), reverse=True)
 
-    def _check(self, got: Mapping[str, str], path: Path) -> None:
-        own = self._fingerprint
-        differ = [part for part in own | dict(got) if own.get(part) != got.get(part)]
-        named = [
-            f"of another method (expected {own.get(part)}, got {got.get(part)})"
-            if part == "method"
-            else f"of other {part}"
-            for part in differ
-        ]
-        if named:
+    @contextlib.contextmanager
+    def _disk(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise CheckpointError(
-                f"expected the state of this run in {path}, got one {', '.join(named)}; go back to what it was begun "
-                "with, or remove the folder to begin anew"
-            )
+                f"expected {what} of the states in {self.folder}, got: {error.strerror or error}; make room or mend "
+                "the disk and start again: the newest whole one is gone on from"
+            ) from error
 
 
 def restore_like(loaded: Tensor, like: Tensor) -> Tensor:
     """The values and dtype of `loaded` in the memory format and on the device of `like`, of the same shape."""
     if loaded.shape != like.shape:
         raise CheckpointError(
-            f"expected a saved tensor of shape {tuple(like.shape)}, got {tuple(loaded.shape)}; it is another model's"
+            f"expected a saved tensor of shape {tuple(like.shape)}, got {tuple(loaded.shape)}; remove the saved states"
         )
     return torch.empty_like(like, dtype=loaded.dtype, requires_grad=False).copy_(loaded)
 
 
-def _manifest(path: Path, step: int) -> dict[str, Any]:
-    try:
-        raw = (path / _MANIFEST).read_bytes()
-        body = json.loads(raw)
-        del body["sha256"]
-        sealed = _sealed(body)
-    except OSError as error:
-        raise _Damaged(f"can not read {_MANIFEST}, {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _Damaged(f"{_MANIFEST} is no manifest") from error
-    if sealed != raw:
-        raise _Damaged(f"{_MANIFEST} is not as it was written")
-    if isinstance(body.get("version"), int) and body["version"] > VERSION:
-        raise CheckpointError(
-            f"expected {path} in format {VERSION} or older, got format {body['version']}; upgrade deepclust"
-        )
-    if body.get("version") != VERSION or body.get("step") != step or set(body.get("files", ())) != {_TREE, _TENSORS}:
-        raise _Damaged(f"{_MANIFEST} does not belong to this step")
-    return dict(body)
-
-
-def _state(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Any:
-    content = {}
-    for name in (_TREE, _TENSORS):  # our own names, never ones that the files give
-        try:
-            size = (path / name).stat().st_size
-            if size != files[name]["bytes"]:
-                raise _Damaged(f"{name} has {size} bytes instead of {files[name]['bytes']}")
-            content[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise _Damaged(f"can not read {name}, {error.strerror}") from error
-        if _sha256(content[name]) != files[name]["sha256"]:
-            raise _Damaged(f"{name} is not as it was written")
-    try:
-        tensors = load_tensors(content.pop(_TENSORS))
-        state = _decoded(json.loads(content[_TREE]), tensors)
-    except MemoryError:
-        raise
-    except Exception as error:  # safetensors raises its own, undocumented types
-        raise _Damaged(f"{_TREE} and {_TENSORS} hold no state, {' '.join(str(error).split())[:100]}") from error
-    if tensors:
-        raise _Damaged(f"{_TENSORS} holds {len(tensors)} tensors that {_TREE} does not name")
-    return state
-
-
 def _encoded(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """JSON for a tree: scalars as they are, all else as a dict of one entry. Fills `tensors`, each a copy."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.dtype in _UNREADABLE:
-            raise TypeError(f"{where}: expected a dense tensor of a usual dtype, got {value.layout} of {value.dtype}")
-        copy = value.detach().resolve_conj().resolve_neg()
-        tensors[str(len(tensors))] = copy.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"tensor": str(len(tensors) - 1)}
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                raise TypeError(f"{where}: expected keys str or int, got {key!r}")
-        return {"dict": [[key, _encoded(item, tensors, f"{where}[{key!r}]")] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"list": [_encoded(item, tensors, f"{where}[{at}]") for at, item in enumerate(value)]}
-    if isinstance(value, float):
-        return {"float": struct.pack(">d", value).hex()}
+    """JSON of a tree: scalars as they are, all else a dict of one entry. Copies go into `tensors`."""
     if value is None or isinstance(value, str | bool | int):
         return value
-    raise TypeError(
-        f"{where}: expected a dict, list, str, int, float, bool, None or tensor, got {type(value).__name__}"
-    )
+    if isinstance(value, float):
+        return {"float": struct.pack(">d", value).hex()}
+    if isinstance(value, list | tuple):
+        return {"list": [_encoded(item, tensors, f"{where}[{at}]") for at, item in enumerate(value)]}
+    if isinstance(value, dict) and all(isinstance(key, str | int) and not isinstance(key, bool) for key in value):
+        return {"dict": [[key, _encoded(item, tensors, f"{where}[{key!r}]")] for key, item in value.items()]}
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.dtype not in _REFUSED:
+        name, own = str(len(tensors)), value.detach().resolve_conj().resolve_neg()
+        tensors[name] = own.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    raise TypeError(f"{where}: expected a dict with keys str or int, a list, scalar or dense tensor, got {type(value)}")
 
 
 def _decoded(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree of `_encoded`'s JSON; takes what it needs out of `tensors`."""
+    """The tree of `_encoded`'s JSON; takes each tensor out of `tensors`, once."""
     if not isinstance(node, dict):
         return node
     ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensors.pop(content)
     if kind == "dict":
         return {key: _decoded(item, tensors) for key, item in content}
     if kind == "list":
         return [_decoded(item, tensors) for item in content]
-    if kind == "float":
-        return struct.unpack(">d", bytes.fromhex(content))[0]
-    raise ValueError(f"unknown kind {kind}")
+    return {"tensor": tensors.pop, "float": lambda digits: struct.unpack(">d", bytes.fromhex(digits))[0]}[kind](content)
 
 
 def _sealed(body: Mapping[str, Any]) -> bytes:
     seal = _sha256(json.dumps(body, sort_keys=True).encode())
-    return (json.dumps({**body, "sha256": seal}, indent=2, sort_keys=True) + "\n").encode()
+    return json.dumps({**body, "sha256": seal}, indent=2, sort_keys=True).encode()
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
+def _must(holds: bool, wrong: str) -> None:
+    if not holds:
+        raise ValueError(wrong)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
