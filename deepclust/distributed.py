@@ -145,6 +145,15 @@ def gather(rows: Tensor, count: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
+def log_softmax(rows: Tensor) -> Tensor:
+    """Log softmax of each column over the rows of all processes, without gradient."""
+    if processes() == 1:
+        return rows.log_softmax(0)
+    largest = all_max(rows.amax(0))
+    return rows - (largest + all_sum((rows - largest).exp().sum(0)).log())
+
+
+@torch.no_grad()
 def broadcast(tensor: Tensor) -> Tensor:
     """The main process's values."""
     if processes() == 1:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepclust import distributed
+
 
 @torch.no_grad()
 def codes(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     """Codes that solve max_Q Tr(Qᵀ S) + ε H(Q) over the transport polytope, by Sinkhorn–Knopp.
+
+    The batch is that of all processes, of which each gives its rows and gets their codes.
 
     In the log domain, so that no ε overflows or divides by zero. The last half step normalises the samples: each
     sample's code sums to 1, the prototypes' marginal B/K holds approximately.
@@ -29,5 +33,5 @@ def codes(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     log_codes = scores_BK.detach().double() / epsilon
     for _ in range(iterations):
         # Each prototype to sum 1, not B/K: that factor is the same for a whole sample, so the next half step takes it.
-        log_codes = log_codes.log_softmax(0).log_softmax(1)
+        log_codes = distributed.log_softmax(log_codes).log_softmax(1)
     return log_codes.exp_().to(torch.promote_types(scores_BK.dtype, torch.float32))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from deepclust import data, features, optim, seeding, views
+from deepclust import data, distributed, features, optim, resume, seeding, views
+from deepclust.checkpoint import restore_like
 from deepclust.errors import ConfigError, DataError, TrainingError
 from deepclust.methods.base import Method
 
@@ -27,7 +29,7 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the images.
-        batch_size: Images of an update.
+        batch_size: Images of an update, over all processes.
         accumulate: Equal parts that a batch goes through the network in, one after the other, to need less memory.
             Batch normalisation sees one part at a time.
         precision: `float32`, or `bf16` or `fp16` for autocast where the device has it; see `effective_precision`.
@@ -83,8 +85,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number from 0, wall seconds of its steps, and how many of them went into batches
-    and their views; on a GPU, which runs behind, into asking for them."""
+    """A finished epoch: its number from 0, wall seconds of its steps, how many of them went into batches and their
+    views (on a GPU, which runs behind, into asking for them), and its images; where the run was resumed, since then."""
 
     epoch: int
     seconds: float
@@ -121,8 +123,11 @@ def train(
     device: torch.device,
     on_step: Callable[[Step], None] = _ignore_step,
     on_epoch: Callable[[Epoch], None] = _ignore_epoch,
+    saving: resume.Saving | None = None,
 ) -> int:
-    """Train a method in place.
+    """Train a method in place, alone or as one of several processes (distributed.py) that each call this.
+
+    The batch, its order, views and draws are those of one process; each computes an equal part of it.
 
     Args:
         method: The method, on the device.
@@ -131,17 +136,24 @@ def train(
         normalise: Applied to crops (batch, C, S, S) in [0, 1] before the network sees them.
         device: Where to train.
         on_step: Called after every update.
-        on_epoch: Called after every epoch, with the method in train mode.
+        on_epoch: Called after every epoch, with the method in train mode; if it fails on one process, it does on all.
+        saving: Where the run's state is kept; a run that is there goes on, bit for bit where it runs on as many
+            processes as before.
 
     Returns:
         Number of updates made.
 
     Raises:
         TrainingError: If the loss or the gradient is not finite; before the update, so the weights are still good.
-        ConfigError: If the batch is larger than the data set, or the method refuses the data set.
+        ConfigError: If the batch is larger than the data set or cannot be divided among the processes, or the method
+            refuses the data set.
+        CheckpointError: If the state cannot be restored or saved.
+        PreemptedError: If a process was told to stop; the state is saved then.
     """
+    own_rows = distributed.part(torch.arange(recipe.batch_size), recipe.accumulate)
     method.check(len(images))
     method.bind(len(images))
+    distributed.synchronise(method)
     source = data.Images(images, device)
     per_epoch = data.steps_per_epoch(len(source), recipe.batch_size)
     schedule = optim.schedule(
@@ -151,43 +163,57 @@ def train(
 
     def embed(module: nn.Module) -> Tensor:
         module.eval()
-
+        own = images[distributed.share(len(images))]
         result = features.extract(
-            lambda batch: module(normalise(batch)), images, batch_size=2 * recipe.batch_size, device=device
+            lambda batch: module(normalise(batch)), own, batch_size=2 * recipe.batch_size, device=device
         )
         module.train()
         return torch.from_numpy(result).to(device)
 
-    step = 0
-    for epoch in range(recipe.epochs):
+    keeper = resume.Keeper(saving, {"method": method, "update": update})
+    step = first = keeper.restore()
+    for epoch in range(first // per_epoch, recipe.epochs):
         method.train()
-        try:
-            method.before_epoch(epoch, embed, seeding.derive(recipe.seed, "epoch", epoch))
-        except DataError as error:  # features that are not finite; the images were checked long ago
-            raise TrainingError(
-                f"before epoch {epoch}: {error}; lower optimiser.rate or lengthen the warm-up"
-            ) from error
+        done = step % per_epoch  # above 0 where a run goes on inside an epoch, whose clusters are in its state
+        if not done:
+            try:
+                method.before_epoch(epoch, embed, seeding.derive(recipe.seed, "epoch", epoch))
+            except DataError as error:  # features that are not finite; the images were checked long ago
+                raise TrainingError(
+                    f"before epoch {epoch}: {error}; lower optimiser.rate or lengthen the warm-up"
+                ) from error
         started, waiting = time.perf_counter(), 0.0
-        for indices in data.batches(len(source), recipe.batch_size, seed=recipe.seed, epoch=epoch):
+        for batch in data.batches(len(source), recipe.batch_size, seed=recipe.seed, epoch=epoch, first_step=done):
             asked = time.perf_counter()
+            indices = batch[own_rows]
             crops = views.multi_crop(
                 source.batch(indices),
                 crops=recipe.crops,
                 colour=recipe.colour,
-                generator=seeding.generator(recipe.seed, "views", step),
+                generator=seeding.Part(seeding.generator(recipe.seed, "views", step), own_rows, recipe.batch_size),
             )
             waiting += time.perf_counter() - asked
             rate = optim.set_rate(update.optimiser, schedule, step)
             method.before_step(step)
-            loss, norm, logged = update.prepare(
-                method, [normalise(crop) for crop in crops], indices, seeding.generator(recipe.seed, "method", step)
-            )
+            with seeding.seeded(recipe.seed, "network", step, distributed.rank()):  # dropout, where a backbone has it
+                loss, norm, logged, wishes = update.prepare(
+                    method,
+                    [normalise(crop) for crop in crops],
+                    indices,
+                    seeding.generator(recipe.seed, "method", step),
+                    keeper.wishes(step),
+                )
             update.check(loss, norm, where=f"step {step} of epoch {epoch}", rate=rate)
             update.apply()
             method.after_step(step)
             on_step(Step(step, epoch, loss, rate, norm, logged))
             step += 1
-        on_epoch(Epoch(epoch, time.perf_counter() - started, waiting, per_epoch * recipe.batch_size))
+            if step % per_epoch:
+                keeper.after(step - 1, wishes)
+        with distributed.together():
+            images_done = (per_epoch - done) * recipe.batch_size
+            on_epoch(Epoch(epoch, time.perf_counter() - started, waiting, images_done))
+        keeper.after(step - 1, wishes)
     return step
 
 
@@ -204,12 +230,13 @@ class _Update:
         self._largest_norm = math.inf if recipe.optimiser.clip_norm is None else recipe.optimiser.clip_norm
 
     def prepare(
-        self, method: Method, crops: list[Tensor], indices: Tensor, generator: torch.Generator
-    ) -> tuple[float, float, dict[str, float]]:
-        """Put the batch's clipped gradient into the parameters.
+        self, method: Method, crops: list[Tensor], indices: Tensor, generator: torch.Generator, wishes: Tensor
+    ) -> tuple[float, float, dict[str, float], list[float]]:
+        """Put the clipped gradient of the batch of all processes into the parameters.
 
         Returns:
-            Loss, norm of the gradient before clipping, and the method's scalars; means over the parts.
+            Loss, norm of the gradient before clipping, the method's scalars and what the processes wish; means over
+            the parts and the processes.
         """
         self.optimiser.zero_grad(set_to_none=True)
         parts = []
@@ -220,11 +247,13 @@ class _Update:
             parts.append(torch.stack([loss.detach(), *(scalar.to(loss.device) for scalar in logged.values())]))
         self._scaler.unscale_(self.optimiser)
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        distributed.average_gradients(parameters)
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, self._largest_norm, norm)
-        # One synchronisation a step, for all numbers together.
-        value, *scalars, norm_value = torch.cat([torch.stack(parts).mean(0), norm.view(1)]).tolist()
-        return value, norm_value, dict(zip(logged, scalars, strict=True))
+        # One synchronisation a step, of processes and with a GPU, for all numbers together.
+        numbers = torch.cat([torch.stack(parts).mean(0), norm.view(1), wishes.to(norm)])
+        value, *scalars, norm_value, save, stop = distributed.all_mean(numbers).tolist()
+        return value, norm_value, dict(zip(logged, scalars, strict=True)), [save, stop]
 
     def check(self, loss: float, gradient_norm: float, *, where: str, rate: float) -> None:
         """Refuse to update from what is not finite; with fp16 a gradient that is not is the scaler's business."""
@@ -240,3 +269,16 @@ class _Update:
         """Update the parameters; with fp16, unless the gradient is not finite."""
         self._scaler.step(self.optimiser)
         self._scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimiser and scaler."""
+        return {"optimiser": self.optimiser.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, with the parameters' order in memory: the sum of a norm depends on it."""
+        self.optimiser.load_state_dict(state["optimiser"])
+        self._scaler.load_state_dict(state["scaler"])
+        for parameter, values in self.optimiser.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = restore_like(value, parameter)

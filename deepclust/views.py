@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepclust.seeding import Part, uniform
+
 _ATTEMPTS = 10
 _GREY = (0.299, 0.587, 0.114)
 _BLUR_SIGMA = (0.1, 2.0)
@@ -46,7 +48,7 @@ class Colour:
 
 
 def multi_crop(
-    images_BHWC: Tensor, *, crops: Sequence[Crop], colour: Colour, generator: torch.Generator
+    images_BHWC: Tensor, *, crops: Sequence[Crop], colour: Colour, generator: torch.Generator | Part
 ) -> list[Tensor]:
     """All crops of a batch, the resolutions in the order given.
 
@@ -54,7 +56,7 @@ def multi_crop(
         images_BHWC: uint8 images.
         crops: Resolutions.
         colour: Probabilities and strengths.
-        generator: CPU generator; the same state gives the same views on any device.
+        generator: CPU generator; the same state gives the same views on any device. Or a part of a batch's randomness.
 
     Returns:
         One tensor (B, C, S, S) in [0, 1] for each crop, channels last in memory.
@@ -68,10 +70,10 @@ def to_float(images_BHWC: Tensor) -> Tensor:
     return images_BHWC.permute(0, 3, 1, 2).float().div_(255)
 
 
-def _view(images: Tensor, crop: Crop, colour: Colour, generator: torch.Generator) -> Tensor:
+def _view(images: Tensor, crop: Crop, colour: Colour, generator: torch.Generator | Part) -> Tensor:
     batch, _, height, width = images.shape
     boxes = random_boxes(batch, height=height, width=width, scale=crop.scale, ratio=crop.ratio, generator=generator)
-    flips = torch.rand(batch, generator=generator) < colour.flip
+    flips = uniform(batch, generator=generator) < colour.flip
     view = resample(images, boxes, flips, size=crop.size)
     view = _jitter(view, colour, generator)
     if colour.blur > 0:
@@ -86,15 +88,14 @@ def random_boxes(
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    generator: torch.Generator,
+    generator: torch.Generator | Part,
 ) -> Tensor:
     """Boxes (B, 4) of top, left, height, width, drawn as torchvision's RandomResizedCrop draws them.
 
     Each image takes the first of ten candidates that fits; where none does, the largest centred box of a valid ratio.
     """
-    shape = (batch, _ATTEMPTS)
-    area = height * width * torch.empty(shape).uniform_(*scale, generator=generator)
-    log_ratio = torch.empty(shape).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+    area = height * width * uniform(batch, _ATTEMPTS, low=scale[0], high=scale[1], generator=generator)
+    log_ratio = uniform(batch, _ATTEMPTS, low=math.log(ratio[0]), high=math.log(ratio[1]), generator=generator)
     w = (area * log_ratio.exp()).sqrt().round().long()
     h = (area * (-log_ratio).exp()).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -104,7 +105,7 @@ def random_boxes(
     fallback_h = round(width / ratio[0]) if width / height < ratio[0] else height
     w = torch.where(any_fits, w.gather(1, first).squeeze(1), fallback_w)
     h = torch.where(any_fits, h.gather(1, first).squeeze(1), fallback_h)
-    where = torch.rand(batch, 2, generator=generator)
+    where = uniform(batch, 2, generator=generator)
     top = torch.where(any_fits, (where[:, 0] * (height - h + 1)).long(), (height - h) // 2)
     left = torch.where(any_fits, (where[:, 1] * (width - w + 1)).long(), (width - w) // 2)
     return torch.stack((top, left, h, w), dim=1)
@@ -132,19 +133,19 @@ def _filter(start_B: Tensor, length_B: Tensor, *, inputs: int, outputs: int) -> 
     return weight / weight.sum(2, keepdim=True)
 
 
-def _jitter(view: Tensor, colour: Colour, generator: torch.Generator) -> Tensor:
+def _jitter(view: Tensor, colour: Colour, generator: torch.Generator | Part) -> Tensor:
     batch, channels = view.shape[:2]
-    applied = torch.rand(batch, generator=generator) < colour.jitter
+    applied = uniform(batch, generator=generator) < colour.jitter
 
     def factors(low: float, high: float, neutral: float) -> Tensor:
-        drawn = torch.empty(batch).uniform_(low, high, generator=generator)
+        drawn = uniform(batch, low=low, high=high, generator=generator)
         return torch.where(applied, drawn, neutral).to(view).view(-1, 1, 1, 1)
 
     brightness = factors(max(0.0, 1 - colour.brightness), 1 + colour.brightness, 1.0)
     contrast = factors(max(0.0, 1 - colour.contrast), 1 + colour.contrast, 1.0)
     saturation = factors(max(0.0, 1 - colour.saturation), 1 + colour.saturation, 1.0)
     hue = factors(-colour.hue, colour.hue, 0.0)
-    grey = (torch.rand(batch, generator=generator) < colour.grey).to(view.device).view(-1, 1, 1, 1)
+    grey = (uniform(batch, generator=generator) < colour.grey).to(view.device).view(-1, 1, 1, 1)
     view = (view * brightness).clamp_(0, 1)
     mean = to_grey(view).mean((1, 2, 3), keepdim=True)
     view = (mean + contrast * (view - mean)).clamp_(0, 1)
@@ -183,11 +184,11 @@ def shift_hue(images_BCHW: Tensor, shift: Tensor) -> Tensor:
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def _blur(view: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def _blur(view: Tensor, probability: float, generator: torch.Generator | Part) -> Tensor:
     """Gaussian blur with its own sigma for each image (SimCLR, appendix A: kernel a tenth of the side)."""
     batch, size = view.shape[0], view.shape[-1]
-    applied = (torch.rand(batch, generator=generator) < probability).view(-1, 1, 1)
-    sigma = torch.empty(batch, 1, 1).uniform_(*_BLUR_SIGMA, generator=generator)
+    applied = (uniform(batch, generator=generator) < probability).view(-1, 1, 1)
+    sigma = uniform(batch, 1, 1, low=_BLUR_SIGMA[0], high=_BLUR_SIGMA[1], generator=generator)
     position = torch.arange(size, dtype=torch.float32)
     distance = (position[:, None] - position[None, :]).abs()
     weight = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance <= max(1, size // 20))

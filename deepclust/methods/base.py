@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepclust import distributed
+
 Embed = Callable[[nn.Module], Tensor]
-"""Applies a module to the centre view of every training image, in eval mode and in order: (N, D)."""
+"""Applies a module to the centre view of this process's share of the training images, in eval mode and in order."""
 
 
 class Method(nn.Module, ABC):
@@ -34,16 +36,17 @@ class Method(nn.Module, ABC):
         So nothing that the next part would see may change in here: what enters a queue is kept until `after_step`.
 
         Args:
-            views: Normalised crops of the batch, each (batch, C, S, S).
+            views: Normalised crops of the batch, each (batch, C, S, S). Under several processes, this one's equal part
+                of the batch, which is that of all of them: what depends on the whole batch goes through `distributed`.
             indices: Number of each image in the training set.
-            generator: CPU generator of this step, for whatever else is random.
+            generator: CPU generator of this step, for whatever else is random; in the same state on all processes.
 
         Returns:
-            The loss, and scalars worth logging, 0-dim and without gradient. By the same name in every method that has
-            it: `embedding_spread` (see `spread`); `loss_to_chance`, the classification part of the loss divided by its
-            value for a model that knows nothing; `prototypes_used`, the share of the prototypes, or of the batch's
-            codes where those are fewer, that are somebody's strongest code; `code_entropy`, the mean entropy of a
-            sample's codes / ln K.
+            The loss, whose mean over the processes counts, and scalars worth logging, 0-dim and without gradient. By
+            the same name in every method that has it: `embedding_spread` (see `spread`); `loss_to_chance`, the
+            classification part of the loss divided by its value for a model that knows nothing; `prototypes_used`, the
+            share of the prototypes, or of the batch's codes where those are fewer, that are somebody's strongest code;
+            `code_entropy`, the mean entropy of a sample's codes / ln K.
         """
 
     def check(self, images: int) -> None:
@@ -79,15 +82,16 @@ def spread(unit_embeddings_BD: Tensor) -> Tensor:
 
     SimSiam (arXiv 2011.10566, section 4.1) shows the same number without the factor, so that 1/√D is healthy.
     """
-    embeddings = unit_embeddings_BD.detach()
+    embeddings = distributed.gather(unit_embeddings_BD)
     return embeddings.std(0, correction=0).mean() * math.sqrt(embeddings.shape[1])
 
 
 def share_used(chosen: Tensor, count: int) -> Tensor:
     """Share of `count` prototypes that are chosen at least once, or of the choices where these are fewer."""
     used = torch.zeros(count, dtype=torch.bool, device=chosen.device)
-    used[chosen] = True
-    return used.sum() / min(count, len(chosen))
+    everybodys = distributed.gather(chosen)
+    used[everybodys] = True
+    return used.sum() / min(count, len(everybodys))
 
 
 def by_view(rows: Tensor, views: int) -> Tensor:

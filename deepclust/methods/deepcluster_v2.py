@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import heads, kmeans, seeding
+from deepclust import distributed, heads, kmeans, seeding
 from deepclust.errors import ConfigError
 from deepclust.methods import base
 
@@ -94,10 +94,12 @@ class DeepClusterV2(base.Method):
     def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
         """Cluster the memory bank once for each head."""
         if not self.bank.any():
-            self.bank.copy_(heads.unit_rows(embed(nn.Sequential(self.backbone, self.head))))
+            own = heads.unit_rows(embed(nn.Sequential(self.backbone, self.head)))
+            self.bank.copy_(distributed.gather(own, self.bank.shape[1]))
+        mine = distributed.share(self.bank.shape[1])
         for number, prototypes in enumerate(self.prototypes):
             found = kmeans.fit(
-                self.bank[number % len(self.bank)],
+                self.bank[number % len(self.bank), mine],
                 len(prototypes),
                 seed=seeding.derive(seed, number),
                 iterations=self.kmeans_iterations,
@@ -106,7 +108,7 @@ class DeepClusterV2(base.Method):
                 restarts=self.kmeans_restarts,
             )
             prototypes.weight.copy_(found.centroids)
-            self.assignments[number] = found.assignments
+            self.assignments[number] = distributed.gather(found.assignments, self.bank.shape[1])
 
     def before_step(self, step: int) -> None:
         """Forget embeddings of a step that came to no update."""
@@ -136,7 +138,8 @@ class DeepClusterV2(base.Method):
     def after_step(self, step: int) -> None:
         """Write the step's embeddings into the memory bank, for the next epoch's clustering."""
         for indices, embeddings in self._new:
-            self.bank[:, indices] = embeddings
+            everybodys = distributed.gather(embeddings.transpose(0, 1)).transpose(0, 1)
+            self.bank[:, distributed.gather(indices)] = everybodys
         self._new.clear()
 
     def exported(self) -> dict[str, dict[str, Tensor]]:

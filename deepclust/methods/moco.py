@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import heads
+from deepclust import distributed, heads
 from deepclust.errors import ConfigError
 from deepclust.methods import base
 from deepclust.methods.queue import Queue
@@ -104,14 +104,19 @@ class MoCo(base.Method):
     def _keys(self, view: Tensor, generator: torch.Generator) -> Tensor:
         if self.key_groups == 1:
             return heads.unit_rows(self.key_encoder(view))
-        if len(view) < 2 * self.key_groups:
+        count = len(view) * distributed.processes()
+        if count < 2 * self.key_groups:
             raise ConfigError(
-                f"key_groups: expected at most {max(1, len(view) // 2)}, half of the {len(view)} images that go "
+                f"key_groups: expected at most {max(1, count // 2)}, half of the {count} images that go "
                 f"through the network at once; got {self.key_groups}; lower it or enlarge the batch"
             )
-        order = torch.randperm(len(view), generator=generator).to(view.device)
-        keys = torch.cat([self.key_encoder(group) for group in view[order].tensor_split(self.key_groups)])
-        return heads.unit_rows(keys[order.argsort()])
+        # A group has members on any process, whose batch normalisation is synchronised: so no image has to travel.
+        order = torch.randperm(count, generator=generator) - distributed.rank() * len(view)
+        groups = [
+            group[(group >= 0) & (group < len(view))].to(view.device) for group in order.tensor_split(self.key_groups)
+        ]
+        keys = torch.cat([self.key_encoder(view[group]) for group in groups])
+        return heads.unit_rows(keys[torch.cat(groups).argsort()])
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -119,5 +124,5 @@ class MoCo(base.Method):
         keys: list[Tensor] = list(self.key_encoder.parameters())
         queries: list[Tensor] = [*self.backbone.parameters(), *self.head.parameters()]
         torch._foreach_lerp_(keys, queries, 1 - self.key_momentum)
-        self.queue.push(torch.cat(self._new))
+        self.queue.push(torch.cat([distributed.gather(new) for new in self._new]))
         self._new.clear()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import heads, kmeans
+from deepclust import distributed, heads, kmeans
 from deepclust.errors import ConfigError
 from deepclust.methods import base
 from deepclust.methods.moco import MoCo
@@ -52,12 +52,13 @@ def proto_nce(
     """
     count = len(prototypes_KD)
     chosen = torch.zeros(count, dtype=torch.bool, device=queries_BD.device)
-    chosen[assignments_B] = True
+    positives = distributed.gather(assignments_B)
+    chosen[positives] = True
     # Counting makes a GPU wait, so only where the batch does not leave enough in any case.
-    if negatives > count - len(assignments_B) and negatives > (left := count - int(chosen.sum())):
+    if negatives > count - len(positives) and negatives > (left := count - int(chosen.sum())):
         raise ConfigError(
             f"negatives: expected at most {left}, the clusters of {count} that are nobody's positive in a batch of "
-            f"{len(assignments_B)}; got {negatives}; lower it, or raise clusters"
+            f"{len(positives)}; got {negatives}; lower it, or raise clusters"
         )
     order = torch.rand(count, generator=generator).to(chosen.device).masked_fill_(chosen, -1.0)
     chosen[order.topk(negatives).indices] = True
@@ -101,7 +102,7 @@ class Clustering(nn.Module):
         self.concentrations.copy_(
             kmeans.concentration(found.distances, found.assignments, k=len(self), temperature=temperature)
         )
-        self.assignments.copy_(found.assignments)
+        self.assignments.copy_(distributed.gather(found.assignments, len(self.assignments)))
 
 
 class PCL(MoCo):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import heads, sinkhorn
+from deepclust import distributed, heads, sinkhorn
 from deepclust.methods import base
 from deepclust.methods.queue import Queue
 
@@ -154,7 +154,8 @@ class SwAV(base.Method):
     def after_step(self, step: int) -> None:
         """Put the step's embeddings into the queue in place of the oldest."""
         if self._new:
-            self.queue.push(torch.cat(self._new, dim=1))
+            everybodys = [distributed.gather(new.transpose(0, 1)).transpose(0, 1) for new in self._new]
+            self.queue.push(torch.cat(everybodys, dim=1))
         self._new.clear()
 
     def exported(self) -> dict[str, dict[str, Tensor]]:
@@ -166,8 +167,10 @@ class SwAV(base.Method):
         """Codes of the batch for each assign crop, before any of them is made hard."""
         codes = {}
         for number, crop in enumerate(self.assign_crops):
-            # The queue holds embeddings: scores of today's prototypes with the embeddings of then.
-            earlier = [prototypes(self.queue.rows[number])] if self._use_queue else []
+            # The queue holds embeddings: scores of today's prototypes with the embeddings of then. It is the same on
+            # all processes, and each adds its share of it to the batch.
+            mine = distributed.share(self.queue_length)
+            earlier = [prototypes(self.queue.rows[number, mine])] if self._use_queue else []
             all_codes = sinkhorn.codes(
                 torch.cat([scores[crop], *earlier]), epsilon=self.epsilon, iterations=self.sinkhorn_iterations
             )
