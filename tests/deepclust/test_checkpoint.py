@@ -366,6 +366,19 @@ def test_after_going_back_the_last_saved_is_the_newest_and_damaged_ones_do_not_c
     assert names(tmp_path) == ["step-00000008", "step-00000009"]
 
 
+def test_a_later_step_of_a_run_gone_back_in_does_not_win(tmp_path: Path) -> None:
+    for step in (6, 9):
+        store(tmp_path, keep=1).save(step, state(step))
+    store(tmp_path, keep=1).save(7, state(7))
+    assert names(tmp_path) == ["step-00000007"]
+
+
+def test_a_part_that_only_the_saved_state_has_differs(tmp_path: Path) -> None:
+    store(tmp_path, device="cuda").save(1, state(1))
+    with pytest.raises(CheckpointError, match="got one of other device;"):
+        store(tmp_path).newest()
+
+
 def test_the_same_step_saved_again_replaces_it(tmp_path: Path) -> None:
     store(tmp_path).save(5, {"first": 1})
     store(tmp_path).save(5, {"second": 2})
