@@ -1,7 +1,8 @@
 """What every process of the pipeline sets before it works: threads, telemetry off, SIGTERM as an orderly exit.
 
 How many threads a stage computes with changes the last bits of its results, so it is a function of the machine alone:
-the flow runs `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too.
+the flow runs `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too. The
+processes of one stage share them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,17 @@ def parallel() -> int:
 
 
 def threads() -> int:
-    """Threads a stage computes with: `DEEPCLUST_THREADS`, else the cores shared among the parallel stages."""
-    return _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
+    """Threads a process of a stage computes with: its part of the stage's, at least one.
+
+    The stage's are `DEEPCLUST_THREADS`, else the cores shared among the parallel stages.
+    """
+    stage = _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
+    return max(1, stage // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, on this machine
+
+
+def collective_seconds() -> int:
+    """How long a process waits for the others of its run: `DEEPCLUST_COLLECTIVE_SECONDS`, else five minutes."""
+    return _count("DEEPCLUST_COLLECTIVE_SECONDS", "seconds") or 300
 
 
 def _count(variable: str, what: str) -> int | None:

@@ -43,6 +43,21 @@ def embeddings(encoder: str, split_name: str) -> Path:
     return out("embed", encoder) / f"{split_name}.npy"
 
 
+def state(stage: str, encoder: str | None = None) -> Path:
+    """What an unfinished run of a stage keeps, in neither git nor DVC."""
+    return STATE / stage / encoder if encoder else STATE / stage
+
+
+def preempted(stage: str, encoder: str | None = None) -> Path:
+    """There if the last run of a stage was told to stop; started again, it goes on."""
+    return state(stage, encoder) / "preempted"
+
+
+def runs(encoder: str) -> Path:
+    """The states of unfinished pretraining runs, one folder each."""
+    return state("pretrain", encoder) / "runs"
+
+
 def last_good(encoder: str) -> Path:
     """The encoder of the last epoch without an alarm, kept while its run is not over."""
-    return STATE / "pretrain" / encoder / "last_good"
+    return state("pretrain", encoder) / "last_good"

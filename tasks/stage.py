@@ -3,7 +3,8 @@
     with stage.running("embed") as here:
         np.save(here.folder / "train.npy", features)
 
-writes artifacts/embed/<encoder>/train.npy, whole or not at all.
+writes artifacts/embed/<encoder>/train.npy, whole or not at all. Of several processes (tasks/launch.py) each runs the
+body, and the main one alone tracks, writes and commits.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepclust.errors import DeepclustError
-from tasks import environment, layout, params, sections, tracking
+from deepclust.errors import DeepclustError, PreemptedError
+from tasks import environment, launch, layout, params, preemption, sections, tracking
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Here:
         encoder: Name of the encoder, or None for a stage that runs once.
         params: All parameters.
         folder: Where to write; becomes the stage's output folder when the stage succeeds.
-        run: The stage's run in MLflow.
+        run: The stage's run in MLflow, on the main process.
     """
 
     stage: str
@@ -119,8 +121,9 @@ def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
 
     A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
-    one line on stderr, SIGTERM with status 143; nothing of the stage's outputs is left behind then. Any other exception
-    is a bug and keeps its traceback.
+    one line on stderr, SIGTERM with status 143; nothing of the stage's outputs is left behind then. A run that saved
+    its state before it stopped (PreemptedError) says so in one line, status 143 or 130. Any other exception is a bug
+    and keeps its traceback.
     """
     per_encoder = stage not in ("prepare", "report")
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
@@ -128,36 +131,62 @@ def running(stage: str) -> Iterator[Here]:
         parser.add_argument("encoder", help="an encoder of params.yaml")
     arguments = parser.parse_args()
     encoder: str | None = arguments.encoder if per_encoder else None
+    if launch.wanted(stage):
+        with _marked_if_told_to_stop(layout.preempted(stage, encoder)):
+            sys.exit(launch.start(f"tasks.{stage}", sys.argv[1:]))
     with errors_as_one_line(), environment.sigterm_exits():
         environment.prepare()
         environment.limit_threads()
-        values = params.load()
-        if encoder is not None:
-            values.method(encoder)
-        target = layout.out(stage, encoder)
-        partial = _partial(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with tracking.stage_run(stage, encoder, values) as run:
-                here = Here(stage, encoder, values, partial, run)
-                yield here
-                here.commit()
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with launch.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:
+            values = params.load()
+            if encoder is not None:
+                values.method(encoder)
+            partial = _partial(layout.out(stage, encoder))
+            with launch.together():
+                if launch.is_main():
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+                run = stack.enter_context(tracking.stage_run(stage, encoder, values))
+            here = Here(stage, encoder, values, partial, run)
+            yield here
+            with launch.together():
+                if launch.is_main():
+                    here.commit()
+
+
+@contextmanager
+def _marked_if_told_to_stop(marker: Path) -> Iterator[None]:
+    """Leave a marker if the body is told to stop: no exit status gets through DVC.
+
+    A process among several does not know whether torchrun ends it because another one is lost: its launcher does.
+    """
+    if not launch.is_main():
+        yield
+        return
+    marker.unlink(missing_ok=True)
+    try:
+        yield
+    except (PreemptedError, KeyboardInterrupt, SystemExit) as end:
+        told = not isinstance(end, SystemExit) or end.code in (environment.TERMINATED, 128 + signal.SIGINT)
+        if isinstance(end, PreemptedError) or (told and not launch.is_worker()):
+            with suppress(OSError):  # on a full disk the stage counts as failed
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+        raise
 
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2."""
+    """Turn a user's mistake into one line and status 2, a preemption into one line and the signal's status."""
     try:
         yield
+    except PreemptedError as error:
+        launch.end(preemption.status(), f"preempted: {error}", error)
     except DeepclustError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        launch.end(2, f"error: {error}", error)
     except OSError as error:
         if error.errno is None or os.environ.get("DEEPCLUST_TRACEBACK"):
             raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}; free or mend it and run again", file=sys.stderr)
-        sys.exit(2)
+        launch.end(2, f"error: {error.strerror}{where}; free or mend it and run again", error)
