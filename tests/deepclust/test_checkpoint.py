@@ -341,9 +341,9 @@ def test_a_state_of_another_run_names_the_parts_that_differ(tmp_path: Path, part
 
 
 def test_the_newest_k_stay(tmp_path: Path) -> None:
-    for step in (3, 6, 9, 100000000):
+    for step in (3, 6, 99999999, 100000000):
         store(tmp_path, keep=3).save(step, state(step))
-    assert names(tmp_path) == ["step-00000006", "step-00000009", "step-100000000"]
+    assert names(tmp_path) == ["step-00000006", "step-100000000", "step-99999999"]
     assert step_of(store(tmp_path).newest()) == 100000000
 
 
@@ -525,6 +525,28 @@ def test_a_save_killed_twice_still_leaves_a_whole_state(tmp_path: Path, monkeypa
                 saved = store(again).newest()
                 assert saved is not None
                 assert saved.state["saved"] in (1, 2, 3)
+
+
+def test_a_clear_that_is_killed_leaves_whole_states_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for at in range(20):
+        folder = tmp_path / str(at)
+        for step in (1, 2):
+            store(folder).save(step, state(step))
+        with monkeypatch.context() as patched:
+            passed = moments(patched, at, killed)
+            try:
+                store(folder).clear()
+            except Killed:
+                pass
+            else:
+                assert len(passed) == at > 8
+                return
+        saved = store(folder).newest()
+        assert saved is None or step_of(saved) == 2
+        assert capsys.readouterr().err == ""
+    raise AssertionError("a clear has fewer moments")
 
 
 def test_a_full_disk_leaves_the_state_before_whole(tmp_path: Path) -> None:
