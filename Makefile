@@ -44,7 +44,7 @@ lock: $(BIN)/uv
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet -o requirements.lock
 
 deps: setup
-	$(BIN)/python -m tests.closure
+	$(BIN)/python -m tasks.closure
 
 setup: $(READY)
 

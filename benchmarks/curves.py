@@ -25,7 +25,7 @@ from torch import Tensor
 from deepclust import encoder, seeding, training, watchdog
 from deepclust.devices import default_device
 from deepclust.methods import simsiam
-from tasks import environment, params, prepared, pretrain, sizing
+from tasks import environment, history, params, prepared, pretrain, sizing
 from tasks import pretrain_sections as sections
 
 HEALTHY = "as in params.yaml"
@@ -104,7 +104,7 @@ def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[li
     words: list[str] = []
 
     def on_step(done: training.Step) -> None:
-        rows.append(pretrain.as_row(done))
+        rows.append(history.as_row(done))
         dog.step(done)
 
     def on_epoch(done: training.Epoch) -> None:

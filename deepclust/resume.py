@@ -35,6 +35,7 @@ class Saving:
 
     Attributes:
         store: The checkpoints of this very run.
+        found: Gives the one to go on from, or None; called once.
         every_steps: Updates from one checkpoint to the next at most, or None.
         every_seconds: Seconds from one to the next at most, or None; the main process's clock decides.
         parts: What else belongs to the state, on the main process.
@@ -42,6 +43,7 @@ class Saving:
     """
 
     store: checkpoint.Store
+    found: Callable[[], checkpoint.Saved | None]
     every_steps: int | None
     every_seconds: float | None
     parts: Mapping[str, Stateful]
@@ -69,12 +71,11 @@ class Keeper:
             Number of updates made so far.
 
         Raises:
-            CheckpointError: If none of the checkpoints is whole, if they are of another run, or if the processes do not
-                see the same ones.
+            CheckpointError: If the processes do not find the same one.
         """
         if self._saving is None:
             return 0
-        found = self._saving.store.newest()
+        found = self._saving.found()
         step = found.step if found else 0
         newest, oldest = distributed.all_max(torch.tensor([step, -step])).tolist()
         if newest != -oldest:

@@ -49,7 +49,7 @@ def uniform(batch: int, *shape: int, low: float = 0.0, high: float = 1.0, genera
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Seed torch's global generators (CPU, current GPU) inside the block only, for modules that accept no generator."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(*parts))
         yield

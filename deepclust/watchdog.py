@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,6 +175,24 @@ class Watchdog:
         self._steps_at_rate += done.rate <= self._largest_rate
         self._largest_rate = max(self._largest_rate, done.rate)
         self._steps.append(done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen of the run so far."""
+        return {
+            "norms": self._norms,
+            "start": self._start,
+            "largest_rate": self._largest_rate,
+            "steps_at_rate": self._steps_at_rate,
+            "steps": [asdict(step) for step in self._steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._norms = state["norms"]
+        self._start = state["start"]
+        self._largest_rate = state["largest_rate"]
+        self._steps_at_rate = state["steps_at_rate"]
+        self._steps = [Step(**step) for step in state["steps"]]
 
     def epoch(self, done: Epoch) -> Report:
         """Judge the epoch whose steps were noted since the last one.

@@ -38,6 +38,7 @@ def deferred() -> Iterator[Callable[[], int]]:
         yield lambda: 0
         return
     came: list[int] = []
+    _last.clear()
 
     def note(number: int, _: object) -> None:
         if came and not launch.is_worker():

@@ -17,7 +17,7 @@ from deepclust.devices import default_device
 from deepclust.errors import TrainingError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method
-from tasks import prepared, progress, sizing, stage, watch
+from tasks import history, launch, preemption, prepared, progress, saved, sizing, stage, watch
 from tasks import pretrain_sections as sections
 
 CURVE = ["step", "epoch", "loss", "rate"]
@@ -26,21 +26,40 @@ CURVE_EVERY = 20  # steps that one row of the curve averages
 
 def main() -> None:
     """Run the stage."""
+    run: saved.Run | None = None
     with stage.running("pretrain") as here:
         assert here.encoder
         section = here.params.method(here.encoder)
         trained = _untrained(here, section, prepared.statistics())
+        past = history.History()
+        exported: dict[str, dict[str, Tensor]] = {}
         if isinstance(section, sections.Trained):
-            history = _train(here, section, trained)
-        else:
-            trained.eval()
-            history = []
-            here.metrics({"method": section.method})
-        encoder.save(trained.cpu(), here.folder, method=section.method, seed=here.params.seed)
-        rows = _averaged(history)
-        logged = sorted({name for row in rows for name in row}.difference(CURVE))
-        here.curve([{name: row[name] for name in CURVE} for row in rows], CURVE)
-        stage.write_text(here.folder / "history.csv", stage.table(rows, [*CURVE, *logged]))
+            run = saved.Run(here)
+            exported = _train(here, section, trained, run, past)
+        with launch.together():
+            if launch.is_main():
+                _write(here, section, trained, exported, past.rows)
+    if run and launch.is_main():  # not before the outputs are in their place
+        run.clear()
+
+
+def _write(
+    here: stage.Here,
+    section: sections.Method,
+    trained: encoder.Encoder,
+    exported: dict[str, dict[str, Tensor]],
+    past: list[dict[str, Any]],
+) -> None:
+    """The encoder, what else the method gives to later stages, the metrics and the history."""
+    encoder.save(trained.eval().cpu(), here.folder, method=section.method, seed=here.params.seed)
+    for name, tensors in exported.items():
+        save_file(tensors, here.folder / f"{name}.safetensors")
+    ended = {"steps": len(past), "final_loss": history.mean(past[-100:], "loss")} if past else {}
+    here.metrics({"method": section.method} | ended)
+    rows = _averaged(past)
+    logged = sorted({name for row in rows for name in row}.difference(CURVE))
+    here.curve([{name: row[name] for name in CURVE} for row in rows], CURVE)
+    stage.write_text(here.folder / "history.csv", stage.table(rows, [*CURVE, *logged]))
 
 
 def _untrained(here: stage.Here, section: sections.Method, statistics: dict[str, Any]) -> encoder.Encoder:
@@ -69,8 +88,10 @@ def _untrained(here: stage.Here, section: sections.Method, statistics: dict[str,
         )
 
 
-def _train(here: stage.Here, section: sections.Trained, trained: encoder.Encoder) -> list[dict[str, Any]]:
-    """Train the encoder's backbone in place; returns one row a step."""
+def _train(
+    here: stage.Here, section: sections.Trained, trained: encoder.Encoder, run: saved.Run, past: history.History
+) -> dict[str, dict[str, Tensor]]:
+    """Train the encoder's backbone in place, from where the run stands, and note its updates; returns the exports."""
     assert here.encoder
     images = prepared.images("train")
     image_size = trained.description["image_size"]
@@ -83,23 +104,31 @@ def _train(here: stage.Here, section: sections.Trained, trained: encoder.Encoder
     backbones.check_crops(
         trained.backbone, [crop.size for crop in plan.crops], channels=trained.description["channels"]
     )
-    _announce(here, section, options, plan, images=len(images), image_size=image_size, device=device)
-    history: list[dict[str, Any]] = []
+    if launch.is_main():
+        _announce(here, section, options, plan, images=len(images), image_size=image_size, device=device)
+        if run.step:
+            print(f"{here.encoder}: goes on after update {run.step}", flush=True)
 
     def normalise(crops: Tensor) -> Tensor:
         normalised: Tensor = (crops - trained.mean) / trained.std
         return normalised
 
-    observer = watch.Watch(here, method, trained, images, normalise=normalise, device=device)
-    with progress.Progress(len(images) // plan.batch_size * plan.batch_size * plan.epochs, here.encoder) as bar:
+    # What follows a run follows it on the main process.
+    observer = None
+    if launch.is_main():
+        observer = watch.Watch(here, method, trained, images, normalise=normalise, device=device, fresh=not run.step)
+    total = len(images) // plan.batch_size * plan.batch_size * plan.epochs
+    with progress.Progress(total, here.encoder, done=run.step * plan.batch_size) as bar, preemption.deferred() as told:
 
         def on_step(done: training.Step) -> None:
             bar.update(section.batch_size, done.loss)
-            history.append(as_row(done))
-            observer.step(done)
+            past.add(done)
+            if observer:
+                observer.step(done)
 
         def on_epoch(done: training.Epoch) -> None:
-            observer.epoch(done, means([row for row in history if row["epoch"] == done.epoch]))
+            if observer:
+                observer.epoch(done, history.means([row for row in past.rows if row["epoch"] == done.epoch]))
 
         try:
             training.train(
@@ -110,14 +139,15 @@ def _train(here: stage.Here, section: sections.Trained, trained: encoder.Encoder
                 device=device,
                 on_step=on_step,
                 on_epoch=on_epoch,
+                saving=run.saving({"history": past, "watch": observer} if observer else {}, stop=told),
             )
         except TrainingError as error:
+            if observer is None:
+                raise
             raise TrainingError(f"{error}; {observer.kept()}") from error
-    observer.clear()
-    here.metrics({"method": section_name(section), "steps": len(history), "final_loss": mean(history[-100:], "loss")})
-    for name, tensors in method.exported().items():
-        save_file(tensors, here.folder / f"{name}.safetensors")
-    return history
+    if observer:
+        observer.clear()
+    return method.exported()
 
 
 def _announce(
@@ -143,17 +173,6 @@ def _announce(
         print(f"{here.encoder}: automatic sizes: {', '.join(f'{name} {value}' for name, value in decided.items())}")
     sys.stdout.flush()
     here.run.log_params({f"auto.{name}": value for name, value in decided.items()} | {"precision_used": precision})
-
-
-def as_row(done: training.Step) -> dict[str, Any]:
-    """An update as a row of the history."""
-    return {
-        "step": done.step,
-        "epoch": done.epoch,
-        "loss": done.loss,
-        "rate": done.rate,
-        "gradient_norm": done.gradient_norm,
-    } | done.logged
 
 
 def build(section: sections.Trained, options: dict[str, Any], trained: encoder.Encoder, *, seed: int) -> Method:
@@ -199,24 +218,12 @@ def pixels(size: float, image_size: int) -> int:
     return int(size) if size > 1 else max(8, round(size * image_size))
 
 
-def mean(rows: list[dict[str, Any]], name: str) -> float:
-    """Mean of a column over the rows that have it."""
-    values: list[float] = [row[name] for row in rows if name in row]
-    return sum(values) / len(values)
-
-
-def means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every column but the counters."""
-    names = sorted({name for row in rows for name in row} - {"step", "epoch"})
-    return {name: mean(rows, name) for name in names}
-
-
-def _averaged(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _averaged(past: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each `CURVE_EVERY` steps, with the last step's number and the means of the rest."""
     rows = []
-    for start in range(0, len(history), CURVE_EVERY):
-        part = history[start : start + CURVE_EVERY]
-        rows.append({"step": part[-1]["step"], "epoch": part[-1]["epoch"]} | means(part))
+    for start in range(0, len(past), CURVE_EVERY):
+        part = past[start : start + CURVE_EVERY]
+        rows.append({"step": part[-1]["step"], "epoch": part[-1]["epoch"]} | history.means(part))
     return rows
 
 

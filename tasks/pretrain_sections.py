@@ -295,10 +295,20 @@ class Shared(Section):
         return self
 
 
+class Checkpoint(Section):
+    """How often an unfinished run's state is saved."""
+
+    every_steps: Count | None
+    every_seconds: Positive | None
+    keep: Count
+
+
 class Pretrain(Section):
-    """One section an encoder, what they share, and what the watchdog does."""
+    """One section an encoder, what they share, what the watchdog does, and how a run goes on that was cut off."""
 
     watchdog: Literal["warn", "stop"]
+    resume: Literal["auto", "require", "never"]
+    checkpoint: Checkpoint
     shared: Shared
     encoders: dict[EncoderName, Method]
 
@@ -307,7 +317,7 @@ class Pretrain(Section):
     def _gather(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        own = {"watchdog", "shared"}
+        own = {"watchdog", "resume", "checkpoint", "shared"}
         sections = {name: section for name, section in value.items() if name not in own}
         for name, section in sections.items():
             if isinstance(section, dict):

@@ -42,8 +42,8 @@ class Probe:
         self._bank = _sample(labelled, BANK)
         self._queries = _sample(heldout, QUERIES)
 
-    def __call__(self, done: training.Epoch, means: dict[str, float]) -> None:
-        """Log an epoch with the means over its steps."""
+    def __call__(self, done: training.Epoch, means: dict[str, float]) -> dict[str, float]:
+        """Log an epoch with the means over its steps; returns what was logged."""
         values = means | {
             "images_per_second": done.images / done.seconds,
             "data_share": done.waiting_seconds / done.seconds,
@@ -53,6 +53,7 @@ class Probe:
         self._run.log_metrics(values, step=done.epoch + 1)
         numbers = ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         print(f"epoch {done.epoch + 1}: {numbers}", flush=True)
+        return values
 
     def _accuracy(self) -> float:
         training_mode = self._watched.training

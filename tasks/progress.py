@@ -20,16 +20,25 @@ class Progress:
     Args:
         total_images: Images of the whole computation, over all epochs.
         label: What is computed.
+        done: Images that were done before.
         file: Where to write; standard error by default, as bars are.
         seconds: Between two plain lines.
     """
 
-    def __init__(self, total_images: int, label: str, *, file: TextIO | None = None, seconds: float = _SECONDS) -> None:
+    def __init__(
+        self,
+        total_images: int,
+        label: str,
+        *,
+        done: int = 0,
+        file: TextIO | None = None,
+        seconds: float = _SECONDS,
+    ) -> None:
         self._total = total_images
         self._label = label
         self._file = file or sys.stderr
         self._seconds = seconds
-        self._done = self._shown = 0
+        self._begun = self._done = self._shown = done
         self._loss = math.nan
         self._start = self._last = time.monotonic()
         self._bar = self._open_bar() if self._file.isatty() else None
@@ -38,7 +47,13 @@ class Progress:
         from tqdm import tqdm
 
         return tqdm(
-            total=self._total, desc=self._label, unit=" images", unit_scale=True, dynamic_ncols=True, file=self._file
+            total=self._total,
+            initial=self._done,
+            desc=self._label,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            file=self._file,
         )
 
     def update(self, images: int, loss: float) -> None:
@@ -62,7 +77,7 @@ class Progress:
         self._last = time.monotonic()
         self._shown = self._done
         elapsed = self._last - self._start
-        rate = self._done / elapsed if elapsed > 0 else 0.0
+        rate = (self._done - self._begun) / elapsed if elapsed > 0 else 0.0
         left = max(0, self._total - self._done)
         rest = f"{_clock(left / rate)} left" if left and rate else f"{_clock(elapsed)} in all"
         share = self._done / self._total if self._total else 1.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ class Watch:
         images: (N, H, W, C) uint8, what it is trained on.
         normalise: What comes between crops and network.
         device: Where both are.
+        fresh: Whether the run begins, rather than going on.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Watch:
         *,
         normalise: training.Normalise,
         device: torch.device,
+        fresh: bool,
     ) -> None:
         assert here.encoder
         self._here = here
@@ -47,7 +51,9 @@ class Watch:
         self._probe = probe.Probe(here.run, trained, device)
         self._folder = layout.last_good(here.encoder)
         self._good = 0
-        self.clear()
+        self._logged: list[tuple[training.Epoch, dict[str, float]]] = []
+        if fresh:
+            self.clear()
 
     def step(self, done: training.Step) -> None:
         """Take note of an update."""
@@ -62,13 +68,26 @@ class Watch:
         report = self._dog.epoch(done)
         for alarm in report.alarms:
             print(f"warning: epoch {done.epoch + 1}: {alarm.message}", file=sys.stderr, flush=True)
-        self._probe(done, means | report.indicators)
+        self._logged.append((done, self._probe(done, means | report.indicators)))
         if not report.alarms:
             self._keep(done.epoch + 1)
             return
         self._here.run.set_tags({"watchdog": ", ".join(alarm.symptom for alarm in report.alarms)})
         if self._here.params.pretrain.watchdog == "stop":
             raise TrainingError(f"stopped by the watchdog after epoch {done.epoch + 1}: {report.alarms[0].message}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen and logged."""
+        logged = [[asdict(done), values] for done, values in self._logged]
+        return {"dog": self._dog.state_dict(), "good": self._good, "logged": logged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the epochs so far are logged again, into the run of this attempt."""
+        self._dog.load_state_dict(state["dog"])
+        self._good = state["good"]
+        self._logged = [(training.Epoch(**done), values) for done, values in state["logged"]]
+        for done, values in self._logged:
+            self._here.run.log_metrics(values, step=done.epoch + 1)
 
     def kept(self) -> str:
         """Where the last good encoder is."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 # prepare, embed per encoder, report. A file `broken` fails random; a file `slow` makes each take a minute.
 _DVC = """

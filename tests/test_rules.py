@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks import layout, params, values
-from tests.closure import OBSERVERS, ROOT, closure, imported, rewrite
+from tasks.closure import OBSERVERS, ROOT, closure, imported, rewrite
 
 # Whom a room may import. Arrows go one way.
 ROOMS = {

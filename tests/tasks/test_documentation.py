@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tasks import pretrain_sections as sections
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 PAGES = ROOT / "docs" / "methods"
 METHODS = {

@@ -11,7 +11,7 @@ import pytest
 
 from deepclust.errors import ConfigError
 from tasks import overrides, params, pretrain_sections
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from deepclust.errors import ConfigError
 from tasks import overrides, params
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 
 @pytest.fixture(scope="module")

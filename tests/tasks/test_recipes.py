@@ -12,7 +12,7 @@ import pytest
 from deepclust.errors import ConfigError
 from tasks import overrides, params
 from tasks.pretrain_sections import AdamW, SwAV
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ from deepclust import sizes
 from deepclust.errors import ConfigError
 from tasks import params, sizing
 from tasks.pretrain_sections import Trained
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 
 def _section(method: str, **changes: Any) -> Trained:

@@ -1,11 +1,12 @@
-"""The import closure of a stage, read from syntax trees, and the command that writes it into dvc.yaml.
+"""The import closure of a stage, read from syntax trees: its hash, and the command that writes it into dvc.yaml.
 
-python -m tests.closure
+python -m tasks.closure
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ OBSERVERS = {
     "tasks/values.py": "the same",
     "tasks/tracking.py": "writes to MLflow only",
     "tasks/probe.py": "writes to MLflow only",
+    "tasks/closure.py": "tells what decides",
+    "tasks/launch.py": "decides where a stage runs and how it ends",
+    "tasks/preemption.py": "decides when a run stops",
+    "tasks/saved.py": "writes under state/ only; a run that goes on ends as if it had never stopped",
     "tasks/watch.py": "writes to MLflow, the terminal and state/ only, and can stop a run",
     "tasks/progress.py": "writes to the terminal only",
 }
@@ -88,6 +93,15 @@ def closure(stage: str) -> list[str]:
             waiting.extend(other for name in imported(ROOT / file) for other in _files(name))
             data.update(_data(file))
     return sorted(data.union(file for file in found if (ROOT / file).read_text(encoding="utf-8").strip()))
+
+
+def code_hash(stage: str) -> str:
+    """SHA-256 of the names and contents of a stage's closure."""
+    found = hashlib.sha256()
+    for file in closure(stage):
+        content = (ROOT / file).read_bytes()
+        found.update(f"{file} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def rewrite(text: str) -> str:

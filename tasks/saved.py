@@ -1,0 +1,111 @@
+"""The state of an unfinished pretraining run, under state/: whose it is, whether to go on from it, and its end.
+
+A folder is named after a fingerprint of all that defines a run, so no run goes on from another one's state. Decides how
+a run gets to its end, never what it writes there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from deepclust import checkpoint, resume
+from deepclust.errors import CheckpointError, ConfigError
+from tasks import closure, launch, layout, prepared, stage
+
+MODES = ("auto", "require", "never")
+_MODE = "DEEPCLUST_RESUME"  # takes the place of pretrain.resume
+_KEPT = 3  # unfinished runs of an encoder; older ones are removed
+
+
+class Run:
+    """The saved state of this run of `pretrain`.
+
+    Args:
+        here: The stage.
+
+    Raises:
+        CheckpointError: If the run is required to go on and there is nothing to go on from, or all of it is damaged.
+        ConfigError: If the environment asks for a mode that does not exist.
+    """
+
+    def __init__(self, here: stage.Here) -> None:
+        assert here.encoder
+        self._settings = here.params.pretrain.checkpoint
+        parts = fingerprint(here)
+        self._all = layout.runs(here.encoder)
+        self._folder = self._all / _sha(parts)[:12]
+        self._store = checkpoint.Store(self._folder, fingerprint=parts, keep=self._settings.keep)
+        mode = os.environ.get(_MODE) or here.params.pretrain.resume
+        if mode not in MODES:
+            raise ConfigError(f"{_MODE}: expected one of {', '.join(MODES)}; got {mode!r}; mend or unset it")
+        with launch.together():
+            if launch.is_main():
+                if mode == "never":
+                    self._store.clear()
+                self._remove_old()
+        self._found = self._store.newest()
+        if mode == "require" and self._found is None:
+            raise CheckpointError(self._nothing(parts))
+        self.step = self._found.step if self._found else 0
+        """Updates made so far."""
+
+    def saving(self, parts: Mapping[str, resume.Stateful], *, stop: Callable[[], int]) -> resume.Saving:
+        """What the training loop needs of it, with what else belongs to the state."""
+        return resume.Saving(
+            store=self._store,
+            found=self._take,
+            every_steps=self._settings.every_steps,
+            every_seconds=self._settings.every_seconds,
+            parts=parts,
+            stop=lambda: bool(stop()),
+        )
+
+    def clear(self) -> None:
+        """Forget the run: it has ended well."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _take(self) -> checkpoint.Saved | None:
+        found, self._found = self._found, None  # it may be as large as the model
+        return found
+
+    def _others(self) -> list[Path]:
+        """Folders of other unfinished runs of this encoder, the newest first."""
+        folders = [path for path in self._all.glob("*") if path.is_dir() and path != self._folder]
+        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def _remove_old(self) -> None:
+        for path in self._others()[_KEPT - 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _nothing(self, parts: Mapping[str, str]) -> str:
+        """Why there is nothing to go on from, by the newest unfinished run that there is."""
+        advice = "set pretrain.resume to auto to begin anew"
+        for other in self._others():
+            try:
+                checkpoint.Store(other, fingerprint=parts, keep=1).newest()
+            except CheckpointError as error:
+                return f"{error}; or {advice}"
+        return f"expected a state to go on from in {self._folder}, found none; {advice}"
+
+
+def fingerprint(here: stage.Here) -> dict[str, str]:
+    """All that defines a run of `pretrain`, in named parts."""
+    assert here.encoder
+    section = here.params.method(here.encoder)
+    shared = here.params.pretrain.shared
+    parameters = {"seed": here.params.seed, "shared": shared.model_dump(), "section": section.model_dump()}
+    return {
+        "method": section.method,
+        "parameters": _sha(parameters),
+        "data": _sha([prepared.meta()["content_hash"], prepared.statistics()]),
+        "code": closure.code_hash("pretrain"),
+    }
+
+
+def _sha(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
