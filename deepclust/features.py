@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from deepclust.errors import DataError
 from deepclust.views import to_float
 
 
-@torch.inference_mode()
 def extract(
     encoder: Callable[[Tensor], Tensor], images: NDArray[np.uint8], *, batch_size: int, device: torch.device
 ) -> NDArray[np.float32]:
@@ -31,17 +30,58 @@ def extract(
     Raises:
         DataError: If there are no images, or a feature is not finite.
     """
-    if len(images) == 0:
-        raise DataError("expected at least one image to embed, got none")
     features: NDArray[np.float32] | None = None
-    for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
-        rows = encoder(to_float(batch)).float().cpu().numpy()
+    for where, rows in _batches(encoder, images, slice(0, len(images)), batch_size, device):
         if features is None:
             features = np.empty((len(images), rows.shape[1]), dtype=np.float32)
-        features[start : start + len(rows)] = rows
+        features[where] = rows
     assert features is not None
-    if not np.isfinite(features).all():
-        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise DataError(f"expected finite features, got NaN or infinity from image {row}; the encoder has diverged")
     return features
+
+
+def extract_into(
+    features: NDArray[np.float32],
+    encoder: Callable[[Tensor], Tensor],
+    images: NDArray[np.uint8],
+    *,
+    rows: slice,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Write the features of some images into their rows, holding no more than a batch at a time.
+
+    Args:
+        features: (N, D) float32, as a rule a memory map, of which only `rows` are touched.
+        encoder: As for `extract`.
+        images: All N, as for `extract`; as a rule a memory map too.
+        rows: Start and stop of the images to embed; may be empty.
+        batch_size: Images of a forward pass.
+        device: Where the encoder is.
+
+    Raises:
+        DataError: If there are no images at all, or a feature is not finite; the rows before it are written then.
+    """
+    for where, embedded in _batches(encoder, images, rows, batch_size, device):
+        features[where] = embedded
+
+
+@torch.inference_mode()
+def _batches(
+    encoder: Callable[[Tensor], Tensor],
+    images: NDArray[np.uint8],
+    rows: slice,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Batch by batch, which images they are and their finite features."""
+    if len(images) == 0:
+        raise DataError("expected at least one image to embed, got none")
+    for start in range(rows.start, rows.stop, batch_size):
+        where = slice(start, min(start + batch_size, rows.stop))
+        batch = torch.from_numpy(np.array(images[where])).to(device)
+        features: NDArray[np.float32] = encoder(to_float(batch)).float().cpu().numpy()
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            row = start + int(finite.argmin())
+            raise DataError(f"expected finite features, got NaN or infinity from image {row}; the encoder has diverged")
+        yield where, features

@@ -4,7 +4,12 @@ One algorithm wherever it runs: seeded initialisation, means accumulated in floa
 served points. Only the nearest-centroid search differs: faiss on the CPU for many clusters where it is installed, torch
 for few (where its matrix product is several times faster, measured) and on a GPU.
 
-N points, K clusters, D dimensions.
+Under several processes each holds some of the points, the processes' rows after one another being the whole, and all
+work as one: whatever decides is summed over all, so that they take the same turns and end with the same centroids. One
+process or many differ in the rounding of sums only. The points themselves are never copied whole, so that they may be a
+memory map.
+
+N points, of this process where there are several; K clusters, D dimensions.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust import seeding
+from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, DataError
 
 try:
@@ -37,10 +42,10 @@ class Clusters:
     """A fitted k-means.
 
     Attributes:
-        centroids: (K, D) float32, on the points' device.
-        assignments: (N,) int64, the nearest centroid of each point.
+        centroids: (K, D) float32, on the points' device, the same on all processes.
+        assignments: (N,) int64, the nearest centroid of each of this process's points.
         distances: (N,) float32, Euclidean distance to it.
-        inertia: Sum of the squared distances.
+        inertia: Sum of the squared distances of all processes' points.
         iterations: Lloyd iterations made.
     """
 
@@ -63,10 +68,10 @@ def fit(
     restarts: int = 1,
     initial: Tensor | None = None,
 ) -> Clusters:
-    """Cluster points.
+    """Cluster points, those of all processes together.
 
     Args:
-        points_ND: float32 points.
+        points_ND: float32 points, this process's `distributed.share` of all; there may be none.
         k: Number of clusters.
         seed: Decides the initialisation.
         iterations: At most so many Lloyd iterations of a run.
@@ -75,20 +80,21 @@ def fit(
         spherical: Bring the centroids to unit length after every mean; for points of unit length, where the nearest
             centroid is then the one of the largest cosine.
         restarts: Runs from initialisations of their own; the one with the smallest inertia counts.
-        initial: Centroids (k, D) to start the only run from, in place of an initialisation.
+        initial: Centroids (k, D) to start the only run from, in place of an initialisation; the same on all processes.
 
     Raises:
-        ConfigError: If k is not in 1..N.
-        DataError: If a point is not finite.
+        ConfigError: If k is not in 1..number of points, on all processes.
+        DataError: If a point is not finite, on all processes.
     """
-    count = len(points_ND)
+    _, count = _place(points_ND)
     if not 1 <= k <= count:
         raise ConfigError(f"expected 1 ≤ k ≤ {count}, the number of points; got k = {k}; lower it")
-    if not torch.isfinite(points_ND).all():
-        raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
     assert initial is None or (restarts == 1 and len(initial) == k)
     points = points_ND.float().contiguous()
-    total = float(sum((block.double().square().sum() for block in _blocks(points)), start=torch.zeros(()).double()))
+    squares = [block.double().square().sum() for block in _blocks(points)]
+    total = float(distributed.all_sum(sum(squares, start=torch.zeros_like(squares[0]))))
+    if not math.isfinite(total):  # squares of float32 can not overflow in float64
+        raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
     best: Clusters | None = None
     for restart in range(restarts):
         if initial is None:
@@ -111,7 +117,7 @@ def _lloyd(
     previous = math.inf
     for iteration in range(1, iterations + 1):  # noqa: B007 - reported below
         assignments = _nearest(points, centroids)
-        sums, sizes = _accumulate(points, assignments, k)
+        sums, sizes = map(distributed.all_sum, _accumulate(points, assignments, k))
         centroids = (F.normalize(sums, dim=1) if spherical else sums / sizes.clamp(min=1)[:, None]).float()
         # Σ‖x − c‖² without another pass over the points.
         exact = centroids.double()
@@ -122,7 +128,8 @@ def _lloyd(
             break
         previous = inertia
     assignments, squared = assign(points, centroids)
-    return Clusters(centroids, assignments, squared.sqrt(), float(squared.sum(dtype=torch.float64)), iteration)
+    inertia = float(distributed.all_sum(squared.sum(dtype=torch.float64)))
+    return Clusters(centroids, assignments, squared.sqrt(), inertia, iteration)
 
 
 def assign(points_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +150,20 @@ def _squared_distances(points: Tensor, centroids: Tensor, assignments: Tensor) -
             for block, nearest in zip(_blocks(points), _blocks(assignments, like=points), strict=True)
         ]
     )
+
+
+def _place(points: Tensor) -> tuple[int, int]:
+    """Index of this process's first point among those of all processes, and the number of them all."""
+    lengths = distributed.gather(torch.tensor([len(points)])).tolist()
+    return sum(lengths[: distributed.rank()]), sum(lengths)
+
+
+def _fetch(rows: Tensor, start: int, indices: Tensor) -> Tensor:
+    """The rows of these indices among all processes' rows, on every process; `start` is the index of its own first."""
+    own = (indices >= start) & (indices < start + len(rows))
+    fetched = rows.new_zeros(len(indices), *rows.shape[1:])
+    fetched[own] = rows[indices[own] - start]
+    return distributed.all_sum(fetched)
 
 
 def _blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -185,14 +206,25 @@ def _accumulate(points: Tensor, assignments: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def _refill(points: Tensor, assignments: Tensor, centroids: Tensor, sizes: Tensor) -> None:
-    """Move each centroid without points to a point of its own, those farthest from their centroids first, in place."""
+    """Move each centroid without points to a point of its own, those farthest from their centroids first, in place.
+
+    The sizes are those over all processes, and so are the farthest points; of equally far ones the first.
+    """
     empty = (sizes == 0).nonzero().flatten()
-    squared = _squared_distances(points, centroids, assignments)
-    centroids[empty] = points[torch.sort(squared, descending=True, stable=True).indices[: len(empty)]]
+    start, _ = _place(points)
+    squared, order = torch.sort(_squared_distances(points, centroids, assignments), descending=True, stable=True)
+    # Each process offers as many, those that it lacks at a distance below any.
+    offered = squared.new_full((len(empty),), -1.0)
+    indices = order.new_zeros(len(empty))
+    offers = min(len(empty), len(points))
+    offered[:offers], indices[:offers] = squared[:offers], order[:offers] + start
+    farthest = torch.sort(distributed.gather(offered), descending=True, stable=True).indices[: len(empty)]
+    centroids[empty] = _fetch(points, start, distributed.gather(indices)[farthest])
 
 
 def _random_points(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return points[torch.randperm(len(points), generator=generator)[:k].to(points.device)].clone()
+    start, count = _place(points)
+    return _fetch(points, start, torch.randperm(count, generator=generator)[:k].to(points.device))
 
 
 def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -201,24 +233,33 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     Two plus log k candidates for each centroid, as in scikit-learn.
     """
     candidates = 2 + int(math.log(k))
-    norms = points.square().sum(1)
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    closest = _squared_to(points, norms, chosen)[:, 0]
+    start, count = _place(points)
+    norms = torch.cat([block.square().sum(1) for block in _blocks(points)])
+    first = torch.randint(count, (1,), generator=generator).to(points.device)
+    chosen = [_fetch(points, start, first)]
+    closest = _squared_to(points, norms, chosen[0], _fetch(norms, start, first))[:, 0]
     while len(chosen) < k:
         cumulative = closest.cumsum(0, dtype=torch.float64)
-        draws = torch.rand(candidates, generator=generator, dtype=torch.float64).to(points.device) * cumulative[-1]
+        weights = distributed.gather(cumulative[-1:].sum(0, keepdim=True))
+        draws = torch.rand(candidates, generator=generator, dtype=torch.float64).to(points.device) * weights.sum()
+        # How many points of all come before a draw: each process counts its own.
+        before = torch.searchsorted(cumulative, draws - weights[: distributed.rank()].sum(), right=True)
         # Fewer distinct points than clusters leave no weight: any point will do then.
-        drawn = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(points) - 1).tolist()
-        after = torch.minimum(closest[:, None], _squared_to(points, norms, drawn))
-        best = int(after.sum(0, dtype=torch.float64).argmin())
-        chosen.append(drawn[best])
+        drawn = distributed.all_sum(before).clamp(max=count - 1)
+        rows = _fetch(points, start, drawn)
+        after = _squared_to(points, norms, rows, _fetch(norms, start, drawn))
+        torch.minimum(closest[:, None], after, out=after)
+        left = distributed.all_sum(after.sum(0, dtype=torch.float64))
+        best = left.argmin()
+        chosen.append(rows[best, None])
         closest = after[:, best].contiguous()
-    return points[chosen].clone()
+    return torch.cat(chosen)
 
 
-def _squared_to(points: Tensor, norms: Tensor, chosen: list[int]) -> Tensor:
-    """Squared distances (N, len(chosen)) of all points to some of them."""
-    return (norms[:, None] - 2 * (points @ points[chosen].T) + norms[chosen]).clamp_(min=0)
+def _squared_to(points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:
+    """Squared distances (N, len(others)) of all points to some, given the squared lengths of both."""
+    products = points @ others.T
+    return products.mul_(-2).add_(norms[:, None]).add_(norms_of_others).clamp_(min=0)
 
 
 _INITIALISATIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
@@ -232,10 +273,10 @@ def concentration(distances_N: Tensor, assignments_N: Tensor, *, k: int, tempera
 
     φ = mean ‖v − c‖₂ / log(n + 10) over the n members. Clusters of at most one member take the largest φ; then all are
     clipped to the 10th and 90th percentile and scaled so that their mean is the temperature. Clusters of identical
-    points take a hundredth of the temperature at least.
+    points take a hundredth of the temperature at least. The members are those of all processes.
 
     Args:
-        distances_N: Distance of each point to its raw, not normalised, centroid.
+        distances_N: Distance of each of this process's points to its raw, not normalised, centroid.
         assignments_N: Cluster of each point.
         k: Number of clusters.
         temperature: Mean of the result.
@@ -243,9 +284,9 @@ def concentration(distances_N: Tensor, assignments_N: Tensor, *, k: int, tempera
     Returns:
         (K,) float32.
     """
-    sizes = torch.bincount(assignments_N, minlength=k).double()
+    sizes = distributed.all_sum(torch.bincount(assignments_N, minlength=k)).double()
     sums = torch.zeros(k, dtype=torch.float64, device=distances_N.device)
-    sums.index_add_(0, assignments_N, distances_N.double())
+    sums = distributed.all_sum(sums.index_add_(0, assignments_N, distances_N.double()))
     phi = sums / sizes.clamp(min=1) / torch.log(sizes + 10)
     several = sizes > 1
     largest = phi[several].max() if several.any() else torch.ones((), dtype=torch.float64, device=phi.device)

@@ -9,6 +9,7 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.metrics import pairwise_distances
 
 Labels = NDArray[np.int64]
+_CHUNK = 1 << 22  # numbers in float64 at once, 32 MiB
 
 
 def matched_accuracy(labels: Labels, clusters: Labels) -> float:
@@ -56,10 +57,18 @@ def rankme(features: NDArray[np.float32]) -> float:
     Between 1 (all features on one line) and the smaller side of the matrix. Higher is better among models of one kind.
 
     Args:
-        features: (N, D).
+        features: (N, D); may be a memory map, of which a part is read at a time where there are more rows than columns.
     """
-    rows = features.astype(np.float64)
-    gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
+    count, dim = features.shape
+    if count >= dim:
+        gram = np.zeros((dim, dim))
+        step = max(1, _CHUNK // dim)
+        for start in range(0, count, step):
+            rows = features[start : start + step].astype(np.float64)
+            gram += rows.T @ rows
+    else:
+        rows = features.astype(np.float64)
+        gram = rows @ rows.T
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))
     if singular.sum() == 0:
         return 1.0

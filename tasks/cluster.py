@@ -1,20 +1,22 @@
 """k-means on the embeddings of one encoder: fitted on train, scored on test.
 
 python -m tasks.cluster swav
+
+Several processes fit together, each on its share of the train embeddings; the main one does everything else.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust import kmeans, metrics, seeding
+from deepclust import distributed, kmeans, metrics, seeding
 from deepclust.devices import default_device
 from deepclust.errors import ConfigError
 from tasks import gallery, layout, prepared, prototypes, sections, stage
@@ -22,48 +24,72 @@ from tasks import gallery, layout, prepared, prototypes, sections, stage
 MOST_AUTOMATIC_CLUSTERS = 100
 
 
+class Fit(NamedTuple):
+    """What is kept of one k-means, the same on all processes."""
+
+    centroids: Tensor
+    inertia: float
+
+
 def main() -> None:
     """Run the stage."""
     with stage.running("cluster") as here:
         assert here.encoder
         options = here.params.cluster
-        device = default_device()
-        splits = {split: prepared.load(split) for split in layout.SPLITS}
-        points = {split: _load(here.encoder, split, options.normalise).to(device) for split in layout.SPLITS}
-        primary = primary_k(options, classes=len(prepared.meta()["classes"]), images=len(points["train"]))
-        ks = [primary, *(k for k in options.other_k if k != primary and k <= len(points["train"]))]
-        if primary > len(points["train"]):
-            raise ConfigError(
-                f"cluster.k: expected at most {len(points['train'])}, the training images; got {primary}; lower it"
-            )
+        features = {split: _features(here.encoder, split) for split in layout.SPLITS}
+        count = len(features["train"])
+        primary = primary_k(options, classes=len(prepared.meta()["classes"]), images=count)
+        ks = [primary, *(k for k in options.other_k if k != primary and k <= count)]
+        if primary > count:
+            raise ConfigError(f"cluster.k: expected at most {count}, the training images; got {primary}; lower it")
         for k in sorted(set(options.other_k) - set(ks) - {primary}):
-            print(f"{here.encoder}: k = {k} left out, there are only {len(points['train'])} training images")
-        scores, best = {}, {}
-        scorer = Scorer(points["test"], splits["test"].labels, options, here.params.seed)
-        for k in ks:
-            scores[k], best[k] = scorer.mean(points["train"], k, here.params.seed)
-            print(
-                f"{here.encoder}: k = {k}: "
-                + ", ".join(
-                    f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)
-                ),
-                flush=True,
-            )
-        own = prototypes.Prototypes(here.encoder, device)
-        assigned = {
-            split: own.assign(_load(here.encoder, split, normalise=False).to(device)) for split in layout.SPLITS
-        }
-        here.metrics(
-            {
-                "k": primary,
-                **scores[primary],
-                "other_k": {str(k): scores[k] for k in ks if k != primary},
-                "prototypes": own.score(assigned, splits),
-            }
+            print(f"{here.encoder}: k = {k} left out, there are only {count} training images")
+        fits = fit(features["train"], ks, options, here.params.seed)
+        with distributed.together():
+            if distributed.is_main():
+                _report(here, fits, features, options)
+
+
+def fit(features: Tensor, ks: list[int], options: sections.Cluster, seed: int) -> dict[int, list[Fit]]:
+    """k-means for each k with every seed, each process on its share of the features."""
+    points = _points(features[distributed.share(len(features))], options)
+    fits: dict[int, list[Fit]] = {k: [] for k in ks}
+    for k in ks:
+        for number in range(options.seeds):
+            found = kmeans.fit(points, k, seed=seeding.derive(seed, "cluster", number), iterations=options.iterations)
+            fits[k].append(Fit(found.centroids, found.inertia))
+    return fits
+
+
+def _report(
+    here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Tensor], options: sections.Cluster
+) -> None:
+    """Scores, tables and pictures; those of the first k in full."""
+    assert here.encoder
+    primary = next(iter(fits))
+    splits = {split: prepared.load(split) for split in layout.SPLITS}
+    scorer = Scorer(_points(features["test"], options), splits["test"].labels, options, here.params.seed)
+    scores = {}
+    for k in fits:
+        scores[k] = scorer.mean(fits[k])
+        print(
+            f"{here.encoder}: k = {k}: "
+            + ", ".join(f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)),
+            flush=True,
         )
-        if table := prototypes.rows(assigned, splits):
-            stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
-        _write(here, best[primary], points, splits, options)
+    own = prototypes.Prototypes(here.encoder, default_device())
+    assigned = {split: own.assign(features[split]) for split in layout.SPLITS}
+    here.metrics(
+        {
+            "k": primary,
+            **scores[primary],
+            "other_k": {str(k): scores[k] for k in fits if k != primary},
+            "prototypes": own.score(assigned, splits),
+        }
+    )
+    if table := prototypes.rows(assigned, splits):
+        stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
+    _write(here, _best(fits[primary]), features, splits, options)
 
 
 def primary_k(options: sections.Cluster, *, classes: int, images: int) -> int:
@@ -73,9 +99,17 @@ def primary_k(options: sections.Cluster, *, classes: int, images: int) -> int:
     return classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
 
 
-def _load(encoder: str, split: str, normalise: bool) -> Tensor:
-    features = torch.from_numpy(np.load(layout.embeddings(encoder, split), allow_pickle=False))
-    return F.normalize(features, dim=1) if normalise else features
+def _features(encoder: str, split: str) -> Tensor:
+    """Memory-mapped, for copy on write because tensors are never read-only."""
+    return torch.from_numpy(np.load(layout.embeddings(encoder, split), mmap_mode="c", allow_pickle=False))
+
+
+def _points(features: Tensor, options: sections.Cluster) -> Tensor:
+    return (F.normalize(features, dim=1) if options.normalise else features).to(default_device())
+
+
+def _best(fits: list[Fit]) -> Fit:
+    return min(fits, key=lambda found: found.inertia)
 
 
 class Scorer:
@@ -89,29 +123,21 @@ class Scorer:
         self._sample = order[: options.silhouette_images].numpy()
         self._distances = metrics.distances(test.cpu().numpy()[self._sample])
 
-    def mean(self, train: Tensor, k: int, seed: int) -> tuple[dict[str, Any], kmeans.Clusters]:
-        """Fit with every seed.
-
-        Returns:
-            Mean and standard deviation of each metric over the seeds, and the fit of the lowest inertia on train.
-        """
-        fits = [
-            kmeans.fit(train, k, seed=seeding.derive(seed, "cluster", number), iterations=self._options.iterations)
-            for number in range(self._options.seeds)
-        ]
-        scores = [self._score(found) for found in fits]
-        best = min(fits, key=lambda found: found.inertia)
+    def mean(self, fits: list[Fit]) -> dict[str, Any]:
+        """Mean and standard deviation of each metric over the fits, and the sizes of the best one's clusters."""
+        scores = [self._score(found.centroids) for found in fits]
         summary: dict[str, Any] = {
             name: {"mean": float(np.mean(values)), "std": float(np.std(values))}
             for name in scores[0]
             if (values := [score[name] for score in scores if name in score])
         }
-        test_clusters, _ = kmeans.assign(self._test, best.centroids)
-        summary["sizes"] = torch.bincount(test_clusters, minlength=k).tolist()
-        return summary, best
+        centroids = _best(fits).centroids
+        test_clusters, _ = kmeans.assign(self._test, centroids)
+        summary["sizes"] = torch.bincount(test_clusters, minlength=len(centroids)).tolist()
+        return summary
 
-    def _score(self, found: kmeans.Clusters) -> dict[str, float]:
-        assigned, squared = kmeans.assign(self._test, found.centroids)
+    def _score(self, centroids: Tensor) -> dict[str, float]:
+        assigned, squared = kmeans.assign(self._test, centroids)
         clusters = assigned.cpu().numpy()
         known = self._labels >= 0
         scores = {"inertia": float(squared.sum(dtype=torch.float64))}
@@ -127,8 +153,8 @@ class Scorer:
 
 def _write(
     here: stage.Here,
-    best: kmeans.Clusters,
-    points: dict[str, Tensor],
+    best: Fit,
+    features: dict[str, Tensor],
     splits: dict[str, prepared.Split],
     options: sections.Cluster,
 ) -> None:
@@ -138,7 +164,7 @@ def _write(
     stage.write_text(here.folder / "cluster.json", json.dumps(description) + "\n")
     rows: list[dict[str, Any]] = []
     for name, split in splits.items():
-        clusters, squared = kmeans.assign(points[name], best.centroids)
+        clusters, squared = kmeans.assign(_points(features[name], options), best.centroids)
         distances = squared.sqrt().tolist()
         rows += (
             {

@@ -1,14 +1,20 @@
 """Features of all prepared images by one encoder.
 
 python -m tasks.embed swav
+
+Several processes write a share each into one file, which is why they need a folder in common.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from deepclust import encoder, features, metrics
+from deepclust import distributed, encoder, features, metrics
 from deepclust.devices import default_device
 from tasks import layout, prepared, stage
 
@@ -21,13 +27,48 @@ def main() -> None:
         # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
         trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for split in layout.SPLITS:
-            images = prepared.images(split)
-            embedded = features.extract(trained, images, batch_size=here.params.embed.batch_size, device=device)
-            np.save(here.folder / f"{split}.npy", embedded)
-            print(
-                f"{here.encoder}: {len(embedded)} {split} images embedded in {embedded.shape[1]} dimensions", flush=True
+            count = embed(
+                trained,
+                prepared.images(split),
+                here.folder / f"{split}.npy",
+                batch_size=here.params.embed.batch_size,
+                device=device,
             )
-        here.metrics({"dim": trained.feature_dim, "rankme": metrics.rankme(embedded)})
+            print(f"{here.encoder}: {count} {split} images embedded in {trained.feature_dim} dimensions", flush=True)
+        with distributed.together():
+            if distributed.is_main():
+                embedded = np.load(here.folder / f"{layout.SPLITS[-1]}.npy", mmap_mode="r", allow_pickle=False)
+                here.metrics({"dim": trained.feature_dim, "rankme": metrics.rankme(embedded)})
+
+
+def embed(
+    trained: encoder.Encoder, images: NDArray[np.uint8], path: Path, *, batch_size: int, device: torch.device
+) -> int:
+    """Write the features of images as .npy, each process its share of the rows, a batch at a time.
+
+    Returns:
+        Number of images, all processes' together.
+
+    Raises:
+        DataError: If there are no images, or a feature is not finite.
+    """
+    with distributed.together():
+        if distributed.is_main():
+            _create(path, len(images), trained.feature_dim)
+    with distributed.together():
+        rows = np.lib.format.open_memmap(path, mode="r+")
+        share = distributed.share(len(images))
+        features.extract_into(rows, trained, images, rows=share, batch_size=batch_size, device=device)
+        rows.flush()
+    return len(images)
+
+
+def _create(path: Path, count: int, dim: int) -> None:
+    """An .npy of zeros that has its place on the disk: writing into a map of a full disk would kill the process."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, dim))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 if __name__ == "__main__":

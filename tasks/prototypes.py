@@ -42,11 +42,14 @@ class Prototypes:
         """Strongest prototype of each image and its score, for each head.
 
         Args:
-            features: The backbone's outputs (N, D), as they are.
+            features: The backbone's outputs (N, D), as they are; may be a memory map, which is read part by part.
         """
         found = {}
         for name, rows in self._prototypes.items():
-            best = [heads.prototype_scores(self._head, rows, part).max(1) for part in torch.split(features, _ROWS)]
+            best = [
+                heads.prototype_scores(self._head, rows, part.to(rows.device)).max(1)
+                for part in torch.split(features, _ROWS)
+            ]
             found[name] = (
                 torch.cat([part.indices for part in best]).cpu().numpy(),
                 torch.cat([part.values for part in best]).cpu().numpy(),

@@ -1,6 +1,7 @@
 """Metrics by hand and by exhaustive search."""
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,3 +45,16 @@ def test_rankme_is_the_number_of_equal_directions() -> None:
     assert metrics.rankme(features) == pytest.approx(5.0, rel=1e-4)
     assert metrics.rankme(np.ones((40, 8), dtype=np.float32)) == pytest.approx(1.0, rel=1e-4)
     assert metrics.rankme(np.zeros((40, 8), dtype=np.float32)) == 1.0
+
+
+def test_rankme_of_rows_read_part_by_part_is_the_formula_in_float64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "rows.npy", (rng.normal(size=(203, 9)) * rng.gamma(1, size=9)).astype(np.float32))
+    monkeypatch.setattr(metrics, "_CHUNK", 9 * 20)  # the last part is shorter
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for some in (rows, rows[:9], rows[:5]):  # with fewer rows than columns too
+        singular = np.linalg.svd(np.asarray(some, dtype=np.float64), compute_uv=False)
+        p = singular / singular.sum() + 1e-7
+        assert metrics.rankme(some) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
