@@ -6,6 +6,7 @@ python -m flows.pretrain_and_eval --targets embed --override pretrain.swav.epoch
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,28 +17,42 @@ from typing import Any, cast
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import server, summary
-from flows.stage import check_folder
+from flows.stage import RETRIES, RETRY_SECONDS, check_folder
 from tasks import environment, overrides, params, tracking
-from tasks.run import DeepclustError, Outcome, StageError, Workspace
+from tasks.run import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.stage import errors_as_one_line
 
 
-def _never(*_: Any) -> bool:
-    return False
+def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
+    return isinstance(state.data, PreemptedStage) and run.run_count <= RETRIES
 
 
-# A retry that is always refused: without it, Prefect logs a state of failure with an empty traceback.
-@task(cache_policy=NO_CACHE, persist_result=False, retries=1, retry_condition_fn=_never)
+# One retry more than are granted: where none is left, Prefect logs a state of failure with an empty traceback.
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES + 1,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=_preempted,
+)
 def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool, env: dict[str, str]) -> State[Outcome]:
-    """One stage of the graph. DVC alone decides whether there is anything to do, so nothing is cached here."""
+    """One stage of the graph. DVC alone decides whether there is anything to do, so nothing is cached here.
+
+    A preempted stage is tried again and goes on, a failed one is not. A forced one begins anew, but only once.
+    """
     logger = get_run_logger()
+    context = TaskRunContext.get()
+    first = context is None or context.task_run.run_count <= 1
+    if force and first:
+        env = env | {"DEEPCLUST_RESUME": "never"}
     if unchanged:
         return Completed(
             name="Unchanged", message="nothing it depends on has changed", data=Outcome(stage, "unchanged", 0.0, {})
@@ -45,7 +60,7 @@ def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool,
     try:
         outcome = workspace.run_stage(stage, on_line=logger.info, force=force, env=env)
     except StageError as error:
-        logger.error("%s", error)
+        logger.log(logging.WARNING if isinstance(error, PreemptedStage) else logging.ERROR, "%s", error)
         return Failed(message=str(error).partition("\n")[0], data=error)
     name = None if outcome.what == "run" else outcome.what.capitalize()
     return Completed(name=name, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome)

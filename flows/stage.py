@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from prefect.states import Completed, Failed
 
 from flows import server
 from tasks import params, sections
-from tasks.run import DeepclustError, StageError, Workspace
+from tasks.run import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.stage import errors_as_one_line
+
+RETRIES = 5  # of a preempted stage
+RETRY_SECONDS = 5.0  # before each
 
 
 @flow(name="stage", persist_result=False)
@@ -32,11 +36,23 @@ def stage(name: str) -> State[Any]:
         with Workspace(alone=False) as workspace:
             if workspace.one(name) == "prepare":
                 check_folder(params.load().data)
-            outcome = workspace.run_stage(name, on_line=logger.info)
+            outcome = _run(workspace, name)
     except DeepclustError as error:
         logger.error("error: %s", error)
         return Failed(message=str(error))
     return Completed(message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
+
+
+def _run(workspace: Workspace, name: str) -> Outcome:
+    """Run the stage, again if it is preempted. Prefect's own retries of a flow would repeat a failed one too."""
+    logger = get_run_logger()
+    for _ in range(RETRIES):
+        try:
+            return workspace.run_stage(name, on_line=logger.info)
+        except PreemptedStage as error:
+            logger.warning("%s; trying again in %g s", error, RETRY_SECONDS)
+        time.sleep(RETRY_SECONDS)
+    return workspace.run_stage(name, on_line=logger.info)
 
 
 def check_folder(data: sections.Data) -> None:

@@ -79,14 +79,30 @@ def joined() -> Iterator[None]:
         with _silent_unless_main(), distributed.group(seconds=environment.collective_seconds()):
             yield
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        _leave(128 + signal.SIGINT)
+    except SystemExit as stop:
+        _leave(stop.code if isinstance(stop.code, int) else 1)
+    except (DeepclustError, OSError):
+        raise
     except Exception as error:
         if not _is_loss(error):
-            raise
-        if _wait_for_outcome(seconds=2):
-            sys.exit(0)
-        print(f"warning: process {os.environ['RANK']} lost the others: {_in_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+            sys.excepthook(*sys.exc_info())
+        elif _wait_for_outcome(seconds=2):
+            _leave(0)
+        else:
+            print(f"warning: process {os.environ['RANK']} lost the others: {_in_one_line(error)}", file=sys.stderr)
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process; at once if it still belongs to a group, with which an interpreter can not end in peace."""
+    from deepclust import distributed
+
+    if distributed.processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager
@@ -107,7 +123,7 @@ def end(status: int, line: str, error: BaseException) -> NoReturn:
         print(line, file=sys.stderr)
         sys.exit(status)
     _write(status, line, weak=isinstance(error, PeerError))
-    sys.exit(0)
+    _leave(0)
 
 
 def _path(*, weak: bool = False) -> Path:
@@ -289,7 +305,7 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
             f"PET_NPROC_PER_NODE: expected {f'1 to {gpus}' if gpus else '1 or more'} processes, got {processes}; "
             + ("set it to `gpu`, or CUDA_VISIBLE_DEVICES= to compute on the CPU" if gpus else "mend or unset it")
         )
-    # torchrun's own store outlives a restart, with the addresses of the dead in it, where gloo then looks for the living.
+    # torchrun's own store outlives a restart, with the addresses of the dead, where gloo then looks for the living.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the number of threads, which libraries read when loading
     environment.prepare()

@@ -60,6 +60,10 @@ class Outcome:
     metrics: dict[str, Any]
 
 
+class PreemptedStage(StageError):
+    """A stage was told to stop by somebody else than this flow; started again, it goes on."""
+
+
 class Workspace:
     """The repository in the current folder, with the one flow that may run in it at a time.
 
@@ -218,8 +222,12 @@ class Workspace:
             env: Added to the stage's environment.
 
         Raises:
+            PreemptedStage: If the stage was told to stop and left its marker.
             StageError: If the stage fails, with its own error and the tail of its output.
         """
+        name, _, encoder = stage.partition("@")
+        marker = layout.preempted(name, encoder or None)
+        marker.unlink(missing_ok=True)  # a stage that can not even start would leave an old one
         begin = time.monotonic()
         command = [*_DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
         for pause in (*_WAITS, None):
@@ -239,6 +247,8 @@ class Workspace:
             time.sleep(pause)
         if self._children.stopped:
             raise StageError(f"{stage} was stopped")
+        if marker.exists():
+            raise PreemptedStage(f"{stage} was preempted: it was told to stop, and goes on when it is run again")
         raise StageError(_failure(stage, status, list(tail)))
 
 

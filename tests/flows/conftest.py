@@ -24,3 +24,22 @@ def root(prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
     return tmp_path
+
+
+_PREEMPTED = """
+echo $1 ${DEEPCLUST_RESUME-auto} >>resumes
+case $1 in prepare|report) marker=state/$1/preempted;; *) marker=state/embed/$1/preempted;; esac
+if [ $(cat left) -gt 0 ]; then
+  echo $(($(cat left) - 1)) >left
+  mkdir -p $(dirname $marker)
+  echo $1 >>state/ran
+  touch $marker
+  exit 143
+fi
+"""
+
+
+def preempt(root: Path, *, times: int) -> None:
+    """Let the next stages that run end as preempted, so many times; `resumes` notes what each was told of its state."""
+    (root / "left").write_text(str(times), encoding="utf-8")
+    (root / "stage.sh").write_text(_PREEMPTED + (root / "stage.sh").read_text(encoding="utf-8"), encoding="utf-8")

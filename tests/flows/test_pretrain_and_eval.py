@@ -20,9 +20,10 @@ import flows.pretrain_and_eval as module
 from flows import summary
 from flows.pretrain_and_eval import pretrain_and_eval
 from tasks import comparison, overrides, tracking
+from tasks.closure import ROOT
 from tasks.run import Workspace
 from tests import pipelines
-from tests.closure import ROOT
+from tests.flows.conftest import preempt
 from tests.pipelines import eventually, within
 
 
@@ -76,17 +77,57 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (root / "broken").touch()
+    preempt(root, times=0)
     state = pretrain_and_eval(return_state=True)
     assert state.is_failed()
     assert state.message == "failed: embed@random"
     states = {"prepare": "Completed", "embed@pixels": "Completed", "embed@random": "Failed", "report": "NotReady"}
     assert _task_runs(state, 4) == states
     assert "report" not in pipelines.ran(root)
+    assert pipelines.ran(root).count("random") == 1, "what fails is not tried again"
     summary_text = next(record.message for record in caplog.records if record.message.startswith("\nstage"))
     assert "embed@random failed: expected a whole, got a hole; mend it\n  | " in summary_text
     assert "not run, because a stage upstream failed: report" in summary_text
     assert "Traceback" not in caplog.text
     assert "NoneType" not in caplog.text
+
+
+def test_a_preempted_stage_is_tried_again_and_begins_anew_only_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
+    preempt(root, times=2)
+    state = pretrain_and_eval(targets=["prepare"], force=True, return_state=True)
+    assert state.is_completed()
+    assert pipelines.ran(root) == ["prepare"] * 3
+    assert (root / "resumes").read_text() == "prepare never\nprepare auto\nprepare auto\n"
+    assert _task_runs(state, 1) == {"prepare": "Completed"}
+    assert "prepare was preempted: it was told to stop, and goes on when it is run again" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_stage_that_is_preempted_again_and_again_fails_in_the_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
+    monkeypatch.setattr(module, "RETRIES", 1)
+    preempt(root, times=9)
+    state = pretrain_and_eval(targets=["prepare"], return_state=True)
+    assert state.is_failed()
+    assert pipelines.ran(root) == ["prepare"] * 2
+    assert "NoneType" not in caplog.text
+
+
+def test_a_stage_is_not_tried_again_while_its_flow_is_stopped(root: Path) -> None:
+    (root / "slow").touch()
+    preempt(root, times=0)
+    flow = _start(root, "--targets", "prepare")
+    assert eventually((root / "state/asleep").exists, 60)
+    (root / "state/prepare").mkdir()
+    (root / "state/prepare/preempted").touch()  # as a stage does that the flow ends
+    flow.terminate()
+    flow.communicate(timeout=30)
+    assert pipelines.ran(root) == ["prepare"]
 
 
 def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixture) -> None:

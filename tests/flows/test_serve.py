@@ -14,8 +14,8 @@ import yaml
 
 from flows import serve
 from flows.server import answers
+from tasks.closure import ROOT
 from tasks.run import StageError
-from tests.closure import ROOT
 from tests.pipelines import eventually
 
 URL = "http://127.0.0.1:1/api"

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tasks import environment
-from tests.closure import ROOT
+from tasks.closure import ROOT
 
 
 def test_the_cores_are_shared_among_the_stages_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +22,22 @@ def test_the_cores_are_shared_among_the_stages_at_once(monkeypatch: pytest.Monke
     assert (environment.parallel(), environment.threads()) == (5, 2)
     monkeypatch.setenv("DEEPCLUST_THREADS", "3")
     assert environment.threads() == 3
+
+
+def test_the_processes_of_a_stage_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPCLUST_THREADS", "7")
+    shares = []
+    for processes in ("1", "2", "3", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        shares.append(environment.threads())
+    assert shares == [7, 3, 2, 1]
+
+
+def test_collective_calls_wait_for_minutes_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEEPCLUST_COLLECTIVE_SECONDS", raising=False)
+    assert environment.collective_seconds() == 300
+    monkeypatch.setenv("DEEPCLUST_COLLECTIVE_SECONDS", "7")
+    assert environment.collective_seconds() == 7
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])

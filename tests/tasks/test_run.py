@@ -15,8 +15,8 @@ import pytest
 import zc.lockfile
 
 from deepclust.errors import StageError
-from tasks import run
-from tasks.run import Workspace
+from tasks import layout, run
+from tasks.run import PreemptedStage, Workspace
 from tests import pipelines
 from tests.pipelines import eventually, within
 
@@ -91,6 +91,39 @@ def test_a_failure_carries_the_stages_own_error_and_its_tail(workspace: Workspac
     assert first == "embed@random failed: expected a whole, got a hole; mend it"
     assert "  | > sh stage.sh random artifacts/embed/random" in tail
     assert tail[-1].startswith("  | ERROR: failed to reproduce 'embed@random'")
+
+
+def test_a_stage_that_left_its_marker_is_preempted_and_an_old_marker_does_not_count(
+    workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = layout.preempted("embed", "random")
+    _pretend(monkeypatch, f"mkdir -p {marker.parent}; touch {marker}; exit 255")
+    with pytest.raises(
+        PreemptedStage, match=r"^embed@random was preempted: it was told to stop, and goes on when"
+    ) as it:
+        workspace.run_stage("embed@random", on_line=lambda _: None)
+    assert "\n" not in str(it.value)
+    assert marker.exists()
+    _pretend(monkeypatch, "exit 255")
+    with pytest.raises(StageError, match=r"^embed@random failed: exit status 255") as other:
+        workspace.run_stage("embed@random", on_line=lambda _: None)
+    assert not isinstance(other.value, PreemptedStage)
+
+
+def test_a_stage_that_this_flow_stops_is_not_preempted(
+    workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = layout.preempted("prepare")
+    _pretend(monkeypatch, f"mkdir -p {marker.parent}; trap 'touch {marker}; exit 143' TERM; echo up; sleep 60 & wait")
+    stop = threading.Timer(0, workspace.stop)
+
+    def on_line(_: str) -> None:
+        stop.start()
+
+    with pytest.raises(StageError, match=r"^prepare was stopped$"):
+        workspace.run_stage("prepare", on_line=on_line)
+    stop.join()
+    assert marker.exists()
 
 
 def test_exactly_dvcs_lock_error_is_tried_again(

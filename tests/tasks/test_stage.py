@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks import layout, stage
-from tests.closure import ROOT
+from tasks.closure import ROOT
 from tests.pipelines import eventually
 
 
