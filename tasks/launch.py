@@ -73,6 +73,7 @@ def joined() -> Iterator[None]:
     if is_main() and (count := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         print(f"warning: a process was lost; all start again ({count} of at most {most} times)", file=sys.stderr)
+    _never_only_once()
     from deepclust import distributed
 
     try:
@@ -92,6 +93,15 @@ def joined() -> Iterator[None]:
         else:
             print(f"warning: process {os.environ['RANK']} lost the others: {_in_one_line(error)}", file=sys.stderr)
         _leave(1)
+
+
+def _never_only_once() -> None:
+    """A run that is to begin anew does so once: when torchrun starts it again, it goes on from what it saved since."""
+    if is_main() and _OUTCOME in os.environ:
+        begun = Path(os.environ[_OUTCOME]).with_suffix(".begun")
+        if begun.exists():
+            os.environ["DEEPCLUST_RESUME"] = "auto"
+        begun.touch()
 
 
 def _leave(status: int) -> NoReturn:
@@ -306,6 +316,7 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
             + ("set it to `gpu`, or CUDA_VISIBLE_DEVICES= to compute on the CPU" if gpus else "mend or unset it")
         )
     # torchrun's own store outlives a restart, with the addresses of the dead, where gloo then looks for the living.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # host names that can not be looked up
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the number of threads, which libraries read when loading
     environment.prepare()

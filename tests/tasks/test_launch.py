@@ -43,6 +43,7 @@ with stage.running("pretrain") as here:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "started").mkdir()
+    (tmp_path / "resume").mkdir()
     for name in [*os.environ]:
         if name.startswith(("PET_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
@@ -105,14 +106,18 @@ def test_one_process_that_is_lost_makes_all_start_again(here: Path) -> None:
         here,
         """
 collective()
+if rank == 0:
+    (Path("resume") / os.environ["DEEPCLUST_RESUME"]).touch()
 if attempt == 0 and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 collective()
 if rank == 0:
     (here.folder / "whole").touch()
 """,
+        DEEPCLUST_RESUME="never",
     )
     assert status == 0, error
+    assert {path.name for path in (here / "resume").iterdir()} == {"never", "auto"}, "it goes on from what it saved"
     assert _started(here) == ["0-0", "0-1", "1-0", "1-1"]
     assert "warning: a process was lost; all start again (1 of at most 3 times)\n" in error
     assert "Traceback" not in error
