@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepclust import backbones, distributed, optim, seeding, training, views
-from deepclust.errors import ConfigError
+from deepclust import backbones, checkpoint, distributed, optim, resume, seeding, training, views
+from deepclust.errors import ConfigError, PreemptedError
 from deepclust.methods import METHODS
 from tests import processes
-from tests.deepclust.methods.test_state import OPTIONS
+from tests.deepclust.methods import test_state
 
 IMAGES, BATCH, EPOCHS = 83, 16, 3
 RATE = 0.02
@@ -21,6 +23,9 @@ RATE = 0.02
 SMALL_RATE = 0.001
 COLOUR = views.Colour(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5)
 CROPS = [views.Crop(count=2, size=16, scale=(0.5, 1.0)), views.Crop(count=2, size=8, scale=(0.2, 0.5))]
+OPTIONS = {name: dict(options) for name, options in test_state.OPTIONS.items()}
+OPTIONS["pcl"]["negatives"] = 4  # whatever a batch of 16 leaves of 20 clusters
+CLUSTERING = ("pcl", "deepcluster_v2")  # k-means computes in float32, whatever the features are in
 # Two crops where a method knows two views only.
 CROPS_OF = {"swav": CROPS, "deepcluster_v2": CROPS}
 
@@ -54,7 +59,12 @@ def recipe(name: str, *, rate: float, **changes: Any) -> training.Recipe:
 
 
 def train(
-    name: str, changes: dict[str, Any], dtype: torch.dtype = torch.float64, rate: float = RATE
+    name: str,
+    changes: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+    rate: float = RATE,
+    *,
+    saving: resume.Saving | None = None,
 ) -> tuple[list[float], list[dict[str, float]], dict[str, Tensor]]:
     """Losses and logged scalars of each update, and the whole state at the end."""
     with seeding.seeded(0):
@@ -68,6 +78,7 @@ def train(
         normalise=lambda crops: ((crops - 0.5) / 0.25).to(dtype),
         device=torch.device("cpu"),
         on_step=steps.append,
+        saving=saving,
     )
     state = {key: value.clone() for key, value in method.state_dict().items()}
     return [step.loss for step in steps], [step.logged for step in steps], state
@@ -85,26 +96,27 @@ def assert_same(
 ) -> None:
     losses, logged, state = train(name, changes, dtype, rate)
     assert len(losses) >= 10
-    for their_losses, their_logged, their_state in processes.pool(world).run(train, name, changes, dtype, rate):
-        assert their_losses == pytest.approx(losses, rel=losses_to, abs=losses_to)
-        for ours, theirs in zip(logged, their_logged, strict=True):
-            assert theirs == pytest.approx(ours, rel=10 * losses_to, abs=10 * losses_to)
-        assert their_state.keys() == state.keys()
-        for key, value in state.items():
-            theirs = their_state[key]
-            if value.is_floating_point():
-                distance = (theirs - value).norm() / value.norm().clamp(min=1e-2)
-                assert distance < weights_to, f"{key}: {distance:.2e}"
-            else:
-                assert torch.equal(theirs, value), key
+    results = processes.pool(world).run(train, name, changes, dtype, rate)
+    for _, _, their_state in results:
+        for key, value in results[0][2].items():
+            assert torch.equal(their_state[key], value), f"{key} is not the same on all processes"
+    their_losses, their_logged, their_state = results[0]
+    assert their_losses == pytest.approx(losses, rel=losses_to, abs=losses_to)
+    for ours, theirs in zip(logged, their_logged, strict=True):
+        assert theirs == pytest.approx(ours, rel=10 * losses_to, abs=10 * losses_to)
+    assert their_state.keys() == state.keys()
+    for key, value in state.items():
+        if value.is_floating_point():
+            distance = (their_state[key] - value).norm() / value.norm().clamp(min=1e-2)
+            assert distance < weights_to, f"{key}: {distance:.2e}"
+        else:
+            assert torch.equal(their_state[key], value), key
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (2, 2), (4, 1)])
 def test_a_run_is_the_same_on_one_process_and_on_several(name: str, world: int, accumulate: int) -> None:
-    clusters = name in ("pcl", "deepcluster_v2")  # k-means computes in float32, whatever the features are in
-    to = 1e-5 if clusters else 1e-10
+    to = 1e-5 if name in CLUSTERING else 1e-10
     assert_same(name, world, {"accumulate": accumulate}, torch.float64, RATE, losses_to=to, weights_to=to)
 
 
@@ -115,14 +127,43 @@ def test_in_float32_a_run_differs_by_its_rounding_only(name: str, world: int) ->
     assert_same(name, world, ten_updates, torch.float32, SMALL_RATE, losses_to=1e-5, weights_to=1e-4)
 
 
-def _states_agree(name: str) -> bool:
-    _, _, state = train(name, {})
-    return all(torch.equal(distributed.broadcast(value), value) for value in state.values())
+def go_on(name: str, folder: Path, *, until: int | None = None) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses from where the folder's state is, until all are told to stop after some updates; then nothing is left."""
+    store = checkpoint.Store(folder, fingerprint={"method": name}, keep=1)
+    made: list[int] = []
+
+    def stop() -> bool:  # one process is told, all stop
+        made.append(1)
+        return distributed.rank() == distributed.processes() - 1 and len(made) == until
+
+    saving = resume.Saving(store=store, found=store.newest, every_steps=None, every_seconds=None, parts={}, stop=stop)
+    try:
+        losses, _, state = train(name, {}, saving=saving)
+    except PreemptedError:
+        return [], {}
+    return losses, state
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_processes_end_with_the_same_bits(name: str) -> None:
-    assert processes.pool(4).run(_states_agree, name) == [True] * 4
+@pytest.mark.parametrize(("first", "stop", "second"), [(2, 7, 1), (1, 10, 2), (2, 3, 4)])
+def test_a_run_goes_on_on_another_number_of_processes(
+    name: str, first: int, stop: int, second: int, tmp_path: Path
+) -> None:
+    def on(world: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+        if world == 1:
+            return go_on(name, tmp_path, **options)
+        results: list[tuple[list[float], dict[str, Tensor]]] = processes.pool(world).run(
+            partial(go_on, name, tmp_path, **options)
+        )
+        return results[0]
+
+    expected, _, state = train(name, {})
+    assert on(first, until=stop) == ([], {})
+    losses, found = on(second)
+    to = 1e-5 if name in CLUSTERING else 1e-10
+    assert losses == pytest.approx(expected[stop:], rel=to, abs=to)
+    for key, value in state.items():
+        torch.testing.assert_close(found[key], value, rtol=to, atol=to, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def _refused() -> str:
