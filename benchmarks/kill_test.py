@@ -41,7 +41,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from tasks import layout, overrides
+from tasks import environment, layout, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("swav", "pcl", "moco", "simsiam", "deepcluster_v2")
@@ -519,7 +519,7 @@ def main() -> None:
         program(arguments.program)
         return
     kills = []
-    with tempfile.TemporaryDirectory(prefix="deepclust-kill-") as folder:
+    with environment.sigterm_exits(), tempfile.TemporaryDirectory(prefix="deepclust-kill-") as folder:
         workspace = Workspace(Path(folder) / "run", processes=arguments.processes)
         for method in arguments.methods:
             begin = time.monotonic()
