@@ -11,8 +11,8 @@ import pytest
 
 from deepclust.errors import ConfigError
 from tasks import overrides, params
-from tasks.pretrain_sections import AdamW, SwAV
 from tasks.closure import ROOT
+from tasks.pretrain_sections import AdamW, SwAV
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -9,8 +9,8 @@ import pytest
 from deepclust import sizes
 from deepclust.errors import ConfigError
 from tasks import params, sizing
-from tasks.pretrain_sections import Trained
 from tasks.closure import ROOT
+from tasks.pretrain_sections import Trained
 
 
 def _section(method: str, **changes: Any) -> Trained:
