@@ -91,8 +91,10 @@ def fit(
         raise ConfigError(f"expected 1 ≤ k ≤ {count}, the number of points; got k = {k}; lower it")
     assert initial is None or (restarts == 1 and len(initial) == k)
     points = points_ND.float().contiguous()
-    squares = [block.double().square().sum() for block in _blocks(points)]
-    total = float(distributed.all_sum(sum(squares, start=torch.zeros_like(squares[0]))))
+    squares = torch.zeros((), dtype=torch.float64, device=points.device)
+    for block in _blocks(points):
+        squares += block.double().square().sum()
+    total = float(distributed.all_sum(squares))
     if not math.isfinite(total):  # squares of float32 can not overflow in float64
         raise DataError("expected finite points to cluster, got NaN or infinity; the encoder has diverged")
     best: Clusters | None = None
@@ -144,12 +146,11 @@ def assign(points_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squared_distances(points: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:
-    return torch.cat(
-        [
-            (block - centroids[nearest]).square_().sum(1)
-            for block, nearest in zip(_blocks(points), _blocks(assignments, like=points), strict=True)
-        ]
-    )
+    squared = points.new_empty(len(points))
+    parts = zip(_blocks(points), _blocks(assignments, like=points), _blocks(squared, like=points), strict=True)
+    for block, nearest, found in parts:
+        found.copy_((block - centroids[nearest]).square_().sum(1))
+    return squared
 
 
 def _place(points: Tensor) -> tuple[int, int]:
@@ -167,7 +168,11 @@ def _fetch(rows: Tensor, start: int, indices: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows in blocks of bounded size; `like` another tensor with as many rows."""
+    """Rows in blocks of bounded size; `like` another tensor with as many rows.
+
+    What each block gives goes into a tensor made before: a list of small results between the large passing ones keeps
+    the heap from shrinking, up to twice the points (measured).
+    """
     width = (rows if like is None else like).shape[1]
     blocks: tuple[Tensor, ...] = torch.split(rows, max(1, _block(rows.device) // width))
     return blocks
@@ -193,8 +198,11 @@ def _nearest_faiss(points: Tensor, centroids: Tensor) -> Tensor:
 
 def _nearest_torch(points: Tensor, centroids: Tensor) -> Tensor:
     half_norms = centroids.square().sum(1) / 2
-    blocks = torch.split(points, max(1, _block(points.device) // max(centroids.shape)))
-    return torch.cat([torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(1) for block in blocks])
+    rows = max(1, _block(points.device) // max(centroids.shape))
+    nearest = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    for block, found in zip(torch.split(points, rows), torch.split(nearest, rows), strict=True):
+        found.copy_(torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(1))
+    return nearest
 
 
 def _accumulate(points: Tensor, assignments: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -234,11 +242,14 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """
     candidates = 2 + int(math.log(k))
     start, count = _place(points)
-    norms = torch.cat([block.square().sum(1) for block in _blocks(points)])
+    norms = points.new_empty(len(points))
+    for block, squares in zip(_blocks(points), _blocks(norms, like=points), strict=True):
+        squares.copy_(block.square().sum(1))
     first = torch.randint(count, (1,), generator=generator).to(points.device)
-    chosen = [_fetch(points, start, first)]
-    closest = _squared_to(points, norms, chosen[0], _fetch(norms, start, first))[:, 0]
-    while len(chosen) < k:
+    chosen = points.new_empty(k, points.shape[1])
+    chosen[:1] = _fetch(points, start, first)
+    closest = _squared_to(points, norms, chosen[:1], _fetch(norms, start, first))[:, 0]
+    for number in range(1, k):
         cumulative = closest.cumsum(0, dtype=torch.float64)
         weights = distributed.gather(cumulative[-1:].sum(0, keepdim=True))
         draws = torch.rand(candidates, generator=generator, dtype=torch.float64).to(points.device) * weights.sum()
@@ -249,11 +260,10 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
         rows = _fetch(points, start, drawn)
         after = _squared_to(points, norms, rows, _fetch(norms, start, drawn))
         torch.minimum(closest[:, None], after, out=after)
-        left = distributed.all_sum(after.sum(0, dtype=torch.float64))
-        best = left.argmin()
-        chosen.append(rows[best, None])
+        best = distributed.all_sum(after.sum(0, dtype=torch.float64)).argmin()
+        chosen[number] = rows[best]
         closest = after[:, best].contiguous()
-    return torch.cat(chosen)
+    return chosen
 
 
 def _squared_to(points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:
