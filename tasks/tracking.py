@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepclust.errors import TrackingError
+from deepclust.errors import PreemptedError, TrackingError
 from tasks import environment, provenance, store
 from tasks.guards import TERMINATED, locked, sigterm_exits
 from tasks.params import load as load_params
@@ -148,7 +148,7 @@ def close_pipeline(run_id: str, status: str) -> None:
 
 @contextmanager
 def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
-    """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED on SIGINT or SIGTERM.
+    """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED if it was told to stop.
 
     Raises:
         TrackingError: If the store can not be reached or the parent run is not there.
@@ -163,7 +163,7 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
             with _system_metrics(run):
                 yield run
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PreemptedError):
             status = "KILLED"
             raise
         except SystemExit as stop:

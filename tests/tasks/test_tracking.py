@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deepclust.errors import TrackingError
+from deepclust.errors import PreemptedError, TrackingError
 from tasks import params, provenance, tracking
 from tests.tasks import fake_workspace
 
@@ -119,6 +119,7 @@ def test_a_parent_from_the_environment_is_used_and_left_open(here: Any, monkeypa
         (SystemExit(2), "FAILED"),
         (SystemExit(0), "FINISHED"),
         (KeyboardInterrupt(), "KILLED"),
+        (PreemptedError("stopped after update 3"), "KILLED"),
     ],
 )
 def test_how_a_stage_ends_is_the_status_of_its_run(here: Any, raised: BaseException, status: str) -> None:
