@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,8 +40,15 @@ def extract(
     return features
 
 
+class Rows(Protocol):
+    """Where rows can be written: an array, or a file."""
+
+    def __setitem__(self, where: slice, rows: NDArray[np.float32], /) -> None:
+        """Write some rows."""
+
+
 def extract_into(
-    features: NDArray[np.float32],
+    features: Rows,
     encoder: Callable[[Tensor], Tensor],
     images: NDArray[np.uint8],
     *,
@@ -51,7 +59,7 @@ def extract_into(
     """Write the features of some images into their rows, holding no more than a batch at a time.
 
     Args:
-        features: (N, D) float32, as a rule a memory map, of which only `rows` are touched.
+        features: (N, D) float32, of which only `rows` are touched.
         encoder: As for `extract`.
         images: All N, as for `extract`; as a rule a memory map too.
         rows: Start and stop of the images to embed; may be empty.

@@ -87,7 +87,7 @@ class Keeper:
             if found.processes != distributed.processes() and distributed.is_main():
                 print(
                     f"note: the checkpoint is of {found.processes} process(es), now there are "
-                    f"{distributed.processes()}: the same images, views and draws, but other rounding",
+                    f"{distributed.processes()}: the same images and views, but other rounding (and dropout)",
                     flush=True,
                 )
             for name, part in self._state.items():

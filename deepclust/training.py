@@ -245,9 +245,10 @@ class _Update:
                 loss, logged = method.loss(part_crops, part_indices, generator)
             self._scaler.scale(loss / self._parts).backward()  # type: ignore[no-untyped-call]
             parts.append(torch.stack([loss.detach(), *(scalar.to(loss.device) for scalar in logged.values())]))
-        self._scaler.unscale_(self.optimiser)
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        # Before the scaler looks for what is not finite: all processes have to come to the same verdict.
         distributed.average_gradients(parameters)
+        self._scaler.unscale_(self.optimiser)
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, self._largest_norm, norm)
         # One synchronisation a step, of processes and with a GPU, for all numbers together.
@@ -277,7 +278,8 @@ class _Update:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state, with the parameters' order in memory: the sum of a norm depends on it."""
         self.optimiser.load_state_dict(state["optimiser"])
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the device of then had no half precision
+            self._scaler.load_state_dict(state["scaler"])
         for parameter, values in self.optimiser.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

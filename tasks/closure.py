@@ -95,10 +95,10 @@ def closure(stage: str) -> list[str]:
     return sorted(data.union(file for file in found if (ROOT / file).read_text(encoding="utf-8").strip()))
 
 
-def code_hash(stage: str) -> str:
-    """SHA-256 of the names and contents of a stage's closure."""
+def code_hash(stage: str, *others: str) -> str:
+    """SHA-256 of the names and contents of a stage's closure, and of other files."""
     found = hashlib.sha256()
-    for file in closure(stage):
+    for file in [*closure(stage), *others]:
         content = (ROOT / file).read_bytes()
         found.update(f"{file} {len(content)}\n".encode() + content)
     return found.hexdigest()

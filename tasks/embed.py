@@ -7,7 +7,6 @@ Several processes write a share each into one file, which is why they need a fol
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -54,21 +53,36 @@ def embed(
     """
     with distributed.together():
         if distributed.is_main():
-            _create(path, len(images), trained.feature_dim)
-    with distributed.together():
-        rows = np.lib.format.open_memmap(path, mode="r+")
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(images), trained.feature_dim))
+    with distributed.together(), _File(path) as rows:
         share = distributed.share(len(images))
         features.extract_into(rows, trained, images, rows=share, batch_size=batch_size, device=device)
-        rows.flush()
     return len(images)
 
 
-def _create(path: Path, count: int, dim: int) -> None:
-    """An .npy of zeros that has its place on the disk: writing into a map of a full disk would kill the process."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, dim))
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+class _File:
+    """The rows of an .npy of float32, written by plain writes.
+
+    Not through a memory map: a full disk would kill the process, and on a network file system each page that two
+    machines share would be written back whole by both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b")
+        version = np.lib.format.read_magic(self._file)
+        assert version == (1, 0)
+        shape, _, _ = np.lib.format.read_array_header_1_0(self._file)
+        self._start, self._width = self._file.tell(), 4 * shape[1]
+
+    def __setitem__(self, where: slice, rows: NDArray[np.float32]) -> None:
+        self._file.seek(self._start + where.start * self._width)
+        self._file.write(rows.astype(np.float32, order="C", copy=False).tobytes())
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ def _train(
     # What follows a run follows it on the main process.
     observer = None
     if launch.is_main():
-        observer = watch.Watch(here, method, trained, images, normalise=normalise, device=device, fresh=not run.step)
+        observer = watch.Watch(
+            here, method, trained, images, normalise=normalise, device=device, run=run.name, fresh=not run.step
+        )
     total = len(images) // plan.batch_size * plan.batch_size * plan.epochs
     with progress.Progress(total, here.encoder, done=run.step * plan.batch_size) as bar, preemption.deferred() as told:
 

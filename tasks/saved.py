@@ -10,15 +10,19 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from deepclust import checkpoint, resume
+import torch
+
+from deepclust import checkpoint, distributed, resume
 from deepclust.errors import CheckpointError, ConfigError
 from tasks import closure, launch, layout, prepared, stage
 
 MODES = ("auto", "require", "never")
 _MODE = "DEEPCLUST_RESUME"  # takes the place of pretrain.resume
+_STALE_SECONDS = 60  # that a network file system may be behind
 _KEPT = 3  # unfinished runs of an encoder; older ones are removed
 
 
@@ -48,7 +52,7 @@ class Run:
                 if mode == "never":
                     self._store.clear()
                 self._remove_old()
-        self._found = self._store.newest()
+        self._found = self._newest()
         if mode == "require" and self._found is None:
             raise CheckpointError(self._nothing(parts))
         self.step = self._found.step if self._found else 0
@@ -65,9 +69,25 @@ class Run:
             stop=lambda: bool(stop()),
         )
 
+    @property
+    def name(self) -> str:
+        """What tells this run from all others of its encoder."""
+        return self._folder.name
+
     def clear(self) -> None:
         """Forget the run: it has ended well."""
+        self._store.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _newest(self) -> checkpoint.Saved | None:
+        """What the main process finds. Another machine may see a shared folder as it was a while ago."""
+        found = self._store.newest()
+        step = int(distributed.broadcast(torch.tensor(found.step if found else 0)))
+        deadline = time.monotonic() + _STALE_SECONDS
+        while (found.step if found else 0) != step and time.monotonic() < deadline:
+            time.sleep(1)
+            found = self._store.newest()
+        return found  # if it is still another one, restoring it is refused
 
     def _take(self) -> checkpoint.Saved | None:
         found, self._found = self._found, None  # it may be as large as the model
@@ -75,11 +95,14 @@ class Run:
 
     def _others(self) -> list[Path]:
         """Folders of other unfinished runs of this encoder, the newest first."""
-        folders = [path for path in self._all.glob("*") if path.is_dir() and path != self._folder]
+        folders = [path for path in self._all.glob("[!.]*") if path.is_dir() and path != self._folder]
         return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
     def _remove_old(self) -> None:
+        """A folder that is half removed is not taken for a damaged state: it has another name by then."""
         for path in self._others()[_KEPT - 1 :]:
+            path.rename(path.with_name(f".{path.name}"))
+        for path in self._all.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _nothing(self, parts: Mapping[str, str]) -> str:
@@ -103,7 +126,8 @@ def fingerprint(here: stage.Here) -> dict[str, str]:
         "method": section.method,
         "parameters": _sha(parameters),
         "data": _sha([prepared.meta()["content_hash"], prepared.statistics()]),
-        "code": closure.code_hash("pretrain"),
+        # The observers' state is saved too, so they have to be able to read it.
+        "code": closure.code_hash("pretrain", "tasks/watch.py", "deepclust/watchdog.py"),
     }
 
 

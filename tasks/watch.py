@@ -19,6 +19,8 @@ from deepclust.errors import TrainingError
 from deepclust.methods import Method
 from tasks import layout, probe, stage
 
+_RUN = "run"  # file beside the encoder that is kept: whose it is
+
 
 class Watch:
     """Follows the run of one stage.
@@ -30,7 +32,8 @@ class Watch:
         images: (N, H, W, C) uint8, what it is trained on.
         normalise: What comes between crops and network.
         device: Where both are.
-        fresh: Whether the run begins, rather than going on.
+        run: Name of the run.
+        fresh: Whether it begins, rather than going on.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Watch:
         *,
         normalise: training.Normalise,
         device: torch.device,
+        run: str,
         fresh: bool,
     ) -> None:
         assert here.encoder
@@ -50,6 +54,7 @@ class Watch:
         self._dog = watchdog.Watchdog(method, images, normalise=normalise, device=device, seed=here.params.seed)
         self._probe = probe.Probe(here.run, trained, device)
         self._folder = layout.last_good(here.encoder)
+        self._run = run
         self._good = 0
         self._logged: list[tuple[training.Epoch, dict[str, float]]] = []
         if fresh:
@@ -84,10 +89,17 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; the epochs so far are logged again, into the run of this attempt."""
         self._dog.load_state_dict(state["dog"])
-        self._good = state["good"]
+        self._good = state["good"] if self._is_ours() else 0
         self._logged = [(training.Epoch(**done), values) for done, values in state["logged"]]
         for done, values in self._logged:
             self._here.run.log_metrics(values, step=done.epoch + 1)
+
+    def _is_ours(self) -> bool:
+        """Whether the encoder that is kept is of this run, and not of another one in between."""
+        try:
+            return (self._folder / _RUN).read_text(encoding="utf-8") == self._run
+        except OSError:
+            return False
 
     def kept(self) -> str:
         """Where the last good encoder is."""
@@ -106,6 +118,7 @@ class Watch:
                 shutil.rmtree(folder, ignore_errors=True)
             partial.mkdir(parents=True)
             encoder.save(self._trained, partial, epochs=epochs)
+            (partial / _RUN).write_text(self._run, encoding="utf-8")
             if self._folder.exists():
                 self._folder.rename(old)
             partial.rename(self._folder)
