@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepclust import backbones, checkpoint, distributed, optim, resume, seeding, training, views
 from deepclust.errors import ConfigError, PreemptedError
-from deepclust.methods import METHODS
+from deepclust.methods import METHODS, Method
 from tests import processes
 from tests.deepclust.methods import test_state
 
@@ -175,3 +175,48 @@ def _refused() -> str:
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_any_work() -> None:
     for message in processes.pool(4).run(_refused):
         assert "expected a multiple of 4 processes" in message
+
+
+class Overflowing(Method):
+    """The gradient of the third step is not finite on the second process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with seeding.seeded(0):
+            self.backbone = nn.Linear(1, 1)
+        self.calls = 0
+
+    def loss(
+        self, views: list[Tensor], indices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self.calls += 1
+        loss = self.backbone(views[0].mean().view(1, 1)).float().sum() / 4
+        if self.calls == 3 and distributed.rank() == 1:
+            return (loss * 0).abs().sqrt(), {}  # the root of zero is zero, its gradient is not finite
+        return loss, {}
+
+
+def _half() -> list[float]:
+    weights: list[float] = []
+    method = Overflowing()
+    original = training.effective_precision
+    training.effective_precision = lambda precision, device: "fp16"
+    try:
+        training.train(
+            method,
+            images(),
+            recipe("moco", rate=RATE),
+            normalise=lambda crops: crops,
+            device=torch.device("cpu"),
+            on_step=lambda step: weights.append(float(method.backbone.weight)),
+        )
+    finally:
+        training.effective_precision = original
+    return weights
+
+
+def test_with_fp16_what_overflows_on_one_process_costs_all_the_same_update() -> None:
+    first, second = processes.pool(2).run(_half)
+    assert first == second
+    assert all(np.isfinite(first))
+    assert first[1] == first[2] != first[3]
