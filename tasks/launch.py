@@ -3,8 +3,12 @@
     PET_NPROC_PER_NODE=2 python -m tasks.pretrain swav
 
 becomes torchrun's launcher, with `-m tasks.pretrain swav` as its program. No exit status gets through torchrun, which
-also takes every status but 0 for a loss. So a process that ends on purpose, by a user's mistake or a preemption, leaves
-an outcome in a file and exits with 0; the launcher reads it, says its line and exits with its status.
+also takes every status but 0 for a loss. So a process that ends on purpose, because all is done, by a user's mistake or
+by a preemption, leaves an outcome in a file and exits with 0 (tasks/worker.py); the launcher reads it, says its line
+and exits with its status.
+
+torchrun also starts a healthy group again when a machine comes, by the SIGTERM that a preemption is told by. The
+launcher knows the difference: after a preemption no group begins.
 
 Decides where a stage runs and how it ends, never what it writes.
 """
@@ -12,8 +16,6 @@ Decides where a stage runs and how it ends, never what it writes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import logging
 import os
 import signal
@@ -22,20 +24,21 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepclust.errors import ConfigError, DeepclustError, PeerError, StageError
-from tasks import children, environment
+from deepclust.errors import ConfigError, DeepclustError, StageError
+from tasks import children, environment, worker
+from tasks.worker import end, is_main, is_worker, joined, note_begun, together
+
+__all__ = ["end", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
 
 STAGES = ("pretrain", "embed", "cluster")  # those that know how to share their work
 JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
 RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
 PORT = 29400  # torchrun's own default
-_OUTCOME = "DEEPCLUST_OUTCOME"  # path of the file by which processes tell the launcher
-_PARENT_DEATH_SIGNAL = 1  # prctl(2); Linux only
+_MET = "SimpleElasticAgent._rendezvous.success"  # torchrun's metric between the end of a group and the next one's begin
 
 
 def wanted(stage: str) -> bool:
@@ -46,166 +49,6 @@ def wanted(stage: str) -> bool:
 
 def _several(variable: str) -> bool:
     return os.environ.get(variable, "").strip() not in ("", "1", "1:1")
-
-
-def is_worker() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes files and speaks for all."""
-    return not is_worker() or os.environ.get("RANK", "0") == "0"
-
-
-# In a process that torchrun started.
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Work together with the other processes; only the main one writes to the terminal. Alone, do nothing."""
-    if not is_worker():
-        yield
-        return
-    if _read():  # ended on purpose while torchrun was starting the group again
-        sys.exit(0)
-    _die_with_the_launcher()
-    if is_main() and (count := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
-        most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
-        print(f"warning: a process was lost; all start again ({count} of at most {most} times)", file=sys.stderr)
-    _never_only_once()
-    from deepclust import distributed
-
-    try:
-        with _silent_unless_main(), distributed.group(seconds=environment.collective_seconds()):
-            yield
-    except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
-    except SystemExit as stop:
-        _leave(stop.code if isinstance(stop.code, int) else 1)
-    except (DeepclustError, OSError):
-        raise
-    except Exception as error:
-        if not _is_loss(error):
-            sys.excepthook(*sys.exc_info())
-        elif _wait_for_outcome(seconds=2):
-            _leave(0)
-        else:
-            print(f"warning: process {os.environ['RANK']} lost the others: {_in_one_line(error)}", file=sys.stderr)
-        _leave(1)
-
-
-def _never_only_once() -> None:
-    """A run that is to begin anew does so once: when torchrun starts it again, it goes on from what it saved since."""
-    if is_main() and _OUTCOME in os.environ:
-        begun = Path(os.environ[_OUTCOME]).with_suffix(".begun")
-        if begun.exists():
-            os.environ["DEEPCLUST_RESUME"] = "auto"
-        begun.touch()
-
-
-def _leave(status: int) -> NoReturn:
-    """End this process; at once if it still belongs to a group, with which an interpreter can not end in peace."""
-    from deepclust import distributed
-
-    if distributed.processes() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Fail on all processes if the body fails on one. Alone, do nothing."""
-    if not is_worker():
-        yield
-        return
-    from deepclust import distributed
-
-    with distributed.together():
-        yield
-
-
-def end(status: int, line: str, error: BaseException) -> NoReturn:
-    """End this process on purpose: alone with a line on stderr and a status, else with an outcome for the launcher."""
-    if not is_worker() or _OUTCOME not in os.environ:
-        print(line, file=sys.stderr)
-        sys.exit(status)
-    _write(status, line, weak=isinstance(error, PeerError))
-    _leave(0)
-
-
-def _path(*, weak: bool = False) -> Path:
-    path = Path(os.environ[_OUTCOME])
-    return path.with_suffix(".peer") if weak else path
-
-
-def _write(status: int, line: str, *, weak: bool) -> None:
-    """Leave an outcome, whole; the first one stays. A weak one counts only where there is no other."""
-    path = _path(weak=weak)
-    mine = path.with_name(f"{path.name}.{os.getpid()}")
-    mine.write_text(json.dumps({"status": status, "line": line}), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
-        os.link(mine, path)
-    mine.unlink()
-
-
-def _read() -> tuple[int, str] | None:
-    """Status and line of the outcome, or None if nobody ended on purpose."""
-    if _OUTCOME not in os.environ:
-        return None
-    for weak in (False, True):
-        with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads(_path(weak=weak).read_text(encoding="utf-8"))
-            return found["status"], found["line"]
-    return None
-
-
-def _wait_for_outcome(*, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not _read():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether an error says that another process does not answer. Gloo's have no class of their own."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _in_one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rpartition("] ")[2][:300] or type(error).__name__
-
-
-@contextmanager
-def _silent_unless_main() -> Iterator[None]:
-    if is_main():
-        yield
-        return
-    with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
-
-
-def _die_with_the_launcher() -> None:
-    """Ask the kernel for it: an orphan would go on writing beside the run that takes its place."""
-    launcher = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:
-            sys.exit(1)
-
-
-# In the launcher.
 
 
 def start(module: str, arguments: Sequence[str]) -> int:
@@ -224,18 +67,21 @@ def start(module: str, arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers of the same kind
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        os.environ[_OUTCOME] = str(Path(folder) / "outcome")
-        threading.Thread(target=_end_after_outcome, daemon=True).start()
+        os.environ[worker.OUTCOME] = str(Path(folder) / "outcome")
+        finished, ended = _finished(), threading.Event()
+        threading.Thread(target=_end_after_outcome, args=(finished, ended), daemon=True).start()
+        status, line, told = 0, "", False
         try:
-            status, line = 0, ""
             _torchrun(module, arguments)
-        except SignalException as told:
-            status = 128 + told.sigval
+        except SignalException as signalled:
+            status, told = 128 + signalled.sigval, not ended.is_set()
         except DeepclustError as error:
             status, line = 2, f"error: {error}"
         finally:
             _kill_what_is_left()
-        status, line = _read() or (status, line)
+        found = worker.outcome()
+    if found and not (found.weak and told):
+        status, line, _ = found
     if line:
         print(line, file=sys.stderr)
     return status
@@ -260,6 +106,8 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
             elastic_launch(config, command)(*rest)
             return
         except RendezvousConnectionError as error:
+            if (found := worker.outcome()) and not found.status:
+                return
             # One attempt takes as long as the store's time-out; what lasted longer was a run that was cut off.
             if time.monotonic() - begin > 60 + patience:
                 given_up = time.monotonic()
@@ -280,7 +128,7 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
                 f"expected to meet {where}, but the run has ended there; its message says why, run again on all"
             ) from error
         except RendezvousError as error:
-            raise StageError(f"expected to meet {where}, got: {_in_one_line(error)}; run again") from error
+            raise StageError(f"expected to meet {where}, got: {worker.in_one_line(error)}; run again") from error
         except ChildFailedError as error:
             first = min(error.failures.values(), key=lambda failure: failure.timestamp)
             how = f"signal {-first.exitcode}" if first.exitcode < 0 else f"status {first.exitcode}"
@@ -308,7 +156,7 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
         config, command, rest = run.config_from_args(parser.parse_args([*options, module, *arguments]))
         int(config.rdzv_configs["join_timeout"])
     except (ValueError, RuntimeError, AssertionError) as error:
-        _refuse(_in_one_line(error))
+        _refuse(worker.in_one_line(error))
     processes, gpus = config.nproc_per_node, torch.cuda.device_count()
     if processes < 1 or (gpus and processes > gpus):
         raise ConfigError(
@@ -329,6 +177,8 @@ def _rendezvous(name: str) -> list[str]:
     Each stage has an identity of its own there, so that two at once are not taken for one run.
     """
     said = os.environ.get
+    if (backend := said("PET_RDZV_BACKEND") or "c10d") != "c10d":
+        raise ConfigError(f"PET_RDZV_BACKEND: expected c10d, got {backend}; mend or unset it")
     conf = f"join_timeout={JOIN_SECONDS}"
     endpoint = said("PET_RDZV_ENDPOINT", "")
     if not endpoint and said("PET_MASTER_ADDR") and _several("PET_NNODES"):
@@ -356,11 +206,45 @@ def _refuse(message: str) -> NoReturn:
     )
 
 
-def _end_after_outcome() -> None:
-    """Stop the processes that wait for one that ended on purpose, which they may do until a collective's time-out."""
-    while not _read():
+def _finished() -> threading.Event:
+    """Follow what torchrun says of the groups of this process; the event is set once one has finished."""
+    from torch.distributed.elastic.metrics import api
+
+    finished = threading.Event()
+
+    class Follower(api.MetricHandler):
+        def emit(self, metric_data: api.MetricData) -> None:
+            if metric_data.name == _MET:
+                finished.clear()
+                worker.forget_preemption()
+            elif metric_data.name.endswith(".succeeded"):
+                finished.set()
+
+    api.configure(Follower())
+    return finished
+
+
+def _end_after_outcome(finished: threading.Event, ended: threading.Event) -> None:
+    """Stop the processes that wait for one that ended on purpose, which they may do until a collective's time-out.
+
+    Also torchrun, when it waits for other machines whose processes were told to stop: it would for five minutes. Not
+    while it waits for the machines of a new group, nor after the work is done.
+
+    Args:
+        finished: Whether torchrun only waits for other machines.
+        ended: Set before the signal.
+    """
+    import psutil
+
+    while True:
+        found = worker.outcome()
+        if found and found.status:
+            time.sleep(children.GRACE)
+            waited_for = finished.is_set() or not found.preempted or psutil.Process().children()
+            if waited_for and worker.outcome() == found:
+                break
         time.sleep(0.5)
-    time.sleep(children.GRACE)
+    ended.set()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

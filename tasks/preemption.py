@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tasks import launch
+from tasks import worker
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _last: list[int] = []  # the signals that came in a deferred context
@@ -41,7 +41,7 @@ def deferred() -> Iterator[Callable[[], int]]:
     _last.clear()
 
     def note(number: int, _: object) -> None:
-        if came and not launch.is_worker():
+        if came and not worker.is_worker():
             sys.exit(128 + number)
         came.append(number)
         _last.append(number)

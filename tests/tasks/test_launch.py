@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ import psutil
 import pytest
 
 from deepclust.errors import ConfigError, PeerError
-from tasks import environment, launch, layout
+from tasks import environment, launch, layout, worker
 from tests.pipelines import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +109,7 @@ def test_one_process_that_is_lost_makes_all_start_again(here: Path) -> None:
         here,
         """
 collective()
+launch.note_begun()
 if rank == 0:
     (Path("resume") / os.environ["DEEPCLUST_RESUME"]).touch()
 if attempt == 0 and rank == 1:
@@ -134,9 +138,7 @@ if rank == 0:
     ids=["while the other waits for it", "while the other learns of it"],
 )
 def test_a_users_mistake_on_one_process_is_one_line_and_no_second_attempt(here: Path, body: str) -> None:
-    begin = time.monotonic()
     assert _run(here, body) == (2, "", "error: expected a, got b; mend it\n")
-    assert time.monotonic() - begin < 20
     assert _started(here) == ["0-0", "0-1"]
     assert list((here / "artifacts/pretrain").iterdir()) == []
 
@@ -214,6 +216,7 @@ def _free_port() -> int:
     [
         ({"PET_NPROC_PER_NODE": "two"}, "PET_NPROC_PER_NODE=two: Unsupported nproc_per_node value: two; mend"),
         ({"PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE: expected 1 or more processes, got 0; mend"),
+        ({"PET_RDZV_BACKEND": "etcd"}, "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
         ({"PET_MAX_RESTARTS": "x"}, "PET_MAX_RESTARTS=x: argument --max-restarts"),
         (
             {"PET_NNODES": "2"},
@@ -287,16 +290,162 @@ def _ended(status: int, line: str, error: BaseException) -> None:
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("order", [lambda both: both, reversed], ids=["the peer first", "the peer last"])
-def test_the_first_outcome_counts_and_a_peers_never_before_the_real_one(
-    here: Path, monkeypatch: pytest.MonkeyPatch, order: Callable[[list[BaseException]], list[BaseException]]
-) -> None:
+@pytest.fixture
+def outcomes(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process is one that a launcher started; where it and the others leave their outcomes."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("DEEPCLUST_OUTCOME", str(here / "outcome"))
-    assert launch._read() is None
-    for error in order([PeerError("another one"), ConfigError("mine")]):
+    return here
+
+
+@pytest.mark.parametrize("order", [lambda all: all, reversed], ids=["the weakest first", "the weakest last"])
+def test_the_main_process_is_heard_before_another_and_that_before_a_peer(
+    outcomes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: Callable[[list[tuple[str, BaseException]]], list[tuple[str, BaseException]]],
+) -> None:
+    assert worker.outcome() is None
+    for rank, error in order([("0", PeerError("another")), ("1", ConfigError("not all")), ("0", ConfigError("all"))]):
+        monkeypatch.setenv("RANK", rank)
         _ended(2, f"error: {error}", error)
-        assert launch._read() is not None
+        assert worker.outcome() is not None
     _ended(143, "preempted: too late", ConfigError("too late"))
-    assert launch._read() == (2, "error: mine")
-    assert sorted(path.name for path in here.glob("outcome*")) == ["outcome", "outcome.peer"]
+    assert worker.outcome() == (2, "error: all", False)
+    assert sorted(path.name for path in outcomes.glob("outcome*")) == ["outcome.main", "outcome.other", "outcome.peer"]
+
+
+@pytest.mark.parametrize(
+    ("left", "told", "status"),
+    [("peer", True, 143), ("main", True, 2), ("peer", False, 2), ("", True, 143), ("", False, 0)],
+)
+def test_a_launcher_that_was_told_to_stop_says_so_unless_a_process_says_why(
+    monkeypatch: pytest.MonkeyPatch, left: str, told: bool, status: int
+) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def torchrun(*_: object) -> None:
+        if left:
+            path = Path(os.environ["DEEPCLUST_OUTCOME"]).with_suffix(f".{left}")
+            path.write_text(json.dumps({"status": 2, "line": ""}))
+        if told:
+            raise SignalException("told", signal.SIGTERM)
+
+    monkeypatch.setenv("DEEPCLUST_OUTCOME", "set by the call, and taken back by the test")
+    monkeypatch.setattr(launch, "_torchrun", torchrun)
+    for name in ("_end_after_outcome", "_finished", "_kill_what_is_left"):
+        monkeypatch.setattr(launch, name, lambda *_: None)
+    monkeypatch.setattr("logging.disable", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert launch.start("tasks.pretrain", ["swav"]) == status
+
+
+@pytest.mark.parametrize(
+    ("status", "children", "finished", "stopped"),
+    [
+        (2, [], False, True),
+        (143, ["one that waits"], False, True),
+        (143, [], True, True),  # torchrun waits for machines that may be gone
+        (143, [], False, False),  # it waits for a new group
+        (0, ["one that ends"], True, False),
+    ],
+)
+def test_only_those_that_wait_in_vain_are_stopped_after_an_outcome(
+    outcomes: Path, monkeypatch: pytest.MonkeyPatch, status: int, children: list[str], finished: bool, stopped: bool
+) -> None:
+    worker._write(status, "")
+    slept: list[float] = []
+    signals: list[int] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) > 4:
+            raise TimeoutError
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(os, "kill", lambda _, number: signals.append(number))
+    monkeypatch.setattr(psutil.Process, "children", lambda _: children)
+    waiting, ended = threading.Event(), threading.Event()
+    if finished:
+        waiting.set()
+    with contextlib.nullcontext() if stopped else pytest.raises(TimeoutError):
+        launch._end_after_outcome(waiting, ended)
+    assert (signals == [signal.SIGTERM], ended.is_set()) == (stopped, stopped)
+
+
+def test_a_run_begins_anew_until_it_has_begun(outcomes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPCLUST_RESUME", "never")
+    worker._never_only_once()
+    assert os.environ["DEEPCLUST_RESUME"] == "never", "a process that was lost earlier has not cleared the old state"
+    launch.note_begun()
+    worker._never_only_once()
+    assert os.environ["DEEPCLUST_RESUME"] == "auto"
+
+
+def test_without_our_launcher_a_process_ends_by_its_status_even_in_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(-status)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setattr(worker, "_leave", leave)
+    with pytest.raises(SystemExit) as stop:
+        launch.end(2, "error: mine", ConfigError("mine"))
+    assert (stop.value.code, capsys.readouterr().err) == (-2, "error: mine\n")
+
+
+def test_a_machine_that_comes_makes_all_begin_again_and_ends_nothing(here: Path) -> None:
+    body = """
+with preemption.deferred() as told:
+    while distributed.processes() == 1:
+        if told():
+            raise PreemptedError("saved")
+        time.sleep(0.05)
+collective()
+"""
+    variables = {
+        "PET_NNODES": "1:2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{_free_port()}",
+        "PET_RDZV_CONF": "last_call_timeout=1",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+    first = _start(here, body, **variables)
+    assert eventually(lambda: _started(here) == ["0-0"])
+    second = _start(here, body, **variables)
+    for process in (first, second):
+        out, error = process.communicate(timeout=90)
+        assert (process.returncode, out, error) == (0, "", "")
+    assert _started(here) == ["0-0", "0-1"]
+    assert not layout.preempted("pretrain", "swav").exists()
+    assert (here / "artifacts/pretrain/swav").exists()
+
+
+def test_a_run_that_finished_is_finished_though_told_to_stop_at_its_end(here: Path) -> None:
+    process = _start(
+        here,
+        """
+with preemption.deferred() as told:
+    collective()
+    (Path("started") / f"told-{rank}").touch()
+    while not told():
+        time.sleep(0.05)
+""",
+    )
+    assert eventually(lambda: len(_started(here)) == 4)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")
+    assert not layout.preempted("pretrain", "swav").exists()
+    assert (here / "artifacts/pretrain/swav").exists()
+
+
+def test_a_process_that_is_lost_after_the_work_is_done_repeats_nothing(here: Path) -> None:
+    body = """
+import atexit
+if rank == 1:
+    atexit.register(os.kill, os.getpid(), signal.SIGKILL)
+collective()
+"""
+    assert _run(here, body) == (0, "", "")
+    assert _started(here) == ["0-0", "0-1"]
