@@ -14,7 +14,6 @@ import pytest
 from tasks import layout
 from tests.tasks import small_run
 
-
 STAGES = ("pretrain", "embed", "cluster")
 
 
