@@ -25,6 +25,7 @@ OBSERVERS = {
     "tasks/probe.py": "writes to MLflow only",
     "tasks/closure.py": "tells what decides",
     "tasks/launch.py": "decides where a stage runs and how it ends",
+    "tasks/worker.py": "the same",
     "tasks/preemption.py": "decides when a run stops",
     "tasks/saved.py": "writes under state/ only; a run that goes on ends as if it had never stopped",
     "tasks/watch.py": "writes to MLflow, the terminal and state/ only, and can stop a run",

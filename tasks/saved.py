@@ -52,6 +52,7 @@ class Run:
                 if mode == "never":
                     self._store.clear()
                 self._remove_old()
+        launch.note_begun()
         self._found = self._newest()
         if mode == "require" and self._found is None:
             raise CheckpointError(self._nothing(parts))
