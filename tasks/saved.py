@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,8 +77,12 @@ class Run:
         return self._folder.name
 
     def clear(self) -> None:
-        """Forget the run: it has ended well."""
-        self._store.clear()
+        """Forget the run: it has ended well, so what cannot be removed is only said."""
+        try:
+            self._store.clear()
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _newest(self) -> checkpoint.Saved | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from deepclust import resume, training
+from deepclust import checkpoint, resume, training
+from deepclust.errors import CheckpointError
 from tasks import layout, overrides, saved
 from tests.tasks import small_run
 
@@ -194,6 +195,18 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(
     assert f"{newest.name} is damaged" in said.err
     assert "goes on after update 5" in said.out
     assert outputs("moco") == expected
+
+
+def test_a_state_that_cannot_be_removed_does_not_fail_a_run_that_has_ended(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: checkpoint.Store) -> None:
+        raise CheckpointError("expected to remove all, got: Read-only file system")
+
+    monkeypatch.setattr(checkpoint.Store, "clear", refuse)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert "warning: expected to remove all" in capsys.readouterr().err
+    assert layout.out("pretrain", "simsiam").is_dir()
 
 
 def test_only_a_few_unfinished_runs_of_an_encoder_are_kept(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
