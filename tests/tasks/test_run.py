@@ -117,8 +117,9 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(
     _pretend(monkeypatch, f"mkdir -p {marker.parent}; trap 'touch {marker}; exit 143' TERM; echo up; sleep 60 & wait")
     stop = threading.Timer(0, workspace.stop)
 
-    def on_line(_: str) -> None:
-        stop.start()
+    def on_line(line: str) -> None:
+        if line.strip() == "up":  # a shell says more when its child is stopped
+            stop.start()
 
     with pytest.raises(StageError, match=r"^prepare was stopped$"):
         workspace.run_stage("prepare", on_line=on_line)
