@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from deepclust import encoder as encoders
 from deepclust import seeding
 from deepclust.adaptation import ADAPTERS
-from deepclust.adaptation.base import Adapter, Classifier
+from deepclust.adaptation.base import Adapter
+from deepclust.adaptation.classifier import Classifier
 from deepclust.corruptions import corrupt
 from deepclust.devices import default_device
 from deepclust.errors import AdaptationError, CheckpointError

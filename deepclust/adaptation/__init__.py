@@ -1,10 +1,18 @@
-"""Test-time adaptation: one method a file, all with the contract of `base`."""
+"""Test-time adaptation: one method a file, all with the contract of `base`.
+
+adapter = Tent(model)
+logits = adapter(images)
+"""
 
 from collections.abc import Callable
 
 from deepclust.adaptation.base import Adapter
 from deepclust.adaptation.bn import BN
+from deepclust.adaptation.classifier import Classifier, WholeModel
 from deepclust.adaptation.source import Source
+from deepclust.adaptation.tent import Tent
 from deepclust.adaptation.tsd import TSD
 
-ADAPTERS: dict[str, Callable[..., Adapter]] = {"source": Source, "bn": BN, "tsd": TSD}
+__all__ = ["ADAPTERS", "BN", "TSD", "Adapter", "Classifier", "Source", "Tent", "WholeModel"]
+
+ADAPTERS: dict[str, Callable[..., Adapter]] = {adapter.name: adapter for adapter in (Source, BN, Tent, TSD)}

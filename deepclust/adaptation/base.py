@@ -11,77 +11,46 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from deepclust.adaptation.classifier import Classifier, as_classifier
+from deepclust.adaptation.parameters import Parameters, select_parameters
 from deepclust.errors import AdaptationError
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-AFFINE_NORMS = (*BATCH_NORMS, nn.LayerNorm)
-
-Parameters = Literal["all", "affine", "body", "head"]
-
-
-class Classifier(nn.Module):
-    """A featurizer and a linear head.
-
-    Args:
-        featurizer: Images to features (batch, dim).
-        head: Features to logits.
-
-    Raises:
-        AdaptationError: If the head is not linear, or has fewer than two classes.
-    """
-
-    def __init__(self, featurizer: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        if not isinstance(head, nn.Linear):
-            raise AdaptationError(
-                f"expected a head of type nn.Linear, got {type(head).__name__}; "
-                "move the layers before the last linear one into the featurizer"
-            )
-        if head.out_features < 2:
-            raise AdaptationError(f"expected a head with at least two classes, got {head.out_features}")
-        self.featurizer = featurizer
-        self.head = head
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (batch, dim) of images.
-
-        Raises:
-            AdaptationError: If they do not fit the head.
-        """
-        features: Tensor = self.featurizer(images)
-        if features.shape != (len(images), self.head.in_features):
-            raise AdaptationError(
-                f"expected features ({len(images)}, {self.head.in_features}), got {tuple(features.shape)}; "
-                "give the head that was trained on this featurizer, and flatten what the featurizer returns"
-            )
-        return features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
+Predict = Literal["before", "after"]
 
 
 class Adapter(ABC):
     """A classifier that may learn from what it is asked.
 
     Args:
-        model: The source model; copied.
+        model: The source model: a `Classifier`, or any model that returns logits; copied.
+        episodic: Forget everything before each batch, so that no batch depends on another.
+        predict: Whether a batch's prediction is made `before` or `after` the adapter has learnt from it.
 
     Attributes:
+        name: The method's name, as in `ADAPTERS`.
         model: The copy that adapts.
+
+    Raises:
+        AdaptationError: If an option is unknown, or the method does not fit the model.
     """
 
+    name: ClassVar[str]
     model: Classifier
 
-    def __init__(self, model: Classifier) -> None:
-        self._source = copy.deepcopy(model)
-        self.reset()
+    def __init__(self, model: nn.Module, *, episodic: bool = False, predict: Predict = "before") -> None:
+        if predict not in get_args(Predict):
+            raise AdaptationError(f"expected predict to be one of {', '.join(get_args(Predict))}; got {predict!r}")
+        self.episodic, self.predict = episodic, predict
+        source = as_classifier(model)
+        self._check_model(source)
+        self.model = self._configure(copy.deepcopy(source))
+        self._start()
+        self._initial = self.state_dict()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of a batch of images (batch, …), without gradient.
@@ -90,86 +59,174 @@ class Adapter(ABC):
             AdaptationError: If the batch can not be used; the adapter is then as before.
         """
         check_images(images)
-        return self._adapt(images)
-
-    @abstractmethod
-    def _adapt(self, images: Tensor) -> Tensor:
-        """Logits of a checked batch, and whatever the method learns from it."""
+        self._check_batch(images)
+        before = self.state_dict()
+        try:
+            if self.episodic:
+                self.reset()
+            logits = self._adapt(images)
+            if not torch.isfinite(logits).all():
+                raise AdaptationError(
+                    f"{self.name}: the model's logits are not finite; lower the rate, or reset the adapter sooner"
+                )
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+        return logits.detach()
 
     def reset(self) -> None:
         """Forget all that was learnt: the adapter is as it was when made."""
-        self.model = self._configure(copy.deepcopy(self._source))
+        self.load_state_dict(self._initial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the stream has changed, of tensors, numbers, lists and dicts."""
+        state: dict[str, Any] = copy.deepcopy(self._state())
+        return {"adapter": self.name} | state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring back what `state_dict` returned; for a model and options like those it was made with.
+
+        Raises:
+            AdaptationError: If the state is of another method or another model; the adapter is then as before.
+        """
+        if state.get("adapter") != self.name:
+            raise AdaptationError(f"expected a state of the adapter {self.name}, got one of {state.get('adapter')!r}")
+        state = copy.deepcopy(state)
+        self._check_state(state)
+        self._load(state)
+
+    def _check_model(self, model: Classifier) -> None:
+        """Raises AdaptationError if the method does not fit the model. Nothing is changed."""
+
+    def _check_batch(self, images: Tensor) -> None:
+        """Raises AdaptationError if the method can not use the batch. Nothing is changed."""
 
     @abstractmethod
     def _configure(self, model: Classifier) -> Classifier:
         """Bring a fresh copy of the source model into the method's state."""
 
+    def _start(self) -> None:
+        """Make what the method keeps beside the model, from the configured `self.model`."""
 
-def select_parameters(model: Classifier, which: Parameters) -> dict[str, nn.Parameter]:
-    """Parameters by name, in the model's order.
+    @abstractmethod
+    def _adapt(self, images: Tensor) -> Tensor:
+        """Logits of a checked batch, and whatever the method learns from it."""
+
+    def _state(self) -> dict[str, Any]:
+        """All that a stream changes; not copied."""
+        return {}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises AdaptationError if `_load` could not take the state. Nothing is changed."""
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over a state that was checked and belongs to nobody else."""
+
+
+class Learner(Adapter):
+    """An adapter that takes gradient steps.
 
     Args:
-        model: The classifier.
-        which: `all`; `affine`: weight and bias of BatchNorm and LayerNorm; `body`: the featurizer's; `head`.
+        model: The source model; copied.
+        rate: The optimiser's rate.
+        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
+        steps: Gradient steps a batch.
+        episodic: Forget everything before each batch.
+        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
 
     Raises:
-        AdaptationError: If there is no such choice, or the model has no such parameters.
+        AdaptationError: If an option is out of range, or the method does not fit the model.
     """
-    if which not in get_args(Parameters):
-        raise AdaptationError(f"expected parameters to be one of {', '.join(get_args(Parameters))}; got {which!r}")
-    selected = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if which == "all"
-        or (which == "body" and name.startswith("featurizer."))
-        or (which == "head" and name.startswith("head."))
-    }
-    if which == "affine":
-        norms = {name for name, module in model.named_modules() if isinstance(module, AFFINE_NORMS)}
-        selected = {name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[0] in norms}
-    if not selected:
-        raise AdaptationError(
-            f"parameters {which!r}: this model has none to adapt; choose others, or the source adapter"
-        )
-    return selected
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rate: float,
+        parameters: Parameters,
+        steps: int = 1,
+        episodic: bool = False,
+        predict: Predict = "before",
+    ) -> None:
+        if not rate > 0:
+            raise AdaptationError(f"expected a rate above 0, got {rate}")
+        if steps < 1:
+            raise AdaptationError(f"expected at least one step a batch, got {steps}")
+        self.rate, self.parameters, self.steps = rate, parameters, steps
+        super().__init__(model, episodic=episodic, predict=predict)
+
+    def _start(self) -> None:
+        self._learning = select_parameters(self.model, self.parameters)
+        self._optimizer = self._make_optimizer(list(self._learning.values()))
+
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.rate)
+
+    def _adapt(self, images: Tensor) -> Tensor:
+        self._begin(images)
+        logits = self._step(images)
+        for _ in range(self.steps - 1):
+            self._step(images)
+        if self.predict == "before":
+            return logits
+        with torch.no_grad():
+            after: Tensor = self.model(images)
+        return after
+
+    def _begin(self, images: Tensor) -> None:
+        """What is done once a batch, before its first step."""
+
+    @abstractmethod
+    def _step(self, images: Tensor) -> Tensor:
+        """Take one gradient step on a batch; logits from before it, without gradient."""
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "parameters": {name: parameter.detach() for name, parameter in self._learning.items()},
+            "buffers": dict(self.model.named_buffers()),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        own = self._state()
+        for kind in ("parameters", "buffers"):
+            check_shapes(own[kind], state[kind])
+
+    def _load(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._learning.items():
+                parameter.copy_(state["parameters"][name])
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state["buffers"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.zero_grad()
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the model has a BatchNorm layer."""
-    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
-
-
-def check_trained_statistics(model: nn.Module) -> None:
-    """Check that BatchNorm's running statistics are those of training data, which batch statistics can stand in for.
-
-    At their initial values (mean 0, variance 1) they normalise nothing: the head was then made for features that batch
-    statistics would change altogether (measured on an untrained net: error .21 becomes .90 without any shift).
+def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
+    """Gradients for the chosen parameters alone. In place.
 
     Raises:
-        AdaptationError: If the model has BatchNorm, and no such layer ever saw data.
+        AdaptationError: If the model has none of them.
     """
-    means = [norm.running_mean for norm in model.modules() if isinstance(norm, BATCH_NORMS)]
-    variances = [norm.running_var for norm in model.modules() if isinstance(norm, BATCH_NORMS)]
-    tracked = [(mean, var) for mean, var in zip(means, variances, strict=True) if mean is not None and var is not None]
-    if tracked and all(not mean.any() and (var == 1).all() for mean, var in tracked):
+    model.requires_grad_(False)
+    for parameter in select_parameters(model, parameters).values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> None:
+    """Take one step on a loss. Changes the parameters through the optimiser.
+
+    Raises:
+        AdaptationError: If the loss is not finite; nothing is then changed.
+    """
+    if not torch.isfinite(loss):
         raise AdaptationError(
-            "batch statistics can not replace BatchNorm's running ones, which are still at their initial values: "
-            "the model was never trained; train it, or use the source adapter"
+            f"{name}'s loss is {loss.item()}, not a finite number; lower its rate, or reset it sooner"
         )
-
-
-def use_batch_statistics(model: nn.Module) -> None:
-    """Let BatchNorm normalise with each batch's own statistics, and forget the running ones. In place.
-
-    The rest of the model goes to eval mode: dropout and stochastic depth would only add noise to the predictions.
-    """
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
-            module.train()
-            module.track_running_stats = False
-            module.running_mean = None
-            module.running_var = None
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
 
 
 def check_images(images: Tensor) -> None:
@@ -186,14 +243,18 @@ def check_images(images: Tensor) -> None:
         raise AdaptationError("expected finite images, got NaN or infinity; drop or mend these images")
 
 
-def check_batch_statistics(images: Tensor, model: nn.Module) -> None:
-    """Check that a batch is large enough to be normalised by its own statistics.
+def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """Check that a state's tensors fit.
 
     Raises:
-        AdaptationError: If a model with BatchNorm gets a single image.
+        AdaptationError: If names or shapes differ, as where the model has another number of classes.
     """
-    if len(images) < 2 and has_batch_norm(model):
-        raise AdaptationError(
-            "expected at least two images a batch to take BatchNorm's statistics from, got one; "
-            "collect a larger batch, or use the source adapter"
-        )
+    if expected.keys() != got.keys():
+        differ = ", ".join(sorted(expected.keys() ^ got.keys())[:3])
+        raise AdaptationError(f"expected a state of this model and these parameters, got one that differs in {differ}")
+    for name, value in expected.items():
+        if value.shape != got[name].shape:
+            raise AdaptationError(
+                f"expected {name} of shape {tuple(value.shape)} in the state, got {tuple(got[name].shape)}; "
+                "load it into an adapter of the model it was saved from"
+            )

@@ -1,17 +1,19 @@
 """BN: Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift (arXiv 2006.10963).
 
 BatchNorm normalises with the statistics of the batch at hand in place of the training data's. Nothing is learnt, and no
-batch depends on the ones before it.
+batch depends on the ones before it. With a prior N (arXiv 2006.16971) the training data's count as much as N images
+beside the batch's, for small batches.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepclust.adaptation.base import (
-    Adapter,
-    Classifier,
+from deepclust.adaptation.base import Adapter, Predict
+from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.normalisation import (
+    blend_statistics,
     check_batch_statistics,
     check_trained_statistics,
     has_batch_norm,
@@ -20,9 +22,12 @@ from deepclust.adaptation.base import (
 from deepclust.errors import AdaptationError
 
 
-def configure_model(model: Classifier) -> Classifier:
-    """Batch statistics in BatchNorm, eval mode elsewhere, without gradients. In place."""
-    use_batch_statistics(model)
+def configure_model(model: Classifier, *, prior: float) -> Classifier:
+    """Batch statistics in BatchNorm, with a prior if there is one, eval mode elsewhere, without gradients. In place."""
+    if prior:
+        blend_statistics(model, prior)
+    else:
+        use_batch_statistics(model)
     return model.requires_grad_(False)
 
 
@@ -40,20 +45,35 @@ class BN(Adapter):
 
     Args:
         model: The source model; copied.
+        prior: How many images the running statistics count for: 0 forgets them, and then a batch needs two images.
+        episodic: As for all adapters; no batch depends on another anyway.
+        predict: As for all adapters; nothing is learnt, so both are the same.
 
     Raises:
-        AdaptationError: If the model has no BatchNorm, or one that never saw data.
+        AdaptationError: If the model has no BatchNorm, or one that never saw data, or the prior is negative.
     """
 
-    def __init__(self, model: Classifier) -> None:
+    name = "bn"
+
+    def __init__(
+        self, model: nn.Module, *, prior: float = 0.0, episodic: bool = False, predict: Predict = "before"
+    ) -> None:
+        if not prior >= 0:
+            raise AdaptationError(f"expected a prior of at least 0 images, got {prior}")
+        self.prior = prior
+        super().__init__(model, episodic=episodic, predict=predict)
+
+    def _check_model(self, model: Classifier) -> None:
         check_model(model)
-        super().__init__(model)
+
+    def _check_batch(self, images: Tensor) -> None:
+        if not self.prior:
+            check_batch_statistics(images, self.model)
 
     def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model)
+        return configure_model(model, prior=self.prior)
 
     @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
-        check_batch_statistics(images, self.model)
         logits: Tensor = self.model(images)
         return logits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepclust.adaptation.base import Adapter, Classifier
+from deepclust.adaptation.base import Adapter
+from deepclust.adaptation.classifier import Classifier
 
 
 def configure_model(model: Classifier) -> Classifier:
@@ -14,7 +15,15 @@ def configure_model(model: Classifier) -> Classifier:
 
 
 class Source(Adapter):
-    """Predicts and learns nothing."""
+    """Predicts and learns nothing, so before and after, episodic or not, are the same.
+
+    Args:
+        model: The source model; copied.
+        episodic: As for all adapters.
+        predict: As for all adapters.
+    """
+
+    name = "source"
 
     def _configure(self, model: Classifier) -> Classifier:
         return configure_model(model)

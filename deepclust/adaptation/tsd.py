@@ -18,21 +18,16 @@ Shapes: B images, C classes, D features, M members of the bank, N neighbours, P 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import (
-    Adapter,
-    Classifier,
-    Parameters,
-    check_batch_statistics,
-    check_trained_statistics,
-    select_parameters,
-    use_batch_statistics,
-)
+from deepclust.adaptation.base import Learner, Predict, check_shapes, descend, learn_only
+from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics, use_batch_statistics
+from deepclust.adaptation.parameters import Parameters, select_parameters
 from deepclust.errors import AdaptationError
 
 
@@ -152,20 +147,13 @@ def step(
         AdaptationError: If the loss is not finite; model, optimiser and bank are then as before.
     """
     with torch.enable_grad():
-        features_BD = model.features(images)
-        logits_BC = model.head(features_BD)
+        features_BD, logits_BC = model.outputs(images)
         scores_BC = logits_BC.softmax(dim=1)
         bank, rows_M = remember(bank, members(features_BD.detach(), logits_BC.detach()), filter_k=filter_k)
         loss = distillation_loss(features_BD, scores_BC, bank, temperature=temperature)
         if local_weight:
             loss = loss + local_weight * local_loss(features_BD, scores_BC, bank, rows_M, neighbours=neighbours)
-        if not torch.isfinite(loss):
-            raise AdaptationError(
-                f"tsd's loss is {loss.item()}, not a finite number; lower its rate, or reset it sooner"
-            )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        descend(loss, optimizer, name="tsd")
     return logits_BC.detach(), bank
 
 
@@ -177,10 +165,7 @@ def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Paramet
 def configure_model(model: Classifier, parameters: Parameters) -> Classifier:
     """Batch statistics in BatchNorm, eval mode elsewhere, gradients for the chosen parameters alone. In place."""
     use_batch_statistics(model)
-    model.requires_grad_(False)
-    for parameter in collect_params(model, parameters):
-        parameter.requires_grad_(True)
-    return model
+    return learn_only(model, parameters)
 
 
 def check_model(model: Classifier, parameters: Parameters, *, local_weight: float) -> None:
@@ -189,9 +174,10 @@ def check_model(model: Classifier, parameters: Parameters, *, local_weight: floa
     Raises:
         AdaptationError: If the chosen parameters do not exist, no gradient reaches them, or BatchNorm never saw data.
     """
-    if parameters != "head" and next(model.featurizer.parameters(), None) is None:
-        raise AdaptationError("tsd adapts the features, and this featurizer has no parameters; use the source adapter")
+    model.check_head()
     collect_params(model, parameters)
+    if parameters == "all" and len(list(model.parameters())) == len(list(model.head_parameters())):
+        raise AdaptationError("tsd adapts the features, and this featurizer has no parameters; use the source adapter")
     check_trained_statistics(model)
     if parameters == "head" and not local_weight:
         raise AdaptationError(
@@ -199,7 +185,7 @@ def check_model(model: Classifier, parameters: Parameters, *, local_weight: floa
         )
 
 
-class TSD(Adapter):
+class TSD(Learner):
     """Aligns features with the prototypes and the neighbours of confident samples seen so far.
 
     With `filter_k` the bank holds at most `filter_k` members a class, so neither memory nor time grow along a stream.
@@ -209,6 +195,9 @@ class TSD(Adapter):
         rate: Adam's rate; the paper's for all parameters is 1e-4, for `affine` alone 1e-3 is usual.
         parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
         filter_k: Members kept per pseudo-class; None keeps all, and memory grows with every image.
+        steps: Gradient steps a batch.
+        episodic: Forget everything before each batch.
+        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
         neighbours: Members that the local term pulls towards.
         local_weight: λ of the local term.
         temperature: τ of the prototypes' prediction.
@@ -220,11 +209,12 @@ class TSD(Adapter):
         AdaptationError: If an option is out of range, or the model has nothing that TSD could adapt.
     """
 
+    name = "tsd"
     bank: Bank
 
     def __init__(
         self,
-        model: Classifier,
+        model: nn.Module,
         *,
         rate: float = 1e-4,
         parameters: Parameters = "all",
@@ -232,33 +222,44 @@ class TSD(Adapter):
         neighbours: int = 3,
         local_weight: float = 0.1,
         temperature: float = 1.0,
+        steps: int = 1,
+        episodic: bool = False,
+        predict: Predict = "before",
     ) -> None:
         if filter_k is not None and filter_k < 1:
             raise AdaptationError(f"expected filter_k of at least 1, or None to keep all members; got {filter_k}")
-        if rate <= 0 or temperature <= 0 or neighbours < 1 or local_weight < 0:
+        if temperature <= 0 or neighbours < 1 or local_weight < 0:
             raise AdaptationError(
-                "expected rate and temperature above 0, neighbours of at least 1 and local_weight of at least 0; got "
-                f"rate {rate}, temperature {temperature}, neighbours {neighbours}, local_weight {local_weight}"
+                "expected a temperature above 0, neighbours of at least 1 and local_weight of at least 0; got "
+                f"temperature {temperature}, neighbours {neighbours}, local_weight {local_weight}"
             )
-        check_model(model, parameters, local_weight=local_weight)
-        self.rate, self.parameters = rate, parameters
         self.filter_k, self.neighbours = filter_k, neighbours
         self.local_weight, self.temperature = local_weight, temperature
-        super().__init__(model)
+        super().__init__(model, rate=rate, parameters=parameters, steps=steps, episodic=episodic, predict=predict)
+
+    def _check_model(self, model: Classifier) -> None:
+        check_model(model, self.parameters, local_weight=self.local_weight)
+
+    def _check_batch(self, images: Tensor) -> None:
+        check_batch_statistics(images, self.model)
 
     def _configure(self, model: Classifier) -> Classifier:
-        configure_model(model, self.parameters)
-        self._optimizer = torch.optim.Adam(collect_params(model, self.parameters), lr=self.rate)
-        with torch.no_grad():
-            rows_CD = model.head.weight.detach().clone()
-            self.bank = members(rows_CD, model.head(rows_CD))
-        return model
+        return configure_model(model, self.parameters)
 
-    def _adapt(self, images: Tensor) -> Tensor:
-        check_batch_statistics(images, self.model)
+    def _start(self) -> None:
+        super()._start()
+        with torch.no_grad():
+            rows_CD = self.model.head.weight.detach().clone()
+            self.bank = members(rows_CD, self.model.head(rows_CD))
+
+    def _begin(self, images: Tensor) -> None:
+        self._before = self.bank
+
+    def _step(self, images: Tensor) -> Tensor:
+        # Every step starts from the bank before the batch: its members are then the batch's newest features, once.
         logits_BC, self.bank = step(
             images,
-            self.bank,
+            self._before,
             model=self.model,
             optimizer=self._optimizer,
             filter_k=self.filter_k,
@@ -267,3 +268,17 @@ class TSD(Adapter):
             temperature=self.temperature,
         )
         return logits_BC
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"bank": self.bank._asdict()}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        super()._check_state(state)
+        check_shapes(
+            {name: value[:0] for name, value in self.bank._asdict().items()},
+            {name: value[:0] for name, value in state["bank"].items()},
+        )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        self.bank = Bank(**state["bank"])

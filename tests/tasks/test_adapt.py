@@ -14,7 +14,7 @@ from torch import nn
 
 from deepclust import encoder as encoders
 from deepclust import seeding
-from deepclust.adaptation.base import Classifier
+from deepclust.adaptation.classifier import Classifier
 from deepclust.corruptions import corrupt
 from deepclust.errors import CheckpointError
 from deepclust.views import to_float

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Classifier
+from deepclust.adaptation.classifier import Classifier
 
 CLASSES, FEATURES, HIDDEN, PIXELS = 4, 5, 6, 12
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from deepclust.adaptation import ADAPTERS
-from deepclust.adaptation.base import Classifier, has_batch_norm, select_parameters, use_batch_statistics
+from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.normalisation import has_batch_norm, use_batch_statistics
+from deepclust.adaptation.parameters import select_parameters
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import classifier, same, state, stream
 

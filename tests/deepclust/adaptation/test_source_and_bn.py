@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust.adaptation.base import Classifier
 from deepclust.adaptation.bn import BN
+from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import classifier, same, state, stream
