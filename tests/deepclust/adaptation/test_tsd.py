@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from deepclust.adaptation.bank import Bank, members, prototypes, remember
 from deepclust.adaptation.bn import BN
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.tsd import TSD, Bank, distillation_loss, local_loss, members, prototypes, remember
+from deepclust.adaptation.tsd import TSD, distillation_loss, local_loss
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import CLASSES, classifier, same, seeded, state, stream
 
@@ -72,6 +73,7 @@ class Reference:
             kept = []
             for k in range(CLASSES):
                 of_class = [member for member in self.members if member["label"] == k]
+                # With -1 the slice leaves out the last, the least certain.
                 kept += sorted(of_class, key=lambda member: member["entropy"])[: self.filter_k]
             self.members = [member for member in self.members if any(member is other for other in kept)]
         loss = self.distillation(features, current) + self.weight * self.local(features, logits, current)

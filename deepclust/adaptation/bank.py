@@ -1,0 +1,114 @@
+"""TSD's support bank and its prototypes (arXiv 2303.10902): the most certain samples of each pseudo-class so far.
+
+Shapes: B images, C classes, D features, M members of the bank, P classes that have a prototype.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepclust.errors import AdaptationError
+
+EmptyClasses = Literal["left_out", "zero"]
+
+DROP_LAST = -1
+"""The `filter_k` that drops the least certain member of each pseudo-class at every step."""
+
+
+class Bank(NamedTuple):
+    """The support bank, oldest member first.
+
+    Attributes:
+        features: (M, D), as the featurizer gave them.
+        scores: (M, C) soft predictions.
+        labels: (M,) their arg max, the pseudo-class.
+        entropies: (M,) of the scores.
+    """
+
+    features: Tensor
+    scores: Tensor
+    labels: Tensor
+    entropies: Tensor
+
+
+def members(features_BD: Tensor, logits_BC: Tensor) -> Bank:
+    """Samples as members of a bank, in their order."""
+    log_scores_BC = logits_BC.log_softmax(dim=1)
+    scores_BC = log_scores_BC.exp()
+    return Bank(features_BD, scores_BC, logits_BC.argmax(dim=1), -(scores_BC * log_scores_BC).sum(dim=1))
+
+
+def remember(bank: Bank, batch: Bank, *, filter_k: int | None) -> tuple[Bank, Tensor]:
+    """Append a batch to the bank, then keep the `filter_k` lowest entropies of each pseudo-class.
+
+    Of equal entropies the older member stays. `filter_k=None` keeps all, and `DROP_LAST` all but one of each class:
+    memory and time then grow along the stream.
+
+    Returns:
+        The new bank, and for each of its members (M,) its row in the batch, -1 for older ones.
+    """
+    joined = Bank(*(torch.cat(pair) for pair in zip(bank, batch, strict=True)))
+    older = joined.labels.new_full((len(bank.labels),), -1)
+    rows_M = torch.cat([older, torch.arange(len(batch.labels), device=older.device)])
+    if filter_k is None:
+        return joined, rows_M
+    order = joined.entropies.argsort(stable=True)
+    order = order[joined.labels[order].argsort(stable=True)]
+    counts_C = torch.bincount(joined.labels, minlength=joined.scores.shape[1])
+    first_C = counts_C.cumsum(0) - counts_C
+    rank = torch.arange(len(order), device=order.device) - first_C[joined.labels[order]]
+    limit = counts_C[joined.labels[order]] - 1 if filter_k == DROP_LAST else filter_k
+    kept = order[rank < limit].sort().values
+    return Bank(*(column[kept] for column in joined)), rows_M[kept]
+
+
+def prototypes(bank: Bank, *, empty_classes: EmptyClasses = "left_out") -> tuple[Tensor, Tensor]:
+    """Sums of the members' unit features (L2) per pseudo-class.
+
+    Args:
+        bank: The members.
+        empty_classes: A class without members is `left_out`, or has a prototype of `zero`.
+
+    Returns:
+        Prototypes (P, D), and their classes (P,), ascending.
+
+    Raises:
+        AdaptationError: If no class has a prototype.
+    """
+    belongs_MC = F.one_hot(bank.labels, bank.scores.shape[1])
+    classes_P = torch.arange(bank.scores.shape[1], device=bank.labels.device)
+    if empty_classes == "left_out":
+        classes_P = belongs_MC.sum(dim=0).nonzero().squeeze(1)
+    if not len(classes_P):
+        raise AdaptationError(
+            f"expected a bank with members, got an empty one: filter_k {DROP_LAST} drops a class's only member; "
+            "set filter_k to at least 1, or empty_classes to zero"
+        )
+    # A product rather than index_add, whose order of summation is not fixed on a GPU.
+    return belongs_MC[:, classes_P].to(bank.features).T @ F.normalize(bank.features, dim=1), classes_P
+
+
+def check_bank(expected: Bank, got: Bank) -> None:
+    """Check that a bank from a state can take the place of an adapter's own. Only its length is free.
+
+    Raises:
+        AdaptationError: If it is of other features or classes, or its columns do not fit together.
+    """
+    shapes = [tuple(column.shape) for column in got]
+    length = len(got.labels) if got.labels.ndim else 0
+    fitting = [(length, *column.shape[1:]) for column in expected]
+    if shapes != fitting:
+        raise AdaptationError(
+            f"expected a bank of {expected.features.shape[1]} features and {expected.scores.shape[1]} classes in the "
+            f"state, got columns of shapes {', '.join(map(str, shapes))}; load it into an adapter of the model it was "
+            "saved from"
+        )
+    if length and not 0 <= int(got.labels.min()) <= int(got.labels.max()) < expected.scores.shape[1]:
+        raise AdaptationError(
+            f"expected pseudo-classes below {expected.scores.shape[1]} in the state's bank, got "
+            f"{int(got.labels.min())} to {int(got.labels.max())}; load the state as it was saved"
+        )
