@@ -91,6 +91,12 @@ class Adapter(ABC):
         """
         if state.get("adapter") != self.name:
             raise AdaptationError(f"expected a state of the adapter {self.name}, got one of {state.get('adapter')!r}")
+        expected = {"adapter", *self._state()}
+        if state.keys() != expected:
+            raise AdaptationError(
+                f"expected a state with {', '.join(sorted(expected))}, got {', '.join(sorted(state))}; "
+                "load what this version's state_dict() returned"
+            )
         state = copy.deepcopy(state)
         self._check_state(state)
         self._load(state)
