@@ -224,7 +224,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     """Take one step on a loss. Changes the parameters through the optimiser.
 
     Raises:
-        AdaptationError: If the loss is not finite; nothing is then changed.
+        AdaptationError: If the loss or its gradient is not finite; no parameter is then changed.
     """
     if not torch.isfinite(loss):
         raise AdaptationError(
@@ -232,6 +232,10 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
         )
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    # A finite loss can have an infinite gradient, as a square root has at 0: one step, and every weight is NaN.
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(torch.isfinite(parameter.grad).all() for parameter in learning if parameter.grad is not None):
+        raise AdaptationError(f"{name}'s gradient is not finite on this batch; leave the batch out, or mend the model")
     optimizer.step()
 
 
