@@ -91,6 +91,12 @@ class Adapter(ABC):
         """
         if state.get("adapter") != self.name:
             raise AdaptationError(f"expected a state of the adapter {self.name}, got one of {state.get('adapter')!r}")
+        expected = {"adapter", *self._state()}
+        if state.keys() != expected:
+            raise AdaptationError(
+                f"expected a state with {', '.join(sorted(expected))}, got {', '.join(sorted(state))}; "
+                "load what this version's state_dict() returned"
+            )
         state = copy.deepcopy(state)
         self._check_state(state)
         self._load(state)
@@ -218,7 +224,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     """Take one step on a loss. Changes the parameters through the optimiser.
 
     Raises:
-        AdaptationError: If the loss is not finite; nothing is then changed.
+        AdaptationError: If the loss or its gradient is not finite; no parameter is then changed.
     """
     if not torch.isfinite(loss):
         raise AdaptationError(
@@ -226,6 +232,10 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
         )
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    # A finite loss can have an infinite gradient, as a square root has at 0: one step, and every weight is NaN.
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(torch.isfinite(parameter.grad).all() for parameter in learning if parameter.grad is not None):
+        raise AdaptationError(f"{name}'s gradient is not finite on this batch; leave the batch out, or mend the model")
     optimizer.step()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deepclust.adaptation.base import Adapter, Predict
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import (
+    batch_norms,
     blend_statistics,
     check_batch_statistics,
     check_trained_statistics,
@@ -31,13 +32,22 @@ def configure_model(model: Classifier, *, prior: float) -> Classifier:
     return model.requires_grad_(False)
 
 
-def check_model(model: Classifier) -> None:
-    """Raises AdaptationError if the model has no BatchNorm, or one that never saw data."""
+def check_model(model: Classifier, *, prior: float) -> None:
+    """Check that the model has the statistics that BN replaces.
+
+    Raises:
+        AdaptationError: If it has no BatchNorm, or one that never saw data, or none to give the prior's weight to.
+    """
     if not has_batch_norm(model):
         raise AdaptationError(
             "bn needs BatchNorm layers, whose statistics it replaces, and this model has none; use the source adapter"
         )
     check_trained_statistics(model)
+    if prior and any(norm.running_mean is None for norm in batch_norms(model)):
+        raise AdaptationError(
+            f"a prior of {prior} images weighs BatchNorm's running statistics, and this model keeps none in some "
+            "layers (track_running_stats=False); use prior 0"
+        )
 
 
 class BN(Adapter):
@@ -64,7 +74,7 @@ class BN(Adapter):
         super().__init__(model, episodic=episodic, predict=predict)
 
     def _check_model(self, model: Classifier) -> None:
-        check_model(model)
+        check_model(model, prior=self.prior)
 
     def _check_batch(self, images: Tensor) -> None:
         if not self.prior:

@@ -67,7 +67,8 @@ def use_batch_statistics(model: nn.Module) -> None:
     """
     model.eval()
     for norm in batch_norms(model):
-        norm.train()
+        # Not train(): it would reach the dropout or random activation that a BatchNorm of timm's holds.
+        norm.training = True
         norm.track_running_stats = False
         norm.running_mean = None
         norm.running_var = None

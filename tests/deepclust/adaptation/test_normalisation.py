@@ -1,0 +1,197 @@
+"""BatchNorm's statistics: the batch's, between, aligned."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from deepclust.adaptation import ADAPTERS
+from deepclust.adaptation.bn import BN
+from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.normalisation import (
+    align_statistics,
+    batch_norms,
+    has_batch_norm,
+    use_batch_statistics,
+)
+from deepclust.adaptation.source import Source
+from deepclust.errors import AdaptationError
+from tests.deepclust.adaptation.nets import LIVELY, classifier, same, seeded, state, stream
+
+
+def trained(norm, seed=0):
+    """A BatchNorm with weights and statistics as far from the initial ones as training brings them."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        for tensor in (norm.bias, norm.running_mean):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return norm
+
+
+def convolutional(seed=0):
+    """Two convolutions with BatchNorm, the second of timm's kind that holds its activation; float64."""
+    generator = seeded(seed)
+    first, second = nn.Conv2d(1, 4, 2), nn.Conv2d(4, 3, 2)
+    head = nn.Linear(3, 3)
+    with torch.no_grad():
+        for parameter in (*first.parameters(), *second.parameters(), *head.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    norms = trained(nn.BatchNorm2d(4), 1), trained(BatchNormAct2d(3, act_layer=nn.ReLU), 2)
+    featurizer = nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Classifier(featurizer, head).double().eval()
+
+
+def by_hand(values, norm, weight):
+    """Normalise (B, C, …) with `weight` on the running statistics, channel by channel."""
+    result = torch.empty_like(values)
+    for channel in range(values.shape[1]):
+        own = values[:, channel]
+        own_mean = own.sum() / own.numel()
+        own_variance = ((own - own_mean) ** 2).sum() / own.numel()
+        mean = weight * norm.running_mean[channel] + (1 - weight) * own_mean
+        variance = weight * norm.running_var[channel] + (1 - weight) * own_variance
+        unit = (own - mean) / torch.sqrt(variance + norm.eps)
+        result[:, channel] = unit * norm.weight[channel] + norm.bias[channel]
+    return result.detach()
+
+
+def convolutional_by_hand(model, images, weight):
+    first, norm, _, second, norm_and_relu, _, _ = model.featurizer
+    hidden = by_hand(first(images), norm, weight).clamp(min=0)
+    hidden = by_hand(second(hidden), norm_and_relu, weight).clamp(min=0)
+    return model.head(hidden.mean(dim=(2, 3))).detach()
+
+
+@pytest.mark.parametrize(("prior", "count"), [(0.0, 9), (3.0, 9), (16.0, 9), (16.0, 1), (1e9, 9)])
+def test_a_prior_of_n_images_weighs_n_by_n_plus_the_batchs(prior, count):
+    model = convolutional()
+    adapter = BN(model, prior=prior)
+    for images in stream(4):
+        truth = convolutional_by_hand(model, images[:count], prior / (prior + count))
+        torch.testing.assert_close(adapter(images[:count]), truth, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", [classifier, convolutional])
+def test_a_small_prior_is_the_batchs_statistics_and_a_large_one_the_source(model):
+    images = stream(1)[0]
+    batch, source = BN(model())(images), Source(model())(images)
+    torch.testing.assert_close(BN(model(), prior=1e-12)(images), batch, rtol=0, atol=1e-9)
+    torch.testing.assert_close(BN(model(), prior=1e14)(images), source, rtol=0, atol=1e-9)
+    between = BN(model(), prior=9)(images)
+    assert not torch.allclose(between, batch)
+    assert not torch.allclose(between, source)
+
+
+def test_with_a_prior_a_single_image_will_do_and_nothing_is_kept_of_it():
+    adapter = BN(classifier(LIVELY), prior=16)
+    first, second = stream(2)
+    adapter(first[:1])
+    assert torch.equal(adapter(second[:1]), BN(classifier(LIVELY), prior=16)(second[:1]))
+
+
+def test_a_prior_needs_running_statistics():
+    model = classifier()
+    use_batch_statistics(model)
+    with pytest.raises(AdaptationError, match=r"a prior of 4 images weighs .* keeps none in some layers .*use prior 0"):
+        BN(model, prior=4)
+    BN(model)(stream(1)[0])
+    with pytest.raises(AdaptationError, match="a prior of at least 0 images, got -1"):
+        BN(classifier(), prior=-1)
+
+
+def test_batch_statistics_leave_dropout_off():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    assert has_batch_norm(model)
+    use_batch_statistics(model)
+    batch = torch.rand(8, 3, generator=seeded(0))
+    assert torch.equal(model(batch), model(batch))
+    torch.testing.assert_close(model(batch).mean(dim=0), torch.zeros(3))
+
+
+def test_batch_statistics_leave_off_the_dropout_and_the_random_activation_inside_a_batch_norm():
+    norm = trained(BatchNormAct2d(3, drop_layer=nn.Dropout, act_layer=nn.RReLU, inplace=False))
+    use_batch_statistics(nn.Sequential(norm))
+    batch = torch.randn(8, 3, 2, 2, generator=seeded(0))
+    expected = nn.functional.batch_norm(batch, None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(norm(batch), nn.functional.leaky_relu(expected, (1 / 8 + 1 / 3) / 2))
+
+
+@pytest.mark.parametrize("name", ["bn", "tent", "pseudo_label", "shot_im", "tsd"])
+def test_batch_norm_that_never_saw_data_is_an_error(name):
+    model = classifier(LIVELY)
+    model.featurizer[2].reset_running_stats()
+    with pytest.raises(AdaptationError, match="still at their initial values: the model was never trained"):
+        ADAPTERS[name](model)
+    for other in ("source", "t3a"):
+        ADAPTERS[other](model)(stream(1)[0])
+    model.featurizer[2].running_var[0] = 2
+    ADAPTERS[name](model)
+
+
+@pytest.mark.parametrize("model", [classifier, convolutional])
+@pytest.mark.parametrize("sizes", [[40], [7, 30, 3]])
+def test_aligning_leaves_the_function_as_it_was_and_makes_batch_statistics_of_the_source_agree(model, sizes):
+    model = model()
+    source = torch.randn((40, 1, 3, 4), generator=seeded(5), dtype=torch.float64) * 1.7 - 0.4
+    unseen = stream(1)[0]
+    before = model(source).detach(), model(unseen).detach()
+    assert not torch.allclose(BN(model)(source), before[0]), "the statistics have to differ at first"
+    align_statistics(model, source.split(sizes))
+    torch.testing.assert_close(model(source), before[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(model(unseen), before[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(BN(model)(source), before[0], rtol=0, atol=1e-8)
+
+
+def test_aligned_statistics_are_those_of_what_each_layer_is_given():
+    model = convolutional()
+    source = stream(1, batch_size=30)[0]
+    align_statistics(model, [source])
+    first, norm, _, second, norm_and_relu, _, _ = model.featurizer
+    hidden = first(source)
+    for given, layer in ((hidden, norm), (second(norm(hidden).relu()), norm_and_relu)):
+        torch.testing.assert_close(layer.running_mean, given.mean(dim=(0, 2, 3)))
+        torch.testing.assert_close(layer.running_var, given.var(dim=(0, 2, 3), unbiased=False))
+
+
+def test_aligning_twice_is_aligning_once():
+    model, source = classifier(), stream(1, batch_size=30)[0]
+    align_statistics(model, [source])
+    once = state(model)
+    align_statistics(model, [source])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, once[name])
+
+
+@pytest.mark.parametrize("fault", [None, "empty", "middle"])
+def test_aligning_brings_back_modes_and_leaves_no_hook_also_after_an_error(fault):
+    model = convolutional()
+    model.featurizer[1].train()
+    modes, before = [module.training for module in model.modules()], state(model)
+
+    def batches():
+        if fault != "empty":
+            yield stream(1)[0]
+        if fault == "middle":
+            raise OSError("the disk is gone")
+
+    if fault is None:
+        align_statistics(model, batches())
+    else:
+        with pytest.raises(AdaptationError if fault == "empty" else OSError, match=r"got none|the disk is gone"):
+            align_statistics(model, batches())
+        assert same(state(model), before)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_aligning_leaves_layers_without_scale_and_shift_or_running_statistics_alone():
+    plain, forgetful = nn.BatchNorm1d(12, affine=False), nn.BatchNorm1d(12, track_running_stats=False)
+    model = nn.Sequential(nn.Flatten(), plain, forgetful).double()
+    before = copy.deepcopy(model.state_dict())
+    align_statistics(model, stream(2))
+    assert same(state(model), before)
+    assert batch_norms(model) == [plain, forgetful]
