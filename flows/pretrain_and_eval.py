@@ -25,7 +25,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import server, summary
-from flows.stage import RETRIES, RETRY_SECONDS, check_folder
+from flows.stage import RETRIES, RETRY_SECONDS, check_folders
 from tasks import environment, overrides, params, tracking
 from tasks.run import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.stage import errors_as_one_line
@@ -96,7 +96,7 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     logger = get_run_logger()
     if edits:
         logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
-    check_folder(params.load().data)
+    check_folders(params.load())
     stages = workspace.select(targets)
     unchanged = set() if force else workspace.unchanged()
     logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
@@ -194,7 +194,7 @@ def main() -> None:
             if arguments.override:  # which may bring the encoders and the folder that the rest speaks of
                 overrides.apply(arguments.override, write=False)
             else:
-                check_folder(params.load().data)
+                check_folders(params.load())
                 workspace.select(arguments.targets)
         try:
             with server.configured():

@@ -35,7 +35,7 @@ def stage(name: str) -> State[Any]:
     try:
         with Workspace(alone=False) as workspace:
             if workspace.one(name) == "prepare":
-                check_folder(params.load().data)
+                check_folders(params.load())
             outcome = _run(workspace, name)
     except DeepclustError as error:
         logger.error("error: %s", error)
@@ -55,21 +55,26 @@ def _run(workspace: Workspace, name: str) -> Outcome:
     return workspace.run_stage(name, on_line=logger.info)
 
 
-def check_folder(data: sections.Data) -> None:
-    """Refuse a folder of images that DVC can not follow; of its own it says only that a dep is missing.
+def check_folders(values: sections.Params) -> None:
+    """Refuse folders of images that DVC can not follow; of its own it says only that a dep is missing.
 
     Raises:
-        StageError: If it begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
+        StageError: If one begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
     """
-    if data.folder.startswith("~"):
+    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
+    _check_folder("adapt.domains", values.adapt.domains, read=True)
+
+
+def _check_folder(name: str, folder: str, *, read: bool) -> None:
+    if folder.startswith("~"):
         raise StageError(
-            f"data.folder: expected a path that DVC can follow, got {data.folder!r}; write it out, without `~`: "
-            "data.folder=/absolute/path"
+            f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
+            f"{name}=/absolute/path"
         )
-    if data.source == "folder" and not Path(data.folder).exists():
+    if read and not Path(folder).exists():
         raise StageError(
-            f"data.folder: expected a folder of images, found no {str(Path(data.folder).absolute())!r}; create it, or "
-            "name another one: data.folder=path/to/images"
+            f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
+            f"name another one: {name}=path/to/images"
         )
 
 

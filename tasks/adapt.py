@@ -1,209 +1,36 @@
-"""Adapt: an encoder's linear classifier on corrupted test streams, every adapter beside the source model.
+"""Adapt: an encoder's classifiers on shifted test images, every adapter beside the source model and `bn`.
 
     python -m tasks.adapt ENCODER
 
-A stream is the same seeded choice of labelled test images, in the same order, under one corruption of one severity; the
-stream `clean` (severity 0) has none. Adapters start each stream afresh. Without labels there is nothing to measure: the
-tables are then empty, and the metrics say why.
+Every adapter meets the same streams (tasks/shifts.py), once as it is and once with a guard. Without labels there is no
+error to measure: predictions and label-free indicators are written all the same.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepclust import encoder as encoders
 from deepclust import seeding
-from deepclust.adaptation import ADAPTERS
-from deepclust.adaptation.base import Adapter
-from deepclust.adaptation.classifier import Classifier
-from deepclust.corruptions import corrupt
+from deepclust.adaptation.normalisation import align_statistics
 from deepclust.devices import default_device
-from deepclust.errors import AdaptationError, CheckpointError
 from deepclust.views import to_float
-from tasks import layout, prepared, sections, stage
+from tasks import adapt_sections, classifiers, domains, measuring, prepared, sections, shifts, stage
 
-COLUMNS = ["adapter", "corruption", "severity", "error"]
-CLEAN = ("clean", 0)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The labelled test images of every stream.
-
-    Attributes:
-        images: (N, H, W, C) uint8, in the stream's order.
-        labels: (N,) int64.
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-def choose(images: NDArray[np.uint8], labels: NDArray[np.int64], *, count: int, seed: int) -> Chosen:
-    """At most `count` of the labelled images, a seeded choice in a seeded order."""
-    labelled = np.flatnonzero(labels >= 0)
-    order = torch.randperm(len(labelled), generator=seeding.generator("adapt", seed)).numpy()
-    chosen = labelled[order[:count]]
-    return Chosen(images[chosen], labels[chosen])
-
-
-def cuts(count: int, batch_size: int) -> list[slice]:
-    """Batches of a stream; a single image left over goes into the batch before it, where statistics can be taken."""
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and batch_size > 1 and count - starts[-1] == 1:
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts, count][1:], strict=True)]
-
-
-def batches(
-    test: Chosen, corruption: str, severity: int, *, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) in [0, 1] and labels (B,) of one stream, on the CPU.
-
-    All severities of a corruption share their random numbers, so that they differ in strength alone.
-    """
-    generator = seeding.generator("adapt", seed, corruption)
-    for cut in cuts(len(test.labels), batch_size):
-        images = to_float(torch.from_numpy(test.images[cut]))
-        if (corruption, severity) != CLEAN:
-            images = corrupt(images, corruption, severity, generator=generator)
-        yield images, torch.from_numpy(test.labels[cut])
-
-
-def make_adapters(model: Classifier, values: sections.Adapt) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """The adapters that apply to the model, and why the others do not. `source` is always there, to compare with."""
-    adapters: dict[str, Adapter] = {}
-    not_applicable: dict[str, str] = {}
-    for name in dict.fromkeys(("source", *values.adapters)):
-        options: dict[str, Any] = values.tsd.model_dump() if name == "tsd" else {}
-        try:
-            adapters[name] = ADAPTERS[name](model, **options)
-        except AdaptationError as error:
-            not_applicable[name] = str(error)
-    return adapters, not_applicable
-
-
-def measure(
-    adapters: dict[str, Adapter], stream: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Error of each adapter, reset first, on one stream; and why an adapter could not go through with it."""
-    wrong = dict.fromkeys(adapters, 0)
-    failed: dict[str, str] = {}
-    count = 0
-    for adapter in adapters.values():
-        adapter.reset()
-    for images, labels in stream:
-        images = images.to(device)
-        count += len(labels)
-        for name in [name for name in adapters if name not in failed]:
-            try:
-                predictions = adapters[name](images).argmax(dim=1).cpu()
-            except AdaptationError as error:
-                failed[name] = str(error)
-            else:
-                wrong[name] += int((predictions != labels).sum())
-    return {name: wrong[name] / count for name in adapters if name not in failed}, failed
-
-
-def load_head(folder: Path, feature_dim: int) -> nn.Linear | None:
-    """The linear classifier of the stage `linear`, or None if that stage had no labels.
-
-    Raises:
-        CheckpointError: If it is missing, damaged, or was made for other features.
-    """
-    try:
-        description = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "classifier.safetensors") if description["classes"] else None
-        if weights is None:
-            return None
-        weight, bias = weights["weight"], weights["bias"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"expected a classifier in {folder}, found none; run its linear stage") from error
-    except Exception as error:  # safetensors raises its own, undocumented types on damaged files
-        raise CheckpointError(f"the classifier in {folder} is damaged ({error}); run its linear stage again") from error
-    expected = (len(description["classes"]), feature_dim)
-    if weight.shape != expected or bias.shape != expected[:1]:
-        raise CheckpointError(
-            f"expected a classifier {expected} (classes, features) in {folder}, got {tuple(weight.shape)} and bias "
-            f"{tuple(bias.shape)}; run its embed and linear stages again"
-        )
-    head = nn.Linear(feature_dim, expected[0])
-    head.load_state_dict({"weight": weight, "bias": bias})
-    return head
-
-
-def run(
-    model: Classifier, test: Chosen, values: sections.Adapt, *, seed: int, device: torch.device
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Every adapter on every stream.
-
-    Returns:
-        One row a stream and adapter, and the metrics.
-    """
-    # Channels-last convolutions are up to three times as fast on a CPU.
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    adapters, not_applicable = make_adapters(model, values)
-    for name, reason in not_applicable.items():
-        print(f"{name}: not applicable: {reason}", flush=True)
-    shifts = [(corruption, severity) for corruption in values.corruptions for severity in values.severities]
-    rows: list[dict[str, Any]] = []
-    for corruption, severity in [CLEAN, *shifts]:
-        stream = batches(test, corruption, severity, batch_size=values.batch_size, seed=seed)
-        errors, failed = measure(adapters, stream, device)
-        for name, reason in failed.items():
-            print(f"{name}: not applicable: {reason}", flush=True)
-            del adapters[name]
-        not_applicable |= failed
-        rows += [
-            {"adapter": name, "corruption": corruption, "severity": severity, "error": error}
-            for name, error in errors.items()
-        ]
-        label = corruption if (corruption, severity) == CLEAN else f"{corruption} {severity}"
-        print(f"{label}: error " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()), flush=True)
-    rows = [row for row in rows if row["adapter"] in adapters]
-    shifted = [row for row in rows if row["corruption"] != CLEAN[0]]
-    metrics = {
-        "clean": next(row["error"] for row in rows if row["adapter"] == "source"),
-        "errors": {
-            name: float(np.mean([row["error"] for row in shifted if row["adapter"] == name])) for name in adapters
-        },
-        "not_applicable": not_applicable,
-        "images": len(test.labels),
-    }
-    return rows, metrics
-
-
-def show(rows: list[dict[str, Any]]) -> str:
-    """Mean error over severities, one line an adapter, one column a corruption."""
-    corruptions = list(dict.fromkeys(row["corruption"] for row in rows))
-    lines = [" ".join(["adapter".ljust(8), *(name.rjust(max(len(name), 6)) for name in corruptions)])]
-    for adapter in dict.fromkeys(row["adapter"] for row in rows):
-        cells = [adapter.ljust(8)]
-        for name in corruptions:
-            found = [row["error"] for row in rows if (row["adapter"], row["corruption"]) == (adapter, name)]
-            cells.append(f"{np.mean(found):.4f}".rjust(max(len(name), 6)))
-        lines.append(" ".join(cells))
-    return "\n".join(lines)
-
-
-def nothing_to_measure(head: nn.Linear | None, test: Chosen) -> str | None:
-    """Why there are no errors to measure, if there are none."""
-    if head is None:
-        return "no labelled training images, so there is no classifier"
-    if head.out_features < 2:
-        return "a single class, which no classifier can get wrong"
-    return None if len(test.labels) else "no labelled test images"
+SOURCE_IMAGES = 1024  # training images, without their labels, that tell statistics and confidence without a shift
+SOURCE_BATCH = 256
+PREDICTIONS = [
+    *("classifier", "setting", "batch_size", "shift", "path", "adapter", "guarded", "prediction", "confidence")
+]
+SECONDS = ["classifier", "setting", "batch_size", "adapter", "guarded", "seconds_per_image"]
+Rows = list[dict[str, Any]]
 
 
 def main() -> None:
@@ -211,23 +38,247 @@ def main() -> None:
     with stage.running("adapt") as here:
         assert here.encoder
         values = here.params.adapt
-        rows: list[dict[str, Any]] = []
-        encoder = encoders.load(layout.out("pretrain", here.encoder))
-        head = load_head(layout.out("linear", here.encoder), encoder.feature_dim)
-        test = choose(prepared.images("test"), prepared.labels("test"), count=values.images, seed=here.params.seed)
-        reason = nothing_to_measure(head, test)
-        if head is None or reason:
-            print(f"{here.encoder}: nothing to measure: {reason}", flush=True)
-            here.metrics({"labelled": 0, "reason": reason})
-        else:
-            if len(test.labels) < values.images:
-                print(f"adapt.images {values.images}: there are {len(test.labels)} labelled test images, all are used")
-            started = time.perf_counter()
-            rows, metrics = run(Classifier(encoder, head), test, values, seed=here.params.seed, device=default_device())
-            print(f"{show(rows)}\n{time.perf_counter() - started:.0f} s", flush=True)
-            here.metrics(metrics)
-        stage.write_text(here.folder / "errors.csv", stage.table(rows, COLUMNS))
-        here.curve(rows, COLUMNS)
+        work = here.folder / "shifts"
+        work.mkdir()
+        met = list(collect(here.params, work))
+        source_images = list(source_batches(here.params.seed))
+        tables: dict[str, Rows] = {"table": [], "stream": [], "predictions": [], "seconds": []}
+        not_applicable: dict[str, str] = {}
+        for kind in values.classifiers:
+            found = classifiers.build(kind, here.encoder, here.params)
+            if found.model is None:
+                print(f"{kind}: not applicable: {found.reason}", flush=True)
+                not_applicable[kind] = found.reason
+                continue
+            several = f"{kind}: " if len(values.classifiers) > 1 else ""
+            parts, reasons = run(found, kind, met, source_images, values, seed=here.params.seed)
+            not_applicable |= {f"{several}{name}": reason for name, reason in reasons.items()}
+            for name, rows in parts.items():
+                tables[name] += rows
+        shutil.rmtree(work)
+        here.metrics(summary(tables["table"], not_applicable, met[0]))
+        here.run.log_metrics(
+            {
+                f"seconds_per_image.{row['classifier']}.{row['setting']}.{row['batch_size']}."
+                f"{'guarded_' if row['guarded'] else ''}{row['adapter']}": row["seconds_per_image"]
+                for row in tables["seconds"]
+            }
+        )
+        write(here, tables)
+
+
+def write(here: stage.Here, tables: Mapping[str, Rows]) -> None:
+    """The tables as files."""
+    stage.write_text(here.folder / "table.csv", stage.table(tables["table"], measuring.COLUMNS))
+    stage.write_text(here.folder / "stream.csv", stage.table(tables["stream"], measuring.CURVE))
+    stage.write_text(here.folder / "predictions.csv", stage.table(tables["predictions"], PREDICTIONS))
+    stage.write_text(here.folder / "seconds.csv", stage.table(tables["seconds"], SECONDS))
+    here.curve(tables["table"], measuring.COLUMNS)
+
+
+def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
+    """All shifts, `clean` first; the corrupted images are kept in the folder `work`."""
+    options, seed = values.adapt, values.seed
+    test = prepared.load("test")
+    rows = shifts.choose(test.labels, count=options.images, seed=seed)
+    if len(rows) < options.images:
+        print(f"adapt.images {options.images}: there are {len(rows)} test images to choose from, all are used")
+    clean = shifts.Shift(*shifts.CLEAN, test.images[rows], test.labels[rows], [test.paths[row] for row in rows])
+    yield clean
+    for corruption in options.corruptions:
+        for severity in options.severities:
+            file = work / f"{corruption}-{severity}.npy"
+            yield shifts.corrupted(clean, corruption, severity, seed=seed, file=file)
+    yield from domains.load(
+        Path(options.domains),
+        classes=prepared.meta()["classes"],
+        statistics=prepared.statistics(),
+        count=options.images,
+        max_pixels=values.data.max_pixels,
+        seed=seed,
+    )
+
+
+def source_batches(seed: int) -> Iterator[Tensor]:
+    """Batches (B, C, H, W) in [0, 1] of training images, a seeded choice."""
+    images = prepared.images("train")
+    order = torch.randperm(len(images), generator=seeding.generator("adapt", seed, "source"))[:SOURCE_IMAGES]
+    for rows in torch.split(order, SOURCE_BATCH):
+        yield to_float(torch.from_numpy(images[np.sort(rows.numpy())])).to(default_device())
+
+
+def run(
+    found: classifiers.Found,
+    kind: str,
+    met: Sequence[shifts.Shift],
+    source_images: Sequence[Tensor],
+    values: adapt_sections.Adapt,
+    *,
+    seed: int,
+) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Every adapter in every setting.
+
+    Args:
+        found: The classifier; its BatchNorm is aligned in place if the parameters say so.
+        kind: What it is.
+        met: All shifts.
+        source_images: Batches of training images.
+        values: Parameters of the stage.
+        seed: Draws the orders.
+
+    Returns:
+        Rows by name of the table (table, stream, predictions, seconds), and why adapters do not apply.
+    """
+    assert found.model is not None
+    if values.align:
+        align_statistics(found.model, source_images)
+    adapters = measuring.make(found.model, options_of(values), source_images, guard=values.guard)
+    not_applicable = dict(adapters.not_applicable)
+    parts: dict[str, Rows] = {"table": [], "stream": [], "predictions": [], "seconds": []}
+    for setting in values.settings:
+        for batch_size in values.batch_sizes:
+            begin = time.perf_counter()
+            where = {"classifier": kind, "setting": setting, "batch_size": batch_size}
+            made, failed = _setting(adapters, found, met, where, seed=seed, clusters=kind == "clusters")
+            not_applicable |= {f"{name}, {setting}, batches of {batch_size}": why for name, why in failed.items()}
+            for name, rows in made.items():
+                parts[name] += [where | row for row in rows]
+            print(f"\n{kind}, {setting}, batches of {batch_size}: {time.perf_counter() - begin:.0f} s", flush=True)
+            print(show(made["table"], made["seconds"]), flush=True)
+    for name, reason in not_applicable.items():
+        print(f"{name}: not applicable: {reason}", flush=True)
+    return parts, not_applicable
+
+
+def options_of(values: adapt_sections.Adapt) -> dict[str, dict[str, Any]]:
+    """Options of each adapter that the parameters name."""
+    return {name: getattr(values, name).model_dump() if hasattr(values, name) else {} for name in values.adapters}
+
+
+def _setting(
+    adapters: measuring.Adapters,
+    found: classifiers.Found,
+    met: Sequence[shifts.Shift],
+    where: Mapping[str, Any],
+    *,
+    seed: int,
+    clusters: bool,
+) -> tuple[dict[str, Rows], dict[str, str]]:
+    """All streams of one setting."""
+    parts: dict[str, Rows] = {"table": [], "stream": [], "predictions": []}
+    reasons: dict[str, str] = {}
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for stream in shifts.streams(met, where["setting"], batch_size=where["batch_size"], seed=seed):
+        answers, failed = measuring.follow(adapters, met, stream, default_device())
+        reasons |= failed
+        parts["table"] += measuring.tabulate(answers, met, stream, clusters=clusters)
+        parts["stream"] += measuring.curve(answers, met, stream, clusters=clusters)
+        parts["predictions"] += _predictions(answers, met, stream, found.names)
+        for key, each in answers.items():
+            seconds.setdefault(key, []).append(each.seconds / len(stream.shift))
+    parts["seconds"] = [
+        {"adapter": name, "guarded": int(guarded), "seconds_per_image": float(np.mean(found))}
+        for (name, guarded), found in seconds.items()
+    ]
+    # An adapter that fails on one stream of a setting is measured on none: means over shifts stay comparable.
+    for name in ("table", "stream", "predictions", "seconds"):
+        parts[name] = [row for row in parts[name] if row["guarded"] or row["adapter"] not in reasons]
+    return parts, reasons
+
+
+def _predictions(
+    answers: Mapping[tuple[str, bool], measuring.Answers],
+    met: Sequence[shifts.Shift],
+    stream: shifts.Stream,
+    names: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """One row an adapter and image without a label: there they are all that can be had."""
+    for (name, guarded), found in answers.items():
+        for place, (index, image) in enumerate(zip(stream.shift.tolist(), stream.image.tolist(), strict=True)):
+            shift = met[index]
+            if shift.labels[image] < 0:
+                yield {
+                    "shift": shift.title,
+                    "path": shift.paths[image],
+                    "adapter": name,
+                    "guarded": int(guarded),
+                    "prediction": names[found.classes[place]],
+                    "confidence": float(found.confidence[place]),
+                }
+
+
+def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) -> dict[str, Any]:
+    """The stage's metrics. `errors` and `guarded` are means over all shifts of the first classifier and setting."""
+    labelled = int((clean.labels >= 0).sum())
+    metrics: dict[str, Any] = {"images": len(clean.labels), "labelled": labelled, "not_applicable": not_applicable}
+    measured = [row for row in table if "error" in row]
+    if not measured:
+        return metrics | {"reason": "no labelled test images" if table else "no classifier applies"}
+    first = {key: measured[0][key] for key in ("classifier", "setting", "batch_size")}
+    own = [row for row in measured if first.items() <= row.items()]
+    metrics |= first
+    metrics["clean"] = next(
+        (row["error"] for row in own if (row["shift"], row["severity"]) == shifts.CLEAN and row["adapter"] == "source"),
+        None,
+    )
+    settings: dict[str, dict[str, float]] = {}
+    for row in measured:
+        if (row["shift"], row["severity"]) != shifts.CLEAN:
+            key = f"{row['classifier']}, {row['setting']}, {row['batch_size']}"
+            settings.setdefault(key, {})
+    for key, means in settings.items():
+        rows = [row for row in measured if f"{row['classifier']}, {row['setting']}, {row['batch_size']}" == key]
+        means |= mean_errors(rows)
+    first_means = settings.get(", ".join(str(value) for value in first.values()), {})
+    metrics["errors"] = {name: value for name, value in first_means.items() if not name.startswith("guarded ")}
+    metrics["guarded"] = {
+        name.removeprefix("guarded "): value for name, value in first_means.items() if name.startswith("guarded ")
+    }
+    metrics["settings"] = settings
+    guarded = [row for row in measured if row["guarded"]]
+    if guarded:
+        metrics["guard"] = {
+            "worst": max(row["minus_source"] for row in guarded),
+            "worst_setting": max(
+                value - means["source"]
+                for means in settings.values()
+                for name, value in means.items()
+                if name.startswith("guarded ")
+            )
+            if settings
+            else None,
+            "right": _weighted([row for row in guarded if "guard_right" in row], "guard_right"),
+        }
+    return metrics
+
+
+def mean_errors(rows: Rows) -> dict[str, float]:
+    """Mean error over the shifts of each adapter, `clean` left out; the guarded ones as `guarded NAME`."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["shift"], row["severity"]) != shifts.CLEAN and "error" in row:
+            found.setdefault(f"{'guarded ' if row['guarded'] else ''}{row['adapter']}", []).append(row["error"])
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _weighted(rows: Rows, name: str) -> float | None:
+    images = sum(row["images"] for row in rows)
+    return sum(row[name] * row["images"] for row in rows) / images if images else None
+
+
+def show(table: Rows, seconds: Rows) -> str:
+    """One line an adapter: mean error over the shifts, guarded beside it, the worst shift, milliseconds an image."""
+    means = mean_errors(table)
+    cost = {(row["adapter"], row["guarded"]): row["seconds_per_image"] * 1000 for row in seconds}
+    lines = [f"{'adapter':14}{'error':>8}{'guarded':>9}{'- source':>10}{'worst':>8}{'ms':>8}"]
+    for name in dict.fromkeys(row["adapter"] for row in table):
+        own = [row["minus_source"] for row in table if row["adapter"] == name and not row["guarded"] and "error" in row]
+        worst = f"{max(own):+.3f}" if own else ""
+        both = [means.get(name), means.get(f"guarded {name}")]
+        ahead = f"{means[name] - means['source']:+.3f}" if name in means else ""
+        cells = [f"{value:.4f}" if value is not None else "" for value in both]
+        lines.append(f"{name:14}{cells[0]:>8}{cells[1]:>9}{ahead:>10}{worst:>8}{cost.get((name, 0), np.nan):8.2f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deepclust.errors import ConfigError
+from tasks.adapt_sections import Adapt
 from tasks.pretrain_sections import Method, Pretrain
 from tasks.values import Auto, Count, EncoderName, Flag, Natural, Positive, Section, Share, hint
 
@@ -53,31 +54,6 @@ class Linear(Section):
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)]
     weight_decays: Annotated[tuple[Annotated[float, Field(strict=True, ge=0)], ...], Field(min_length=1)]
     iterations: Count
-
-
-class TSD(Section):
-    """TSD's options; see deepclust/adaptation/tsd.py."""
-
-    rate: Positive
-    parameters: Literal["all", "affine", "body", "head"]
-    filter_k: Count | None
-    neighbours: Count
-    local_weight: Annotated[float, Field(strict=True, ge=0)]
-    temperature: Positive
-
-
-class Adapt(Section):
-    """Test-time adaptation to corrupted streams."""
-
-    adapters: Annotated[tuple[Literal["source", "bn", "tsd"], ...], Field(min_length=1)]
-    corruptions: Annotated[
-        tuple[Literal["gaussian_noise", "gaussian_blur", "contrast", "brightness", "rotation"], ...],
-        Field(min_length=1),
-    ]
-    severities: Annotated[tuple[Annotated[int, Field(strict=True, ge=1, le=5)], ...], Field(min_length=1)]
-    images: Count
-    batch_size: Count
-    tsd: TSD
 
 
 class Report(Section):

@@ -1,0 +1,150 @@
+"""What params.yaml may say of test-time adaptation: the stage's options, and each adapter's, as its class has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tasks.values import Count, Flag, Natural, Positive, Section, Share
+
+AdapterName = Literal["source", "bn", "tent", "pseudo_label", "shot_im", "t3a", "tsd", "lame", "rotta", "roid"]
+Corruption = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "gaussian_blur",
+    "rotation",
+]
+Parameters = Literal["all", "affine", "body", "head"]
+Severity = Annotated[int, Field(strict=True, ge=1, le=5)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+
+
+class FineTune(Section):
+    """The classifier `fine_tuned`."""
+
+    epochs: Count
+    batch_size: Count
+    rate: Positive
+
+
+class Common(Section):
+    """What every adapter has."""
+
+    episodic: Flag
+    predict: Literal["before", "after"]
+
+
+class Learner(Common):
+    """What every adapter has that takes gradient steps."""
+
+    rate: Positive
+    parameters: Parameters
+    steps: Count
+
+
+class BN(Common):
+    """Batch statistics."""
+
+    prior: NotNegative
+
+
+class Tent(Learner):
+    """Tent's options."""
+
+
+class PseudoLabel(Learner):
+    """Pseudo-labels' options."""
+
+    threshold: Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class ShotIM(Learner):
+    """SHOT-IM's options."""
+
+
+class T3A(Common):
+    """T3A's options."""
+
+    filter_k: Count | None
+
+
+class TSD(Learner):
+    """TSD's options; single deviations of the original code can be chosen in the library only."""
+
+    compat: Literal["original"] | None
+    filter_k: Count | None
+    neighbours: Count
+    local_weight: NotNegative | None
+    temperature: Positive
+
+
+class LAME(Common):
+    """LAME's options."""
+
+    affinity: Literal["knn", "rbf", "linear"]
+    neighbours: Count | None
+
+
+class RoTTA(Learner):
+    """RoTTA's options."""
+
+    memory_size: Count
+    update_frequency: Count
+    alpha: Share
+    nu: Share
+    lambda_t: NotNegative
+    lambda_u: NotNegative
+    flip: Flag
+    seed: Natural
+
+
+class ROID(Learner):
+    """ROID's options."""
+
+    momentum: Share
+    temperature: Positive
+    prior_correction: Literal["probabilities", "logits", "none"]
+    flip: Flag
+    seed: Natural
+
+
+class Adapt(Section):
+    """Test-time adaptation to shifted streams."""
+
+    classifiers: Annotated[tuple[Literal["linear", "fine_tuned", "clusters"], ...], Field(min_length=1)]
+    adapters: Annotated[tuple[AdapterName, ...], Field(min_length=1)]
+    guard: Flag
+    align: Flag
+    settings: Annotated[
+        tuple[Literal["reset", "continual", "mixed", "correlated"], ...],
+        Field(min_length=1),
+    ]
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
+    corruptions: tuple[Corruption, ...]
+    severities: Annotated[tuple[Severity, ...], Field(min_length=1)]
+    domains: str
+    images: Count
+    fine_tune: FineTune
+    bn: BN
+    tent: Tent
+    pseudo_label: PseudoLabel
+    shot_im: ShotIM
+    t3a: T3A
+    tsd: TSD
+    lame: LAME
+    rotta: RoTTA
+    roid: ROID

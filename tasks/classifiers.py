@@ -1,0 +1,160 @@
+"""The classifiers of an encoder that meet shifted images.
+
+linear      the encoder and the classifier of the stage `linear`
+fine_tuned  that, then the whole network trained on the labelled training images
+clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deepclust import encoder as encoders
+from deepclust import seeding
+from deepclust.adaptation import Classifier
+from deepclust.devices import default_device
+from deepclust.errors import CheckpointError
+from deepclust.fine_tuning import fine_tune
+from tasks import layout, prepared, sections
+
+CLUSTER_TEMPERATURE = 0.1  # of the softmax over squared distances; the field's own for unit features
+
+
+@dataclass(frozen=True)
+class Found:
+    """A classifier, or why there is none.
+
+    Attributes:
+        model: In eval mode on the device; None if there is none.
+        names: Of its classes.
+        reason: Why there is none.
+    """
+
+    model: Classifier | None
+    names: list[str]
+    reason: str = ""
+
+
+def build(kind: str, encoder: str, values: sections.Params) -> Found:
+    """Load or train a classifier.
+
+    Args:
+        kind: See the head of this file.
+        encoder: Name of the encoder.
+        values: All parameters.
+
+    Raises:
+        CheckpointError: If a stage's output is missing, damaged, or was made for other features.
+        TrainingError: If fine-tuning goes wrong.
+    """
+    network = encoders.load(layout.out("pretrain", encoder))
+    if kind == "clusters":
+        head, normalise = load_centroids(layout.out("cluster", encoder), network.feature_dim)
+        names = [str(number) for number in range(head.out_features)]
+        return Found(_placed(Classifier(_Unit(network) if normalise else network, head)), names)
+    head_or_none, names = load_head(layout.out("linear", encoder), network.feature_dim)
+    if head_or_none is None:
+        return Found(None, [], "no labelled training images, so there is no classifier")
+    if head_or_none.out_features < 2:
+        return Found(None, [], "a single class, which no classifier can get wrong")
+    model = _placed(Classifier(network, head_or_none))
+    if kind == "fine_tuned":
+        if not any(parameter.numel() for parameter in network.parameters()):
+            return Found(None, [], "the encoder has no parameters to fine-tune")
+        options = values.adapt.fine_tune
+        fine_tune(
+            model,
+            prepared.images("train"),
+            prepared.labels("train"),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            rate=options.rate,
+            generator=seeding.generator("fine-tune", values.seed),
+            device=default_device(),
+        )
+    return Found(model, names)
+
+
+def load_head(folder: Path, feature_dim: int) -> tuple[nn.Linear | None, list[str]]:
+    """The linear classifier of the stage `linear` and its classes, or None if that stage had no labels.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or was made for other features.
+    """
+    try:
+        description = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "classifier.safetensors") if description["classes"] else None
+        if weights is None:
+            return None, []
+        weight, bias = weights["weight"], weights["bias"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"expected a classifier in {folder}, found none; run its linear stage") from error
+    except Exception as error:  # safetensors raises its own, undocumented types on damaged files
+        raise CheckpointError(f"the classifier in {folder} is damaged ({error}); run its linear stage again") from error
+    expected = (len(description["classes"]), feature_dim)
+    if weight.shape != expected or bias.shape != expected[:1]:
+        raise CheckpointError(
+            f"expected a classifier {expected} (classes, features) in {folder}, got {tuple(weight.shape)} and bias "
+            f"{tuple(bias.shape)}; run its embed and linear stages again"
+        )
+    return _linear(weight, bias), description["classes"]
+
+
+def load_centroids(folder: Path, feature_dim: int) -> tuple[nn.Linear, bool]:
+    """The nearest centroid of the stage `cluster` as a linear head, and whether features are scaled to unit length.
+
+    -‖z - c‖² / 2τ is z·c/τ - ‖c‖²/2τ up to what all clusters share, so the largest logit is the nearest centroid's.
+
+    Raises:
+        CheckpointError: If they are missing, damaged, or were made for other features.
+    """
+    try:
+        centroids = torch.from_numpy(np.load(folder / "centroids.npy", allow_pickle=False)).float()
+        description: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
+        normalise = bool(description["normalise"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"expected centroids in {folder}, found none; run its cluster stage") from error
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"the centroids in {folder} are damaged ({error}); run its cluster stage again"
+        ) from error
+    if centroids.ndim != 2 or centroids.shape[1] != feature_dim:
+        raise CheckpointError(
+            f"expected centroids (clusters, {feature_dim}) in {folder}, got {tuple(centroids.shape)}; run its embed "
+            "and cluster stages again"
+        )
+    bias = -centroids.square().sum(dim=1) / 2
+    return _linear(centroids / CLUSTER_TEMPERATURE, bias / CLUSTER_TEMPERATURE), normalise
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], len(weight))
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head
+
+
+def _placed(model: Classifier) -> Classifier:
+    """On the device and in eval mode; channels-last convolutions are up to three times as fast on a CPU."""
+    placed = model.to(default_device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(placed, Classifier)
+    return placed.eval().requires_grad_(False)
+
+
+class _Unit(nn.Module):
+    """An encoder whose features have length 1."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder(images), dim=1)

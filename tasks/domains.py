@@ -1,0 +1,98 @@
+"""Domains: folders `domain/class/images` beside the data, met by an adapter as they are.
+
+Class folders are those of the training data, by name. A domain of loose images, or of one folder `unlabelled`, has no
+labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepclust.errors import DataError
+from tasks import decode, shifts, walk
+from tasks.folders import UNLABELLED
+
+
+def load(
+    root: Path, *, classes: list[str], statistics: dict[str, Any], count: int, max_pixels: int, seed: int
+) -> list[shifts.Shift]:
+    """Read the images of each domain, at most `count`, a seeded choice in a seeded order.
+
+    Args:
+        root: The folder of domains; one without any images has none.
+        classes: Names of the classifier's labels.
+        statistics: What `prepare` says of size, channels and resizing.
+        count: Most images of a domain.
+        max_pixels: See `decode.read_image`.
+        seed: Of the choice.
+
+    Raises:
+        DataError: If there is no such folder, images lie beside the domains, a class is unknown, or no image of a
+            domain can be read.
+    """
+    files = walk.images(root)
+    domains: dict[str, list[str]] = {}
+    for path in files.images:
+        domain, _, rest = path.partition("/")
+        if not rest:
+            raise DataError(
+                f"expected folders domain/class/images in {root}, got the image {path} beside them; move it into one"
+            )
+        domains.setdefault(domain, []).append(path)
+    for item in files.skipped:
+        print(f"skipped {item['path']}: {item['reason']}", flush=True)
+    return [
+        _read(root, name, paths, classes, statistics, count=count, max_pixels=max_pixels, seed=seed)
+        for name, paths in sorted(domains.items())
+    ]
+
+
+def _read(
+    root: Path,
+    name: str,
+    paths: list[str],
+    classes: list[str],
+    statistics: dict[str, Any],
+    *,
+    count: int,
+    max_pixels: int,
+    seed: int,
+) -> shifts.Shift:
+    labels = np.array([_label(path, classes) for path in paths], np.int64)
+    images, kept = [], []
+    for row in shifts.choose(labels, count=count, seed=seed).tolist():
+        try:
+            image = decode.read_image(
+                root / paths[row],
+                image_size=statistics["image_size"],
+                channels=statistics["channels"],
+                resize=statistics["resize"],
+                max_pixels=max_pixels,
+            )
+        except DataError as error:
+            print(f"skipped {paths[row]}: {error}", flush=True)
+        else:
+            images.append(image)
+            kept.append(row)
+    if not images:
+        raise DataError(
+            f"expected images in the domain {root / name}, could read none of {len(paths)}; mend or remove it"
+        )
+    return shifts.Shift(name, 0, np.stack(images), labels[kept], [paths[row] for row in kept])
+
+
+def _label(path: str, classes: list[str]) -> int:
+    """Number of the class of domain/class/image; -1 for domain/image and domain/unlabelled/image."""
+    parts = path.split("/")
+    if len(parts) == 2 or parts[1].lower() in UNLABELLED:
+        return -1
+    if parts[1] not in classes:
+        known = ", ".join(classes[:5]) + (" …" if len(classes) > 5 else "") if classes else "none, it has no labels"
+        raise DataError(
+            f"expected the class folders of a domain to be classes of the training data ({known}), got {parts[1]!r} in "
+            f"{parts[0]}; rename it, or call it {UNLABELLED[0]}"
+        )
+    return classes.index(parts[1])
