@@ -10,13 +10,14 @@ from deepclust.adaptation.base import Adapter
 from deepclust.adaptation.bn import BN
 from deepclust.adaptation.classifier import Classifier, WholeModel
 from deepclust.adaptation.lame import LAME
+from deepclust.adaptation.roid import ROID
 from deepclust.adaptation.rotta import RoTTA
 from deepclust.adaptation.source import Source
 from deepclust.adaptation.tent import Tent
 from deepclust.adaptation.tsd import TSD
 
-__all__ = ["ADAPTERS", "BN", "LAME", "TSD", "Adapter", "Classifier", "RoTTA", "Source", "Tent", "WholeModel"]
+__all__ = ["ADAPTERS", "BN", "LAME", "ROID", "TSD", "Adapter", "Classifier", "RoTTA", "Source", "Tent", "WholeModel"]
 
 ADAPTERS: dict[str, Callable[..., Adapter]] = {
-    adapter.name: adapter for adapter in (Source, BN, Tent, TSD, LAME, RoTTA)
+    adapter.name: adapter for adapter in (Source, BN, Tent, TSD, LAME, RoTTA, ROID)
 }
