@@ -1,22 +1,58 @@
 """The contract that every adapter keeps."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 from deepclust.adaptation import ADAPTERS
+from deepclust.adaptation.base import Learner
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import has_batch_norm, use_batch_statistics
-from deepclust.adaptation.parameters import select_parameters
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import classifier, same, state, stream
+from tests.deepclust.adaptation.nets import (
+    CLASSES,
+    FEATURES,
+    LIVELY,
+    MODULES,
+    ROLES,
+    Faulty,
+    classifier,
+    same,
+    same_state,
+    state,
+    stream,
+)
+
+LEARNERS = [name for name, adapter in ADAPTERS.items() if issubclass(adapter, Learner)]
+# What a stream changes: in the others, nothing.
+STATEFUL = [*LEARNERS, "t3a"]
+STEPS = {"steps": 3, "predict": "after"}
+CASES = [*((name, {}) for name in ADAPTERS), *((name, STEPS) for name in LEARNERS), ("t3a", {"predict": "before"})]
+
+
+def faulty(seed=LIVELY):
+    model = classifier(seed)
+    model.featurizer = Faulty(model.featurizer)
+    return model
+
+
+def nan(features):
+    return features * torch.nan
+
+
+def infinity(features):
+    return features / 0
+
+
+def stop(features):
+    raise RuntimeError("out of memory")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_model_given_never_changes(name):
-    model = classifier()
+    model = classifier(LIVELY)
     before, modes = state(model), [module.training for module in model.modules()]
     wants = [parameter.requires_grad for parameter in model.parameters()]
     adapter = ADAPTERS[name](model)
@@ -31,29 +67,166 @@ def test_the_model_given_never_changes(name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_images_are_not_modified_and_logits_carry_no_gradient(name):
-    adapter = ADAPTERS[name](classifier())
+    adapter = ADAPTERS[name](classifier(LIVELY))
     for images in stream(3):
         before = images.clone()
         logits = adapter(images)
         assert torch.equal(images, before)
         assert not logits.requires_grad
-        assert logits.shape == (len(images), 4)
+        assert logits.shape == (len(images), CLASSES)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_reset_restores_everything_bit_for_bit(name):
-    adapter = ADAPTERS[name](classifier())
-    fresh = state(adapter.model)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_stream_is_learnt_from_and_reset_forgets_it_bit_for_bit(name, options):
+    adapter = ADAPTERS[name](classifier(LIVELY), **options)
+    fresh, weights = adapter.state_dict(), state(adapter.model)
     first = [adapter(images) for images in stream()]
+    assert same_state(adapter.state_dict(), fresh) == (name not in STATEFUL)
     adapter.reset()
-    assert same(state(adapter.model), fresh)
+    assert same_state(adapter.state_dict(), fresh)
+    assert same(state(adapter.model), weights)
     second = [adapter(images) for images in stream()]
     assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_state_saved_in_mid_stream_goes_on_bit_for_bit_in_a_fresh_adapter(name, options):
+    *past, first, second, third = stream()
+    adapter = ADAPTERS[name](classifier(LIVELY), **options)
+    for images in past:
+        adapter(images)
+    file = io.BytesIO()
+    torch.save(adapter.state_dict(), file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    expected = [adapter(images) for images in (first, second, third)]
+    fresh = ADAPTERS[name](classifier(LIVELY), **options)
+    fresh.load_state_dict(saved)
+    assert all(
+        torch.equal(fresh(images), logits) for images, logits in zip((first, second, third), expected, strict=True)
+    )
+    assert same_state(fresh.state_dict(), adapter.state_dict())
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_saved_state_is_not_changed_by_later_batches_of_who_saved_or_loaded_it(name, options):
+    first, second, third = stream(3)
+    adapter, other = (ADAPTERS[name](classifier(LIVELY), **options) for _ in range(2))
+    adapter(first)
+    saved = adapter.state_dict()
+    copied = copy.deepcopy(saved)
+    other.load_state_dict(saved)
+    for images in (second, third):
+        adapter(images), other(images)
+    assert same_state(saved, copied)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_reset_after_a_loaded_state_is_the_adapters_own_beginning(name):
+    first, second = stream(2)
+    adapter, fresh = (ADAPTERS[name](classifier(LIVELY)) for _ in range(2))
+    adapter(first)
+    other = ADAPTERS[name](classifier(LIVELY))
+    other.load_state_dict(adapter.state_dict())
+    other.reset()
+    assert torch.equal(other(second), fresh(second))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_state_of_another_method_or_without_its_parts_is_an_error_and_changes_nothing(name):
+    adapter = ADAPTERS[name](classifier(LIVELY))
+    adapter(stream(1)[0])
+    before = adapter.state_dict()
+    for other in ADAPTERS.keys() - {name}:
+        with pytest.raises(AdaptationError, match=f"a state of the adapter {name}, got one of '{other}'"):
+            adapter.load_state_dict(ADAPTERS[other](classifier(LIVELY)).state_dict())
+    with pytest.raises(AdaptationError, match=f"a state of the adapter {name}, got one of None"):
+        adapter.load_state_dict({})
+    with pytest.raises(AdaptationError, match=r"expected a state with adapter.*got adapter, extra"):
+        adapter.load_state_dict({"adapter": name, "extra": 1})
+    assert same_state(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_of_a_model_with_another_number_of_classes_is_an_error_and_changes_nothing(name):
+    options = {"parameters": "all"} if name in LEARNERS else {}
+    model = classifier(LIVELY)
+    adapter = ADAPTERS[name](model, **options)
+    adapter(stream(1)[0])
+    before = adapter.state_dict()
+    for classes in (CLASSES + 1, CLASSES - 1):
+        other = Classifier(model.featurizer, nn.Linear(FEATURES, classes).double())
+        with pytest.raises(AdaptationError, match="load it into an adapter of the model it was saved from"):
+            adapter.load_state_dict(ADAPTERS[name](other, **options).state_dict())
+    assert same_state(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_state_of_other_parameters_is_an_error_and_changes_nothing(name):
+    adapter = ADAPTERS[name](classifier(LIVELY), parameters="affine")
+    before = adapter.state_dict()
+    with pytest.raises(AdaptationError, match=r"of this model and these parameters, got one that differs in"):
+        adapter.load_state_dict(ADAPTERS[name](classifier(LIVELY), parameters="body").state_dict())
+    assert same_state(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_episodic_is_a_fresh_adapter_for_each_batch(name, options):
+    episodic = ADAPTERS[name](classifier(LIVELY), episodic=True, **options)
+    lasting = ADAPTERS[name](classifier(LIVELY), **options)
+    differs = False
+    for images in stream(4):
+        logits = episodic(images)
+        assert torch.equal(logits, ADAPTERS[name](classifier(LIVELY), **options)(images))
+        differs |= not torch.equal(logits, lasting(images))
+    assert differs == (name in STATEFUL)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_before_and_after_are_the_models_predictions_around_the_steps(name, steps):
+    before = ADAPTERS[name](classifier(LIVELY), steps=steps, rate=1e-2)
+    after = ADAPTERS[name](classifier(LIVELY), steps=steps, rate=1e-2, predict="after")
+    for images in stream(3):
+        with torch.no_grad():
+            expected = before.model(images)
+        assert torch.equal(before(images), expected)
+        logits = after(images)
+        with torch.no_grad():
+            assert torch.equal(logits, after.model(images))
+        assert not torch.allclose(logits, expected)
+        assert same(state(before.model), state(after.model)), "what is learnt is the same"
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_each_step_on_a_batch_goes_further(name):
+    images = stream(1)[0]
+    counts = {}
+    for steps in (1, 2, 3):
+        adapter = ADAPTERS[name](classifier(LIVELY), steps=steps)
+        adapter(images)
+        counts[steps] = {int(values["step"]) for values in adapter.state_dict()["optimizer"]["state"].values()}
+    assert counts == {1: {1}, 2: {2}, 3: {3}}
+
+
+@pytest.mark.parametrize("parameters", ROLES)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_exactly_the_chosen_parameters_move(name, parameters):
+    model = classifier(LIVELY)
+    adapter = ADAPTERS[name](model, parameters=parameters)
+    for images in stream(4):
+        adapter(images)
+    before, after = model.state_dict(), adapter.model.state_dict()
+    moved = {role for role, module in MODULES.items() if not torch.equal(before[module], after[module])}
+    # What the first bias adds, batch statistics take away again: only rounding moves it.
+    assert moved - {"b1"} == set(ROLES[parameters]) - {"b1"}
+    assert moved <= set(ROLES[parameters])
+    asking = {name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad}
+    assert asking == {MODULES[role] for role in ROLES[parameters]}
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_model_trained_on_after_the_adapter_was_made_is_not_followed(name):
-    model = classifier()
+    model = classifier(LIVELY)
     images = stream(1)[0]
     truth = ADAPTERS[name](model)(images)
     adapter = ADAPTERS[name](model)
@@ -67,11 +240,18 @@ def test_a_model_trained_on_after_the_adapter_was_made_is_not_followed(name):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_work_where_gradients_are_switched_off(name):
     images = stream(2)
-    truth = ADAPTERS[name](classifier())
+    truth = ADAPTERS[name](classifier(LIVELY))
     with torch.no_grad():
-        adapter = ADAPTERS[name](classifier())
+        adapter = ADAPTERS[name](classifier(LIVELY))
         results = [adapter(batch) for batch in images]
     assert all(torch.equal(result, truth(batch)) for result, batch in zip(results, images, strict=True))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_parameters_that_the_model_has_frozen_are_adapted_all_the_same(name):
+    adapter = ADAPTERS[name](classifier(LIVELY).requires_grad_(False))
+    truth = ADAPTERS[name](classifier(LIVELY))
+    assert all(torch.equal(adapter(images), truth(images)) for images in stream(3))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -82,84 +262,93 @@ def test_adapters_work_where_gradients_are_switched_off(name):
         (lambda images: images / 0, "got NaN or infinity"),
         (lambda images: images.long(), "expected images as floats, got torch.int64"),
         (lambda images: images[:0], r"got shape \(0, 1, 3, 4\)"),
+        (lambda images: images[0, 0, 0], r"expected a batch of images \(batch, …\), got shape \(4,\)"),
     ],
 )
 def test_a_bad_batch_is_an_error_and_leaves_the_adapter_as_it_was(name, spoil, message):
-    adapter, untouched = ADAPTERS[name](classifier()), ADAPTERS[name](classifier())
+    adapter, untouched = ADAPTERS[name](classifier(LIVELY)), ADAPTERS[name](classifier(LIVELY))
     first, second, third = stream(3)
     adapter(first), untouched(first)
     with pytest.raises(AdaptationError, match=message):
         adapter(spoil(second))
-    assert same(state(adapter.model), state(untouched.model))
+    assert same_state(adapter.state_dict(), untouched.state_dict())
     assert torch.equal(adapter(third), untouched(third))
 
 
-@pytest.mark.parametrize("name", ["bn", "tsd"])
+@pytest.mark.parametrize("name", ["bn", "tent", "pseudo_label", "shot_im", "tsd"])
 def test_a_batch_of_one_is_an_error_where_batch_statistics_are_used(name):
-    adapter = ADAPTERS[name](classifier())
+    adapter, untouched = ADAPTERS[name](classifier(LIVELY)), ADAPTERS[name](classifier(LIVELY))
+    first, second = stream(2)
     with pytest.raises(AdaptationError, match=r"at least two images a batch.*collect a larger batch"):
-        adapter(stream(1)[0][:1])
+        adapter(first[:1])
+    assert torch.equal(adapter(second), untouched(second))
 
 
-def test_a_classifier_needs_a_linear_head_with_two_classes_and_fitting_features():
-    with pytest.raises(AdaptationError, match=r"expected a head of type nn.Linear, got Sequential"):
-        Classifier(nn.Flatten(), nn.Sequential(nn.Linear(12, 3)))
-    with pytest.raises(AdaptationError, match="at least two classes, got 1"):
-        Classifier(nn.Flatten(), nn.Linear(12, 1))
-    with pytest.raises(AdaptationError, match=r"expected features \(9, 7\), got \(9, 12\)"):
-        ADAPTERS["source"](Classifier(nn.Flatten(), nn.Linear(7, 3)).double())(stream(1)[0])
+@pytest.mark.parametrize("name", ["source", "t3a"])
+def test_a_batch_of_one_will_do_where_running_statistics_are_used(name):
+    assert ADAPTERS[name](classifier(LIVELY))(stream(1)[0][:1]).shape == (1, CLASSES)
 
 
-def test_parameters_are_selected_by_role():
-    featurizer = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3), nn.LayerNorm(3))
-    model = Classifier(featurizer, nn.Linear(3, 2))
-    body = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"]
-    names = {which: list(select_parameters(model, which)) for which in ("all", "affine", "body", "head")}
-    assert names["body"] == [f"featurizer.{name}" for name in body]
-    assert names["head"] == ["head.weight", "head.bias"]
-    assert names["all"] == names["body"] + names["head"]
-    assert names["affine"] == [f"featurizer.{name}" for name in ("1.weight", "1.bias", "4.weight", "4.bias")]
-    assert select_parameters(model, "affine")["featurizer.4.bias"] is featurizer[4].bias
+@pytest.mark.parametrize("episodic", [False, True])
+@pytest.mark.parametrize("fault", [nan, infinity, stop])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_an_error_at_any_call_of_the_model_leaves_everything_as_it_was(name, options, fault, episodic):
+    adapter, untouched = (ADAPTERS[name](faulty(), episodic=episodic, **options) for _ in range(2))
+    first, second, third = stream(3)
+    adapter(first), untouched(first)
+    calls = 4 if options == STEPS else 1
+    for call in range(1, calls + 1):
+        adapter.model.featurizer.fault, adapter.model.featurizer.countdown = fault, call
+        with pytest.raises(RuntimeError if fault is stop else AdaptationError, match=r"out of memory|finite"):
+            adapter(second)
+        assert adapter.model.featurizer.countdown == 0, "the fault has to have come at the last call"
+        assert same_state(adapter.state_dict(), untouched.state_dict())
+        assert same(state(adapter.model), state(untouched.model))
+    assert torch.equal(adapter(third), untouched(third))
+    assert same_state(adapter.state_dict(), untouched.state_dict())
 
 
-def test_parameters_that_do_not_exist_are_an_error():
-    plain = Classifier(nn.Flatten(), nn.Linear(12, 3))
-    for which in ("affine", "body"):
-        with pytest.raises(AdaptationError, match=f"parameters '{which}': this model has none"):
-            select_parameters(plain, which)
-    with pytest.raises(AdaptationError, match="one of all, affine, body, head; got 'norm'"):
-        select_parameters(plain, "norm")
+class RootAtZero(torch.autograd.Function):
+    """The identity, with the gradient that a square root has at 0."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 0
 
 
-@pytest.mark.parametrize("name", ["bn", "tsd"])
-def test_batch_norm_that_never_saw_data_is_an_error(name):
-    model = classifier()
-    model.featurizer[2].reset_running_stats()
-    with pytest.raises(AdaptationError, match="still at their initial values: the model was never trained"):
-        ADAPTERS[name](model)
-    ADAPTERS["source"](model)(stream(1)[0])
-    model.featurizer[2].running_var[0] = 2
-    ADAPTERS[name](model)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_gradient_that_is_not_finite_stops_before_the_step(name):
+    adapter, untouched = ADAPTERS[name](faulty()), ADAPTERS[name](faulty())
+    first, second, third = stream(3)
+    adapter(first), untouched(first)
+    adapter.model.featurizer.fault, adapter.model.featurizer.countdown = RootAtZero.apply, 1
+    with pytest.raises(AdaptationError, match=f"{name}'s gradient is not finite"):
+        adapter(second)
+    assert same_state(adapter.state_dict(), untouched.state_dict())
+    assert torch.equal(adapter(third), untouched(third))
 
 
-def test_batch_statistics_leave_dropout_off():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
-    assert has_batch_norm(model)
-    use_batch_statistics(model)
-    batch = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model(batch), model(batch))
-    torch.testing.assert_close(model(batch).mean(dim=0), torch.zeros(3))
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0}, "rate above 0, got 0"),
+        ({"rate": float("nan")}, "rate above 0, got nan"),
+        ({"steps": 0}, "at least one step a batch, got 0"),
+        ({"parameters": "norm"}, "parameters to be one of all, affine, body, head; got 'norm'"),
+    ],
+    ids=str,
+)
+def test_options_of_learners_out_of_range_are_errors(name, options, message):
+    with pytest.raises(AdaptationError, match=message):
+        ADAPTERS[name](classifier(LIVELY), **options)
 
 
-def test_a_torchvision_resnet_adapts_in_three_lines():
-    from torchvision import models
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = models.resnet18(num_classes=5)
-        net(torch.rand(4, 3, 32, 32))  # as if trained
-        net.eval()
-        head, net.fc = copy.deepcopy(net.fc), nn.Identity()
-        adapter = ADAPTERS["tsd"](Classifier(net, head))
-    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert adapter(images).shape == (4, 5)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_predictions_are_made_before_or_after_and_never_otherwise(name):
+    with pytest.raises(AdaptationError, match="predict to be one of before, after; got 'during'"):
+        ADAPTERS[name](classifier(LIVELY), predict="during")

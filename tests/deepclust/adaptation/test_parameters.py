@@ -1,0 +1,60 @@
+"""Which parameters learn."""
+
+import pytest
+from torch import nn
+
+from deepclust.adaptation.classifier import Classifier, WholeModel
+from deepclust.adaptation.parameters import select_parameters
+from deepclust.errors import AdaptationError
+
+
+def test_parameters_are_selected_by_role():
+    featurizer = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3), nn.LayerNorm(3))
+    model = Classifier(featurizer, nn.Linear(3, 2))
+    body = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"]
+    names = {which: list(select_parameters(model, which)) for which in ("all", "affine", "body", "head")}
+    assert names["body"] == [f"featurizer.{name}" for name in body]
+    assert names["head"] == ["head.weight", "head.bias"]
+    assert names["all"] == names["body"] + names["head"]
+    assert names["affine"] == [f"featurizer.{name}" for name in ("1.weight", "1.bias", "4.weight", "4.bias")]
+    assert select_parameters(model, "affine")["featurizer.4.bias"] is featurizer[4].bias
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm2d(4),
+        nn.BatchNorm3d(4),
+        nn.SyncBatchNorm(4),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.InstanceNorm3d(4, affine=True),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_scale_and_shift_of_every_kind_of_normalisation_are_affine(norm):
+    model = Classifier(nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 2))
+    assert list(select_parameters(model, "affine")) == ["featurizer.1.weight", "featurizer.1.bias"]
+
+
+def test_a_whole_models_head_is_the_one_that_is_named_with_all_before_and_after_it_as_body():
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    assert list(select_parameters(WholeModel(layers, head="1"), "head")) == ["model.1.weight", "model.1.bias"]
+    assert list(select_parameters(WholeModel(layers), "body")) == [
+        f"model.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")
+    ]
+
+
+def test_parameters_that_do_not_exist_are_an_error():
+    plain = Classifier(nn.Flatten(), nn.Linear(12, 3))
+    for which in ("affine", "body"):
+        with pytest.raises(AdaptationError, match=f"parameters '{which}': this model has none"):
+            select_parameters(plain, which)
+    with pytest.raises(AdaptationError, match="one of all, affine, body, head; got 'norm'"):
+        select_parameters(plain, "norm")
+    without_scale = Classifier(nn.BatchNorm1d(12, affine=False), nn.Linear(12, 3))
+    with pytest.raises(AdaptationError, match="parameters 'affine': this model has none"):
+        select_parameters(without_scale, "affine")
