@@ -1,0 +1,67 @@
+"""The second view, against a naive one in loops, and its invariances."""
+
+import pytest
+import torch
+
+from deepclust.adaptation.views import BRIGHTNESS, CONTRAST, NOISE, view
+from tests.deepclust.adaptation.nets import seeded
+
+
+def images(*shape, seed=0):
+    return torch.rand(shape, generator=seeded(seed), dtype=torch.float64) * 3 - 1
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("shape", [(6, 2, 33, 48), (6, 1, 3, 4)])
+def test_a_view_is_that_of_loops_over_pixels(flip, shape):
+    batch, generator = images(*shape), seeded(5)
+    got = view(batch, generator=seeded(5), flip=flip)
+    count, channels, height, width = shape
+    down = torch.randint(-(height // 16), height // 16 + 1, (count, 1), generator=generator)
+    right = torch.randint(-(width // 16), width // 16 + 1, (count, 1), generator=generator)
+    turned = torch.rand((count, 1), generator=generator) < 0.5 if flip else torch.zeros(count, 1, dtype=torch.bool)
+    contrast, brightness = (torch.rand((count, 1, 1, 1), generator=generator) for _ in range(2))
+    noise = torch.randn(shape, generator=generator)
+    assert height < 16 or (down.any() and right.any())
+    assert turned.any() == flip
+    scale = ((batch - batch.mean()) ** 2).mean().sqrt().item()
+    for i in range(count):
+        moved = torch.empty(channels, height, width, dtype=torch.float64)
+        for y in range(height):
+            for x in range(width):
+                column = min(max(x + right[i].item(), 0), width - 1)
+                column = width - 1 - column if turned[i] else column
+                moved[:, y, x] = batch[i, :, min(max(y + down[i].item(), 0), height - 1), column]
+        truth = moved.mean() + (moved - moved.mean()) * (1 + CONTRAST * (2 * contrast[i].item() - 1))
+        truth += BRIGHTNESS * (2 * brightness[i].item() - 1) * scale + NOISE * noise[i].double() * scale
+        torch.testing.assert_close(got[i], truth.clamp(batch.min().item(), batch.max().item()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 1, 1, 1), (1, 3, 1, 40), (4, 2, 9), (2, 1, 3, 4, 5)])
+def test_any_size_and_any_number_of_dimensions_will_do(shape):
+    batch = images(*shape)
+    before = batch.clone()
+    got = view(batch, generator=seeded(0), flip=True)
+    assert got.shape == batch.shape
+    assert got.dtype == batch.dtype
+    assert torch.equal(batch, before)
+    assert batch.min() <= got.min()
+    assert got.max() <= batch.max()
+
+
+def test_a_view_keeps_the_scale_of_the_images():
+    batch = images(6, 3, 32, 32)
+    got = view(batch * 100 + 7, generator=seeded(0), flip=True)
+    torch.testing.assert_close(got, view(batch, generator=seeded(0), flip=True) * 100 + 7)
+
+
+def test_equal_pixels_stay_as_they_are():
+    batch = torch.full((3, 1, 20, 20), 0.25)
+    assert torch.equal(view(batch, generator=seeded(0), flip=True), batch)
+
+
+def test_views_depend_on_their_generator_alone():
+    batch, before = images(3, 1, 20, 20), torch.get_rng_state()
+    assert torch.equal(view(batch, generator=seeded(1), flip=True), view(batch, generator=seeded(1), flip=True))
+    assert not torch.equal(view(batch, generator=seeded(1), flip=True), view(batch, generator=seeded(2), flip=True))
+    assert torch.equal(torch.get_rng_state(), before)
