@@ -70,7 +70,7 @@ def assign(logits_BC: Tensor, weights_BB: Tensor, *, tolerance: float = 1e-9, li
         logits_BC: The model's logits.
         weights_BB: Symmetric affinities, float64.
         tolerance: The largest change of an assignment at which it stands still.
-        limit: Most steps.
+        limit: Most steps; if it is reached, the objective is lower than at the start and may fall further.
     """
     log_q_BC = logits_BC.double().log_softmax(dim=1)
     damping = -torch.linalg.eigvalsh(weights_BB)[0].clamp(max=0)

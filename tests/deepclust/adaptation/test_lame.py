@@ -191,6 +191,27 @@ def test_correlated_labels_are_predicted_better_than_by_the_source():
     assert (after != 0).float().mean() < wrong / 2
 
 
+def test_knn_gains_from_correlated_labels_and_harms_others_less_than_rbf():
+    generator = seeded(0)
+    means = torch.randn((10, 32), generator=generator)
+    errors = {}
+    for time in range(20):
+        for correlated in (False, True):
+            labels = torch.randint(0, 2 if correlated else 10, (64,), generator=generator) + correlated * (time % 9)
+            features = (means[labels] + 1.5 * torch.randn((64, 32), generator=generator)).relu()
+            logits = 0.15 * features @ means.T
+            predictions = {"source": logits, **{kind: lame(logits, features, kind) for kind in ("knn", "rbf")}}
+            for kind, values in predictions.items():
+                wrong = (values.argmax(dim=1) != labels).float().mean().item()
+                errors[kind, correlated] = errors.get((kind, correlated), 0) + wrong / 20
+    assert errors["knn", True] < errors["source", True] / 3
+    assert errors["source", False] < errors["knn", False] < errors["rbf", False] / 2
+
+
+def lame(logits, features, kind):
+    return assign(logits, affinity(features, kind=kind, neighbours=5))
+
+
 def test_float32_models_get_float32_logits_and_the_global_generator_is_untouched():
     model = classifier().float()
     before = torch.get_rng_state()
