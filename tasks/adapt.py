@@ -224,12 +224,10 @@ def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) ->
     settings: dict[str, dict[str, float]] = {}
     for row in measured:
         if (row["shift"], row["severity"]) != shifts.CLEAN:
-            key = f"{row['classifier']}, {row['setting']}, {row['batch_size']}"
-            settings.setdefault(key, {})
+            settings.setdefault(_key(row), {})
     for key, means in settings.items():
-        rows = [row for row in measured if f"{row['classifier']}, {row['setting']}, {row['batch_size']}" == key]
-        means |= mean_errors(rows)
-    first_means = settings.get(", ".join(str(value) for value in first.values()), {})
+        means |= mean_errors([row for row in measured if _key(row) == key])
+    first_means = settings.get(_key(first), {})
     metrics["errors"] = {name: value for name, value in first_means.items() if not name.startswith("guarded ")}
     metrics["guarded"] = {
         name.removeprefix("guarded "): value for name, value in first_means.items() if name.startswith("guarded ")
@@ -250,6 +248,11 @@ def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) ->
             "right": _weighted([row for row in guarded if "guard_right" in row], "guard_right"),
         }
     return metrics
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """Classifier, setting and batch size in one word; MLflow allows no commas in the name of a metric."""
+    return f"{row['classifier']}/{row['setting']}/{row['batch_size']}"
 
 
 def mean_errors(rows: Rows) -> dict[str, float]:
