@@ -30,8 +30,8 @@ def load(
         seed: Of the choice.
 
     Raises:
-        DataError: If there is no such folder, images lie beside the domains, a class is unknown, or no image of a
-            domain can be read.
+        DataError: If there is no such folder, images lie beside the domains, a domain is called as the images
+            without a shift are, a class is unknown, or no image of a domain can be read.
     """
     files = walk.images(root)
     domains: dict[str, list[str]] = {}
@@ -42,6 +42,11 @@ def load(
                 f"expected folders domain/class/images in {root}, got the image {path} beside them; move it into one"
             )
         domains.setdefault(domain, []).append(path)
+    if shifts.CLEAN[0] in domains:
+        raise DataError(
+            f"expected other names of domains in {root} than {shifts.CLEAN[0]!r}, which is that of the test images "
+            "without a shift; rename it"
+        )
     for item in files.skipped:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
     return [
