@@ -94,10 +94,13 @@ def _label(path: str, classes: list[str]) -> int:
     parts = path.split("/")
     if len(parts) == 2 or parts[1].lower() in UNLABELLED:
         return -1
-    if parts[1] not in classes:
+    # A class may have a slash in its name, as FashionMNIST's T-shirt/top: then it is a folder within a folder.
+    inside = "/".join(parts[1:])
+    fitting = [name for name in classes if inside.startswith(f"{name}/")]
+    if not fitting:
         known = ", ".join(classes[:5]) + (" …" if len(classes) > 5 else "") if classes else "none, it has no labels"
         raise DataError(
             f"expected the class folders of a domain to be classes of the training data ({known}), got {parts[1]!r} in "
             f"{parts[0]}; rename it, or call it {UNLABELLED[0]}"
         )
-    return classes.index(parts[1])
+    return classes.index(max(fitting, key=len))
