@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.values import Count, Flag, Natural, Positive, Section, Share
 
@@ -148,3 +148,12 @@ class Adapt(Section):
     lame: LAME
     rotta: RoTTA
     roid: ROID
+
+    @model_validator(mode="after")
+    def _check(self) -> Adapt:
+        # Twice the same would count double in every mean.
+        for name in ("classifiers", "adapters", "settings", "batch_sizes", "corruptions", "severities"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be distinct, got {list(values)}")
+        return self
