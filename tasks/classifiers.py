@@ -123,7 +123,7 @@ def load_centroids(folder: Path, feature_dim: int) -> tuple[nn.Linear, bool]:
         normalise = bool(description["normalise"])
     except FileNotFoundError as error:
         raise CheckpointError(f"expected centroids in {folder}, found none; run its cluster stage") from error
-    except (ValueError, KeyError, EOFError, OSError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise CheckpointError(
             f"the centroids in {folder} are damaged ({error}); run its cluster stage again"
         ) from error
