@@ -71,16 +71,17 @@ def build(kind: str, encoder: str, values: sections.Params) -> Found:
         if not any(parameter.numel() for parameter in network.parameters()):
             return Found(None, [], "the encoder has no parameters to fine-tune")
         options = values.adapt.fine_tune
-        fine_tune(
-            model,
-            prepared.images("train"),
-            prepared.labels("train"),
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            rate=options.rate,
-            generator=seeding.generator("fine-tune", values.seed),
-            device=default_device(),
-        )
+        with seeding.seeded("fine-tune", values.seed, "network"):  # dropout, where a backbone has it
+            fine_tune(
+                model,
+                prepared.images("train"),
+                prepared.labels("train"),
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+                rate=options.rate,
+                generator=seeding.generator("fine-tune", values.seed),
+                device=default_device(),
+            )
     return Found(model, names)
 
 
