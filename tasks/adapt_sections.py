@@ -37,7 +37,7 @@ class FineTune(Section):
     """The classifier `fine_tuned`."""
 
     epochs: Count
-    batch_size: Count
+    batch_size: Annotated[int, Field(strict=True, ge=2)]  # BatchNorm takes no statistics from one image
     rate: Positive
 
 
