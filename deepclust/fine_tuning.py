@@ -43,7 +43,7 @@ def fine_tune(
 
     Raises:
         DataError: If there are fewer than two images.
-        TrainingError: If the loss is not finite; the model is then as before that step.
+        TrainingError: If the loss or its gradient is not finite; the parameters are then as before that step.
     """
     labelled = np.flatnonzero(labels >= 0)
     if len(labelled) < 2:
@@ -65,6 +65,12 @@ def fine_tune(
                 raise TrainingError(f"fine-tuning: the loss of step {step} is {loss.item()}; lower the rate ({rate:g})")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            # A finite loss can have an infinite gradient, and after the last step no loss would tell.
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            if not all(torch.isfinite(gradient).all() for gradient in gradients):
+                raise TrainingError(
+                    f"fine-tuning: the gradient of step {step} is not finite; lower the rate ({rate:g})"
+                )
             optimizer.step()
             step += 1
     model.eval().requires_grad_(False)

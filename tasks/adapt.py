@@ -56,7 +56,8 @@ def main() -> None:
             for name, rows in parts.items():
                 tables[name] += rows
         shutil.rmtree(work)
-        here.metrics(summary(tables["table"], not_applicable, met[0]))
+        none_applies = not_applicable.keys() >= set(values.classifiers)
+        here.metrics(summary(tables["table"], not_applicable, met[0], none_applies=none_applies))
         here.run.log_metrics(
             {
                 f"seconds_per_image.{row['classifier']}.{row['setting']}.{row['batch_size']}."
@@ -207,13 +208,20 @@ def _predictions(
                 }
 
 
-def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) -> dict[str, Any]:
-    """The stage's metrics. `errors` and `guarded` are means over all shifts of the first classifier and setting."""
+def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift, *, none_applies: bool) -> dict[str, Any]:
+    """The stage's metrics. `errors` and `guarded` are means over all shifts of the first classifier and setting.
+
+    Args:
+        table: All rows.
+        not_applicable: Why classifiers and adapters do not apply.
+        clean: The images without a shift.
+        none_applies: Whether there was no classifier.
+    """
     labelled = int((clean.labels >= 0).sum())
     metrics: dict[str, Any] = {"images": len(clean.labels), "labelled": labelled, "not_applicable": not_applicable}
     measured = [row for row in table if "error" in row]
     if not measured:
-        return metrics | {"reason": "no labelled test images" if table else "no classifier applies"}
+        return metrics | {"reason": "no classifier applies" if none_applies else "no labelled test images"}
     first = {key: measured[0][key] for key in ("classifier", "setting", "batch_size")}
     own = [row for row in measured if first.items() <= row.items()]
     metrics |= first
@@ -224,12 +232,10 @@ def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) ->
     settings: dict[str, dict[str, float]] = {}
     for row in measured:
         if (row["shift"], row["severity"]) != shifts.CLEAN:
-            key = f"{row['classifier']}, {row['setting']}, {row['batch_size']}"
-            settings.setdefault(key, {})
+            settings.setdefault(_key(row), {})
     for key, means in settings.items():
-        rows = [row for row in measured if f"{row['classifier']}, {row['setting']}, {row['batch_size']}" == key]
-        means |= mean_errors(rows)
-    first_means = settings.get(", ".join(str(value) for value in first.values()), {})
+        means |= mean_errors([row for row in measured if _key(row) == key])
+    first_means = settings.get(_key(first), {})
     metrics["errors"] = {name: value for name, value in first_means.items() if not name.startswith("guarded ")}
     metrics["guarded"] = {
         name.removeprefix("guarded "): value for name, value in first_means.items() if name.startswith("guarded ")
@@ -250,6 +256,11 @@ def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift) ->
             "right": _weighted([row for row in guarded if "guard_right" in row], "guard_right"),
         }
     return metrics
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """Classifier, setting and batch size in one word; MLflow allows no commas in the name of a metric."""
+    return f"{row['classifier']}/{row['setting']}/{row['batch_size']}"
 
 
 def mean_errors(rows: Rows) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.values import Count, Flag, Natural, Positive, Section, Share
 
@@ -37,7 +37,7 @@ class FineTune(Section):
     """The classifier `fine_tuned`."""
 
     epochs: Count
-    batch_size: Count
+    batch_size: Annotated[int, Field(strict=True, ge=2)]  # BatchNorm takes no statistics from one image
     rate: Positive
 
 
@@ -148,3 +148,12 @@ class Adapt(Section):
     lame: LAME
     rotta: RoTTA
     roid: ROID
+
+    @model_validator(mode="after")
+    def _check(self) -> Adapt:
+        # Twice the same would count double in every mean.
+        for name in ("classifiers", "adapters", "settings", "batch_sizes", "corruptions", "severities"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be distinct, got {list(values)}")
+        return self

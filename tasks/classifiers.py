@@ -71,16 +71,17 @@ def build(kind: str, encoder: str, values: sections.Params) -> Found:
         if not any(parameter.numel() for parameter in network.parameters()):
             return Found(None, [], "the encoder has no parameters to fine-tune")
         options = values.adapt.fine_tune
-        fine_tune(
-            model,
-            prepared.images("train"),
-            prepared.labels("train"),
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            rate=options.rate,
-            generator=seeding.generator("fine-tune", values.seed),
-            device=default_device(),
-        )
+        with seeding.seeded("fine-tune", values.seed, "network"):  # dropout, where a backbone has it
+            fine_tune(
+                model,
+                prepared.images("train"),
+                prepared.labels("train"),
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+                rate=options.rate,
+                generator=seeding.generator("fine-tune", values.seed),
+                device=default_device(),
+            )
     return Found(model, names)
 
 
@@ -123,7 +124,7 @@ def load_centroids(folder: Path, feature_dim: int) -> tuple[nn.Linear, bool]:
         normalise = bool(description["normalise"])
     except FileNotFoundError as error:
         raise CheckpointError(f"expected centroids in {folder}, found none; run its cluster stage") from error
-    except (ValueError, KeyError, EOFError, OSError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise CheckpointError(
             f"the centroids in {folder} are damaged ({error}); run its cluster stage again"
         ) from error

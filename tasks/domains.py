@@ -30,8 +30,8 @@ def load(
         seed: Of the choice.
 
     Raises:
-        DataError: If there is no such folder, images lie beside the domains, a class is unknown, or no image of a
-            domain can be read.
+        DataError: If there is no such folder, images lie beside the domains, a domain is called as the images
+            without a shift are, a class is unknown, or no image of a domain can be read.
     """
     files = walk.images(root)
     domains: dict[str, list[str]] = {}
@@ -42,6 +42,11 @@ def load(
                 f"expected folders domain/class/images in {root}, got the image {path} beside them; move it into one"
             )
         domains.setdefault(domain, []).append(path)
+    if shifts.CLEAN[0] in domains:
+        raise DataError(
+            f"expected other names of domains in {root} than {shifts.CLEAN[0]!r}, which is that of the test images "
+            "without a shift; rename it"
+        )
     for item in files.skipped:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
     return [
@@ -89,10 +94,13 @@ def _label(path: str, classes: list[str]) -> int:
     parts = path.split("/")
     if len(parts) == 2 or parts[1].lower() in UNLABELLED:
         return -1
-    if parts[1] not in classes:
+    # A class may have a slash in its name, as FashionMNIST's T-shirt/top: then it is a folder within a folder.
+    inside = "/".join(parts[1:])
+    fitting = [name for name in classes if inside.startswith(f"{name}/")]
+    if not fitting:
         known = ", ".join(classes[:5]) + (" …" if len(classes) > 5 else "") if classes else "none, it has no labels"
         raise DataError(
             f"expected the class folders of a domain to be classes of the training data ({known}), got {parts[1]!r} in "
             f"{parts[0]}; rename it, or call it {UNLABELLED[0]}"
         )
-    return classes.index(parts[1])
+    return classes.index(max(fitting, key=len))

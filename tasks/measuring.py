@@ -18,7 +18,9 @@ from torch import Tensor
 from deepclust import metrics
 from deepclust.adaptation import ADAPTERS, Classifier
 from deepclust.adaptation.base import Adapter
+from deepclust.adaptation.bn import BN
 from deepclust.adaptation.guard import Baselines, Guard
+from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 from tasks.shifts import Shift, Stream, load
 
@@ -144,27 +146,41 @@ def follow(
         guard.reset()
     for batch in stream.batches:
         images = load(shifts, stream, batch).to(device)
-        begin = time.perf_counter()
-        source, bn = adapters.baselines.source(images), adapters.baselines.bn(images)
-        both = time.perf_counter() - begin
+        begin = _now(device)
+        source = adapters.baselines.source(images)
+        after_source = _now(device)
+        bn = adapters.baselines.bn(images)
+        after_bn = _now(device)
         for name, adapter in adapters.free.items():
             if name in failed:
                 continue
-            begin = time.perf_counter()
+            known, spent = None, 0.0
+            if isinstance(adapter, Source):
+                known, spent = source, after_source - begin
+            elif isinstance(adapter, BN) and not adapter.prior:
+                known, spent = bn, after_bn - after_source
+            start = _now(device)
             try:
-                logits = source if name == "source" else adapter(images)
+                logits = adapter(images) if known is None else known
             except AdaptationError as error:
                 failed[name] = str(error)
                 continue
             answers[name, False].put(batch, logits, logits, 0)
-            answers[name, False].seconds += time.perf_counter() - begin
+            answers[name, False].seconds += spent + _now(device) - start
         for name, guard in adapters.guarded.items():
-            begin = time.perf_counter()
+            start = _now(device)
             logits = guard.answer(images, source, bn)
             given = ("adapter", "bn", "source").index(guard.verdict.answer)
             answers[name, True].put(batch, logits, guard.adapted, given)
-            answers[name, True].seconds += both + time.perf_counter() - begin
+            answers[name, True].seconds += after_bn - begin + _now(device) - start
     return {key: value for key, value in answers.items() if key[1] or key[0] not in failed}, failed
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device is done with what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def errors(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
