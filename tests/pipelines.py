@@ -59,6 +59,7 @@ def build(root: Path) -> None:
     params = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines(keepends=True)
     params = ["encoders: [pixels, random]\n" if line.startswith("encoders:") else line for line in params]
     (root / "params.yaml").write_text("".join(params), encoding="utf-8")
+    (root / "domains").mkdir()
     (root / "dvc.yaml").write_text(_DVC, encoding="utf-8")
     (root / "stage.sh").write_text(_STAGE, encoding="utf-8")
 

@@ -24,8 +24,9 @@ SHORT = [
     "cluster.silhouette_images=30",
     "linear.iterations=20",
     "adapt.images=30",
-    "adapt.severities=[3]",
-    "adapt.batch_size=16",
+    "adapt.classifiers=[linear, clusters]",
+    "adapt.corruptions=[contrast]",
+    "adapt.batch_sizes=[16]",
     "report.map_images=12",
     *(f"pretrain.{method}.{edit}" for method in METHODS for edit in ("epochs=2", "batch_size=16")),
     f"encoders=[pixels, random, {', '.join(METHODS)}]",
@@ -47,6 +48,7 @@ def build(root: Path, *, labelled: bool = True, count: int = 96) -> None:
         path = root / "images" / (f"kind{kind}/{index:03}.png" if labelled else f"{index:03}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.astype(np.uint8)).save(path)
+    (root / "domains").mkdir()
     yaml = YAML()
     with (REPOSITORY / "params.yaml").open(encoding="utf-8") as source, (root / "params.yaml").open("w") as target:
         yaml.dump(yaml.load(source), target)

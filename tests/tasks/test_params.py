@@ -58,6 +58,15 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("linear.neighbours", [], r"^linear\.neighbours: .*at least 1 item.*$"),
         ("pretrain.swav.temperature", float("nan"), r"^pretrain\.swav\.temperature: .*finite.*$"),
         ("adapt.severities", [6], r"^adapt\.severities\.0: .*less than or equal to 5, got 6"),
+        ("adapt.severities", [5, 3, 5], r"^adapt: severities must be distinct, got \[5, 3, 5\]$"),
+        ("adapt.corruptions", ["fog", "fog"], r"^adapt: corruptions must be distinct, got \['fog', 'fog'\]$"),
+        ("adapt.corruptions", ["fogg"], r"^adapt\.corruptions\.0: .*'fog'.*, got 'fogg'$"),
+        ("adapt.batch_sizes", [64, 64], r"^adapt: batch_sizes must be distinct"),
+        ("adapt.settings", ["reset", "reset"], r"^adapt: settings must be distinct"),
+        ("adapt.classifiers", ["linear", "linear"], r"^adapt: classifiers must be distinct"),
+        ("adapt.adapters", ["bn", "bn"], r"^adapt: adapters must be distinct"),
+        ("adapt.adapters", ["tend"], r"^adapt\.adapters\.0: .*'tent'.*, got 'tend'$"),
+        ("adapt.fine_tune.batch_size", 1, r"^adapt\.fine_tune\.batch_size: .*greater than or equal to 2, got 1$"),
         (
             "encoders",
             ["pixels", "swaf"],
@@ -201,7 +210,7 @@ def test_a_file_that_runs_code_or_says_a_thing_twice_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(text.replace("seed: 0", line), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(text.replace("seed: 0", line, 1), encoding="utf-8")
     with pytest.raises(ConfigError, match=complaint):
         params.load(tmp_path / "params.yaml")
     with pytest.raises(ConfigError):
