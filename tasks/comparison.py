@@ -24,7 +24,9 @@ _TITLES = {
     "linear": "linear",
     "rankme": "RankMe",
     "clean": "clean error",
+    "guard_worst": "worst guarded - source",
 }
+_ADAPTERS = ("source", "bn", "tsd")  # those with a column; the report has all
 
 
 def title(column: str) -> str:
@@ -67,7 +69,9 @@ def _row(encoder: str) -> Row:
     row |= _neighbours(linear.get("all") or {})
     row |= {"linear": linear.get("linear"), "rankme": stage_metrics("embed", encoder).get("rankme")}
     adapted = stage_metrics("adapt", encoder)
-    return row | {"clean": adapted.get("clean")} | {f"error_{k}": v for k, v in (adapted.get("errors") or {}).items()}
+    errors, guard = adapted.get("errors") or {}, adapted.get("guard") or {}
+    row |= {"clean": adapted.get("clean")} | {f"error_{name}": errors[name] for name in _ADAPTERS if name in errors}
+    return row | {"guard_worst": guard.get("worst_setting")}
 
 
 def _neighbours(scores: Mapping[str, float]) -> Row:
@@ -96,6 +100,8 @@ def shown(row: Mapping[str, Any], column: str) -> str:
         return ""
     if column in ("encoder", "method", "k"):
         return str(value)
+    if column == "guard_worst":
+        return f"{float(value):+.3f}"
     text = f"{float(value):.1f}" if column == "rankme" else _fraction(value)
     spread = row.get(f"{column}_std")
     return f"{text} ± {_fraction(spread)}" if spread not in (None, "") else text
@@ -114,16 +120,41 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
 
 
-def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for a terminal."""
-    names = columns(rows)
-    cells = [[title(name) for name in names], *([shown(row, name) for name in names] for row in rows)]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
-    lines = [
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in aligned).rstrip()
-        for aligned in (list(enumerate(zip(line, widths, strict=True))) for line in cells)
+def small_is_good(column: str) -> bool:
+    """Whether the best value of a column is the smallest one."""
+    return column in ("clean", "guard_worst") or column.startswith("error_")
+
+
+def comparison_text(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """The table for a terminal; what is wider than it goes on below, errors under shifts first of all.
+
+    Args:
+        rows: Of the comparison.
+        width: Characters of a line.
+    """
+    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in columns(rows)}
+    widths = {name: max(map(len, column)) for name, column in cells.items()}
+    if not rows:
+        return "no encoders"
+    head, *others = cells
+    fits = sum(widths.values()) + 2 * len(others) <= width
+    parts: list[list[str]] = [[head]]
+    for name in others:
+        full = sum(widths[each] + 2 for each in parts[-1]) + widths[name] > width
+        if len(parts[-1]) > 1 and (full or (name == "clean" and not fits)):
+            parts.append([head])
+        parts[-1].append(name)
+    return "\n\n".join(_block(cells, widths, names) for names in parts)
+
+
+def _block(cells: Mapping[str, Sequence[str]], widths: Mapping[str, int], names: Sequence[str]) -> str:
+    """Columns as text, the first one to the left."""
+    aligned = [
+        [cell.rjust(widths[name]) if index else cell.ljust(widths[name]) for cell in cells[name]]
+        for index, name in enumerate(names)
     ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]]) if rows else "no encoders"
+    lines = ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

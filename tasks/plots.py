@@ -17,10 +17,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tasks.adaptation_plots import Curve
+
 GREY = "#9aa3ad"
 INK = "#2b3440"
 ACCENT = "#2f6fde"
 _LEGEND_AT_MOST = 20
+_MARKS_AT_MOST = 150
+_ADAPTERS = {  # an adapter has one colour in all pictures
+    "source": INK,
+    "bn": "#e08a1e",
+    "tent": "#c8324b",
+    "pseudo_label": "#8c5a3c",
+    "shot_im": "#d678b8",
+    "t3a": "#2a9d5c",
+    "tsd": ACCENT,
+    "lame": "#8d5fd3",
+    "rotta": "#17a2b0",
+    "roid": "#a3a51c",
+}
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 9,
@@ -212,35 +227,50 @@ def palette(count: int) -> list[Any]:
     return list(matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(count, 0.75), shades], axis=1)))
 
 
-def adaptation(rows: Sequence[Mapping[str, Any]], clean: float) -> Figure:
-    """Errors of one encoder: a panel a corruption, a line an adapter, over the severities.
+def stream(curve: Curve) -> Figure:
+    """A value of every adapter along a stream, or along several one after the other, in percent.
 
     Args:
-        rows: `adapter`, `corruption`, `severity`, `error`.
-        clean: Error of the source model without corruption, a dotted line.
+        curve: Its lines; guarded ones are dashed, thin lines stand where the shift changes.
     """
-    corruptions = list(dict.fromkeys(row["corruption"] for row in rows))
-    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
-    known = {"source": GREY, "bn": "#e08a1e", "tsd": ACCENT}
-    colours = {name: known.get(name, colour) for name, colour in zip(adapters, palette(len(adapters)), strict=False)}
+    names = list(dict.fromkeys(name for part in curve.segments for name, _ in part.lines))
+    others = iter(palette(len(names)))
+    colours = {name: _ADAPTERS.get(name) or next(others) for name in names}
+    lines = dict.fromkeys(who for part in curve.segments for who in part.lines)
     with plt.rc_context(_STYLE):
-        figure, axes = _panels(1, len(corruptions), (max(4.0, 2.3 * len(corruptions)), 2.6), sharey=True)
-        for axis, corruption in zip(axes[0], corruptions, strict=True):
-            for adapter in adapters:
-                found = [row for row in rows if (row["adapter"], row["corruption"]) == (adapter, corruption)]
-                axis.plot(
-                    [int(row["severity"]) for row in found],
-                    [float(row["error"]) for row in found],
-                    color=colours[adapter],
-                    marker="o",
-                    markersize=3.5,
-                    label=adapter,
-                )
-            axis.axhline(clean, color=INK, linestyle=":", linewidth=1, label="source, clean")
-            axis.set_title(str(corruption).replace("_", " "))
-            axis.set_xticks(sorted({int(row["severity"]) for row in rows}))
-            axis.set_xlabel("severity")
-        axes[0, 0].set_ylabel("error")
-        axes[0, 0].set_ylim(bottom=0)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(adapters) + 1)
+        figure, axes = _panels(1, 1, (11.4, 3.9 if len(curve.segments) > 1 else 3.3))
+        axis = axes[0, 0]
+        for who in lines:
+            points: list[tuple[float, float]] = []
+            for part in curve.segments:
+                points += [(np.nan, np.nan)] if part.begins or who not in part.lines else []
+                points += [(seen, value * 100) for seen, value in part.lines.get(who, [])]
+            x, y = np.array(points).T
+            width = 2.2 if who[0] == "source" else 1.3
+            # Marks where batches are few, since a segment of one batch is no line.
+            marks = "." if len(points) <= _MARKS_AT_MOST else ""
+            look = {"marker": marks, "markersize": 5, "linestyle": "--" if who[1] else "-", "linewidth": width}
+            label = f"{who[0]}, guarded" if who[1] else who[0]
+            axis.plot(x, y, color=colours[who[0]], label=label, zorder=3 if who[0] == "source" else 2, **look)
+        last = max(seen for part in curve.segments for found in part.lines.values() for seen, _ in found)
+        stops = [*[part.start for part in curve.segments[1:]], last]
+        for part, stop in zip(curve.segments, stops, strict=True):
+            if part.start:
+                axis.axvline(part.start, color=GREY, linewidth=0.6)
+            # The name of a domain is a folder's, and no formula even with two dollars in it.
+            axis.annotate(
+                part.title,
+                ((part.start + stop) / 2, 1.02),
+                xycoords=("data", "axes fraction"),
+                rotation=35,
+                fontsize=8,
+                parse_math=False,
+                annotation_clip=False,
+            )
+        axis.set_xlim(0, last * 1.005)
+        axis.set_ylim(0, 100 if curve.label != "error" else None)
+        axis.set_xlabel("images seen")
+        axis.set_ylabel(f"{curve.label}, percent")
+        axis.grid(axis="x", visible=False)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 7))
     return figure

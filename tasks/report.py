@@ -19,6 +19,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError, TrackingError
+from tasks import adaptation_plots as adaptation
 from tasks import comparison, layout, plots, prepared, provenance, register, sections, stage, store
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -81,8 +82,8 @@ def draw(folder: Path, rows: list[comparison.Row], values: sections.Params) -> d
     """Write every picture into the folder.
 
     Returns:
-        `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`, `adaptation`: encoder to file
-        name.
+        `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`: encoder to file name;
+        `adaptation`: encoder to the title of a group, and that to file name.
     """
     encoders = [str(row["encoder"]) for row in rows]
     pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "evaluation": None}
@@ -111,13 +112,64 @@ def draw(folder: Path, rows: list[comparison.Row], values: sections.Params) -> d
         )
         pictures["galleries"][encoder] = f"gallery-{encoder}.png"
         shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
-        errors = [row for row in table(layout.curve("adapt", encoder)) if row["corruption"] != "clean"]
-        if errors:
-            pictures["adaptation"][encoder] = f"adaptation-{encoder}.png"
-            clean = comparison.stage_metrics("adapt", encoder)["clean"]
-            plots.save(plots.adaptation(errors, clean), folder / f"adaptation-{encoder}.png")
+        pictures["adaptation"][encoder] = draw_streams(folder, encoder, values)
         print(f"{encoder}: pictures drawn", flush=True)
     return pictures
+
+
+def draw_streams(folder: Path, encoder: str, values: sections.Params) -> dict[str, str]:
+    """The curves over an encoder's streams. Returns: title of a group to file name."""
+    rows = table(layout.out("adapt", encoder) / "stream.csv")
+    names = {}
+    for index, group in enumerate(adaptation.drawn(adapted_groups(encoder, values))):
+        curve = adaptation.curve(group, rows)
+        if curve:
+            names[group.title] = f"stream-{encoder}-{index}.png"
+            plots.save(plots.stream(curve), folder / names[group.title])
+    return names
+
+
+def adapted_groups(encoder: str, values: sections.Params) -> list[adaptation.Group]:
+    """What the classifiers of an encoder met."""
+    return adaptation.groups(table(layout.out("adapt", encoder) / "table.csv"), values.adapt.corruptions)
+
+
+def adapted(encoder: str, values: sections.Params, curves: dict[str, str]) -> dict[str, Any]:
+    """What the report says of an encoder's adaptation.
+
+    Args:
+        encoder: Its name.
+        values: All parameters.
+        curves: Title of a group to its picture.
+    """
+    folder = layout.out("adapt", encoder)
+    groups = adapted_groups(encoder, values)
+    first = [
+        group
+        for group in groups
+        if (group.classifier, group.batch_size) == (groups[0].classifier, groups[0].batch_size)
+    ]
+    names, means = adaptation.mean_table(groups, table(folder / "seconds.csv"))
+    with (folder / "predictions.csv").open(encoding="utf-8") as file:
+        predicted = sum(1 for _ in zip(file, range(2), strict=False)) > 1  # the rest may be long
+    shown = [
+        {
+            "title": group.title,
+            "heat": adaptation.heat_map(group),
+            "indicators": adaptation.indicators(group),
+            "curve": None if group in first else curves.get(group.title),
+        }
+        for group in groups
+    ]
+    return {
+        "groups": shown,
+        "adapters": names,
+        "means": means,
+        "curves": {group.title: curves[group.title] for group in first if group.title in curves},
+        "guard": adaptation.guard_sentence(comparison.stage_metrics("adapt", encoder).get("guard") or {}),
+        "predictions": (folder / "predictions.csv").as_posix() if predicted else None,
+        "absent": absent(encoder),
+    }
 
 
 def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
@@ -210,15 +262,26 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
         best=best(rows),
         verdict=comparison.verdict(rows),
         pictures=pictures,
-        absent={encoder: absent(encoder) for encoder in encoders},
-        # The report is an output that travels: of the folder of images, its name and not where it lies.
+        adaptations={encoder: adapted(encoder, values, pictures["adaptation"][encoder]) for encoder in encoders},
+        name_of=adaptation.name_of,
+        clip=adaptation.CLIP,
+        strongest=adaptation.STRONGEST,
+        better=adaptation.BETTER,
+        worse=adaptation.WORSE,
+        # The report is an output that travels: of the folders of images, their names and not where they lie.
         params=provenance.all_params(values)
-        | {"data.folder": Path(values.data.folder).name or str(values.data.folder)},
+        | {"data.folder": named(values.data.folder), "adapt.domains": named(values.adapt.domains)},
         neighbours=values.linear.neighbours,
         temperatures=values.linear.temperatures,
         seeds=values.cluster.seeds,
-        adapted=values.adapt.images,
+        images_of_a_shift=values.adapt.images,
+        one_severity=values.adapt.severities[0] if len(values.adapt.severities) == 1 else None,
     )
+
+
+def named(folder: str) -> str:
+    """A folder's name without its path."""
+    return Path(folder).name or folder
 
 
 def absent(encoder: str) -> list[str]:
@@ -236,7 +299,7 @@ def best(rows: list[comparison.Row]) -> dict[str, float]:
     for name in comparison.columns(rows):
         numbers = [float(value) for row in rows if isinstance(value := row[name], (int, float))]
         if name not in ("encoder", "method", "k") and len(numbers) > 1:
-            found[name] = min(numbers) if name == "clean" or name.startswith("error_") else max(numbers)
+            found[name] = min(numbers) if comparison.small_is_good(name) else max(numbers)
     return found
 
 

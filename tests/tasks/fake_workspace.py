@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from deepclust import encoder as encoders
-from tasks import layout
+from tasks import adapt, layout, measuring, shifts, stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASELINES = ("pixels", "random")
+SHIFTS = (shifts.CLEAN, ("gaussian_noise", 5), ("fog", 5), ("contrast", 5), ("sketch", 0))
 
 
 def build(
@@ -34,18 +35,44 @@ def build(
     k: int = 3,
     count: int = 60,
     seed: int = 0,
+    classifiers: Sequence[str] = ("linear",),
+    adapters: Sequence[str] = ("source", "bn", "tent", "tsd"),
+    settings: Sequence[str] = ("reset", "continual"),
+    batch_size: int = 8,
+    met: Sequence[tuple[str, int]] = SHIFTS,
 ) -> None:
-    """Write params.yaml, artifacts/, metrics/ and plots/ into `root`, the current folder."""
+    """Write params.yaml, artifacts/, metrics/ and plots/ into `root`, the current folder.
+
+    Args:
+        root: The folder.
+        names: The encoders.
+        labelled: Whether the images, training and test, have labels.
+        channels: Of an image.
+        size: Pixels of a side.
+        classes: How many, where there are labels.
+        k: Number of clusters.
+        count: Images of each split, and of a shift.
+        seed: Of everything.
+        classifiers: That met shifted images, with `adapters` in `settings`.
+        adapters: Their names.
+        settings: See tasks/shifts.py.
+        batch_size: Images of a batch.
+        met: Name and severity of each shift.
+    """
     random = np.random.default_rng(seed)
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     values["encoders"] = list(names)
     values["report"]["map_images"] = 40
+    values["adapt"] |= {"classifiers": list(classifiers), "adapters": list(adapters), "settings": list(settings)}
+    values["adapt"]["batch_sizes"] = [batch_size]
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     class_names = [f"class {index}" for index in range(classes)] if labelled else []
     labels = {split: random.integers(0, classes, count) if labelled else np.full(count, -1) for split in layout.SPLITS}
     _prepare(random, class_names, labels, size, channels)
     for name in names:
         _encoder(random, name, size, channels, labels, class_names, k)
+        streams = [shifts.Shift(*shift, np.empty((count, 0)), labels["test"], _paths(count)) for shift in met]
+        _adapt(random, name, values["adapt"], streams, class_names, k)
 
 
 _empty_store: list[Path] = []  # made once a session, because that takes seconds
@@ -104,8 +131,8 @@ def _encoder(
     classes: list[str],
     k: int,
 ) -> None:
-    for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
-        layout.out(stage, name).mkdir(parents=True)
+    for folder in ("pretrain", "embed", "cluster", "linear", "adapt"):
+        layout.out(folder, name).mkdir(parents=True)
     torch.manual_seed(len(name))
     backbone = "pixels" if name == "pixels" else "small"
     model = encoders.Encoder(
@@ -157,11 +184,8 @@ def _linear(random: np.random.Generator, name: str, dim: int, classes: list[str]
         folder / "classifier.json",
         {"classes": classes, "labelled": 60 if classes else 0, "reason": None if classes else "no labels"},
     )
-    streams: list[tuple[str, str, int, float]] = []
     if not classes:
-        absent = {"labelled": 0, "reason": "no labelled training images"}
-        write(layout.metrics("linear", name), absent)
-        write(layout.metrics("adapt", name), absent)
+        write(layout.metrics("linear", name), {"labelled": 0, "reason": "no labelled training images"})
     else:
         weight = torch.from_numpy(random.normal(size=(len(classes), dim)).astype(np.float32))
         save_file({"weight": weight, "bias": torch.zeros(len(classes))}, folder / "classifier.safetensors")
@@ -171,23 +195,77 @@ def _linear(random: np.random.Generator, name: str, dim: int, classes: list[str]
             {"labelled": 60, "knn": score, "linear": score + 0.02, "all": every, "weight_decay": 1e-4}
             | {"knn_heldout": score, "linear_heldout": score},
         )
-        adapters = ["source", "tsd"] if name == "pixels" else ["source", "bn", "tsd"]
-        streams = [
-            (adapter, corruption, severity, (1 - score) * (1 + severity / 5) * (1 - 0.2 * index))
-            for index, adapter in enumerate(adapters)
-            for corruption, severities in {"clean": [0], "gaussian_noise": [1, 3, 5], "contrast": [1, 3, 5]}.items()
-            for severity in severities
-        ]
-        reasons = {"bn": "no batch normalisation"} if name == "pixels" else {}
-        error = {
-            adapter: float(np.mean([row[3] for row in streams if row[0] == adapter and row[2]])) for adapter in adapters
-        }
-        write(
-            layout.metrics("adapt", name),
-            {"clean": 1 - score, "errors": error, "not_applicable": reasons, "images": 60},
-        )
-    for path in (layout.curve("adapt", name), layout.out("adapt", name) / "errors.csv"):
-        table(path, ["adapter", "corruption", "severity", "error"], streams)
+
+
+def _adapt(
+    random: np.random.Generator,
+    name: str,
+    values: dict[str, Any],
+    met: Sequence[shifts.Shift],
+    classes: list[str],
+    k: int,
+) -> None:
+    """What the stage writes of answers that are made up; `bn` and `tent` do not apply to `pixels`."""
+    tables: dict[str, list[dict[str, Any]]] = {"table": [], "stream": [], "predictions": [], "seconds": []}
+    missing = [adapter for adapter in values["adapters"] if name == "pixels" and adapter in ("bn", "tent")]
+    reasons = dict.fromkeys(missing, "no batch normalisation")
+    for kind in values["classifiers"]:
+        if kind != "clusters" and not classes:
+            reasons[kind] = "no labelled training images, so there is no classifier"
+            continue
+        clusters = kind == "clusters"
+        for setting in values["settings"]:
+            where = {"classifier": kind, "setting": setting, "batch_size": values["batch_sizes"][0]}
+            for stream in shifts.streams(met, setting, batch_size=where["batch_size"], seed=0):
+                kept = [adapter for adapter in values["adapters"] if adapter not in missing]
+                answers = _answers(random, kept, met, stream, k if clusters else len(classes))
+                made = {
+                    "table": measuring.tabulate(answers, met, stream, clusters=clusters),
+                    "stream": measuring.curve(answers, met, stream, clusters=clusters),
+                    "predictions": adapt._predictions(answers, met, stream, classes or [str(i) for i in range(k)]),
+                }
+                for part, rows in made.items():
+                    tables[part] += [where | row for row in rows]
+            tables["seconds"] += [
+                where | {"adapter": adapter, "guarded": int(guarded), "seconds_per_image": 0.0004 * (2 + index)}
+                for index, (adapter, guarded) in enumerate(answers)
+            ]
+    columns = {"table": measuring.COLUMNS, "stream": measuring.CURVE}
+    columns |= {"predictions": adapt.PREDICTIONS, "seconds": adapt.SECONDS}
+    for part, rows in tables.items():
+        stage.write_text(layout.out("adapt", name) / f"{part}.csv", stage.table(rows, columns[part]))
+    stage.write_text(layout.curve("adapt", name), stage.table(tables["table"], measuring.COLUMNS))
+    write(layout.metrics("adapt", name), adapt.summary(tables["table"], reasons, met[0]))
+
+
+def _answers(
+    random: np.random.Generator,
+    adapters: Sequence[str],
+    met: Sequence[shifts.Shift],
+    stream: shifts.Stream,
+    classes: int,
+) -> dict[tuple[str, bool], measuring.Answers]:
+    """Right on some share of the images, another for each adapter and shift."""
+    count = len(stream.shift)
+    truth = np.array([met[shift].labels[image] for shift, image in zip(stream.shift, stream.image, strict=True)])
+    truth = np.maximum(truth, 0)
+    found = {}
+    hard = np.array([len(shift.name) % 7 / 10 for shift in met])[stream.shift]
+    for index, adapter in enumerate(adapters):
+        for guarded in (False, True)[: 1 + (adapter not in measuring.UNGUARDED)]:
+            answers = measuring.Answers.of(count)
+            chance = 0.9 - hard * random.uniform(0.4, 1.4, len(met))[stream.shift]
+            answers.classes[:] = np.where(random.random(count) < chance, truth, random.integers(0, classes, count))
+            answers.confidence[:] = 0.5 + 0.4 * random.random(count)
+            answers.entropy[:] = 1 - answers.confidence
+            answers.own[:] = answers.classes if not guarded else found[adapter, False].classes
+            answers.given[:] = index % 3 if guarded else 0
+            found[adapter, guarded] = answers
+    return found
+
+
+def _paths(count: int) -> list[str]:
+    return [f"test/{index:06d}" for index in range(count)]
 
 
 def table(path: Path, header: list[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -15,7 +15,7 @@ import threadpoolctl
 from sklearn.manifold import TSNE
 
 from deepclust.errors import DataError, TrackingError
-from tasks import comparison, layout, plots, register, report, tracking
+from tasks import adaptation_plots, comparison, layout, plots, register, report, tracking
 from tests.tasks import fake_workspace
 
 
@@ -45,7 +45,8 @@ def test_the_report_is_whole_and_the_same_twice(workspace: Path, capsys: pytest.
         "report.html",
         "scores.png",
         "training.png",
-        *(f"{kind}-{name}.png" for kind in ("map", "gallery", "adaptation") for name in ("pixels", "random", "swav")),
+        *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in ("pixels", "random", "swav")),
+        *(f"stream-{name}-0.png" for name in ("pixels", "random", "swav")),
     }
     text = html()
     outside = [url for url in re.findall(r"(?:src|href)=[\"']?([^\"'> ]{1,40})", text) if not url.startswith("data:")]
@@ -89,6 +90,46 @@ def test_without_labels_accuracies_are_absent_and_everything_else_is_there(works
     assert {"map-swav.png", "gallery-swav.png"} <= set(digest())
 
 
+def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["swav"], classifiers=["linear", "clusters"])
+    report.main()
+    text = html().partition("Adaptation to shifted images</h2>")[2].partition("<h2>Protocol")[0]
+    assert text.index("<h3>linear, reset, batches of 8</h3>") < text.index("<summary>linear, continual, batches of 8")
+    assert text.count('<table class="grid">') == 4
+    assert re.findall(r"Along the stream: (.*)</h3>", text) == ["linear, continual, batches of 8"]
+    assert text.count("<img") == 2, "and that of the clusters, folded"
+    settings = comparison.stage_metrics("adapt", "swav")["settings"]
+    for name, means in settings.items():
+        line = re.search(rf"<tr><td>{name}</td>(.*?)</tr>", text)
+        assert line is not None
+        numbers = re.findall(r"\d+\.\d(?=[ )<])", re.sub(r"<small>.*?</small>", "", line[1]))
+        order = ["source", *(f"{guarded}{each}" for each in ("bn", "tent", "tsd") for guarded in ("", "guarded "))]
+        assert [float(number) for number in numbers] == [pytest.approx(means[each] * 100, abs=0.051) for each in order]
+        assert line[1].count("<b>") == 1
+    assert re.search(r"on batches with \d+\.\d % of the images, a guard&#39;s answer was no worse than both", text)
+    assert "predictions.csv" not in text, "every image has a label"
+
+
+def test_without_labels_clusters_meet_shifts_and_the_report_tells_the_signs(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["swav"], labelled=False, classifiers=["linear", "clusters"])
+    report.main()
+    text = html()
+    for grid in adaptation_plots.INDICATORS.values():
+        assert text.count(f"<caption>{grid}</caption>") == 2, "reset and continual"
+    assert "Error, percent" not in text
+    assert "artifacts/adapt/swav/predictions.csv" in text
+    assert "linear: no labelled training images, so there is no classifier" in text
+    assert "Against source:" not in text
+
+
+def test_a_domains_name_is_text_and_not_markup(workspace: Path) -> None:
+    met = [("clean", 0), ("fog", 5), ("<b>a & b", 0)]
+    fake_workspace.build(workspace, ["swav"], met=met)
+    report.main()
+    assert "<span>&lt;b&gt;a &amp; b</span>" in html()
+    assert "<b>a" not in html()
+
+
 def test_results_of_encoders_that_left_the_list_are_removed(workspace: Path) -> None:
     fake_workspace.build(workspace, ["pixels", "random", "swav", "pcl"])
     text = layout.PARAMS.read_text(encoding="utf-8")
@@ -109,6 +150,33 @@ def test_a_missing_stage_is_named_and_nothing_is_written(workspace: Path, capsys
     assert stopped.value.code == 2
     assert "metrics/linear/swav.json, found none; run `dvc repro linear@swav`" in capsys.readouterr().err
     assert not layout.REPORT.parent.exists()
+
+
+def test_the_comparison_has_few_adapters_and_what_the_guard_costs_at_worst(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["random", "swav"], adapters=["source", "bn", "tent", "tsd", "lame"])
+    rows = comparison.collect(["random", "swav"])
+    names = [name for name in rows[0] if name.startswith(("clean", "error", "guard"))]
+    assert names == ["clean", "error_source", "error_bn", "error_tsd", "guard_worst"]
+    costs = {name: comparison.stage_metrics("adapt", name)["guard"]["worst_setting"] for name in ("random", "swav")}
+    assert [row["guard_worst"] for row in rows] == list(costs.values())
+    assert report.best(rows)["guard_worst"] == min(costs.values())
+    shown = [comparison.shown({"guard_worst": cost}, "guard_worst") for cost in (0.0123, -0.2, 0.0)]
+    assert shown == ["+0.012", "-0.200", "+0.000"]
+
+
+def test_a_wide_comparison_goes_on_below_with_the_errors_together(workspace: Path) -> None:
+    fake_workspace.build(workspace, ["random", "swav"])
+    rows = comparison.collect(["random", "swav"])
+    text = comparison.comparison_text(rows)
+    assert max(map(len, text.splitlines())) <= 120
+    first, second = text.split("\n\n")
+    assert [part.split()[0] for part in second.splitlines()[2:]] == ["random", "swav"]
+    assert "RankMe" in first
+    assert re.split(r"\s{2,}", second.splitlines()[0])[1:3] == ["clean error", "source error"]
+    assert "\n\n" not in comparison.comparison_text(rows, width=200)
+    narrow = comparison.comparison_text(rows, width=40).split("\n\n")
+    found = [heading for part in narrow for heading in re.split(r"\s{2,}", part.splitlines()[0])[1:]]
+    assert found == [comparison.title(name) for name in comparison.columns(rows)[1:]], "each column once, in order"
 
 
 def row(name: str, knn: float | None, linear: float | None, acc: float | None = None) -> comparison.Row:
@@ -167,8 +235,11 @@ def test_where_the_images_lie_is_not_in_the_report(workspace: Path) -> None:
     fake_workspace.build(workspace, ["pixels", "swav"])
     text = layout.PARAMS.read_text(encoding="utf-8")
     layout.PARAMS.write_text(text.replace("folder: data\n", "folder: /home/someone/moths\n"), encoding="utf-8")
+    text = layout.PARAMS.read_text(encoding="utf-8")
+    layout.PARAMS.write_text(text.replace("domains: domains\n", "domains: /home/someone/sketches\n"), encoding="utf-8")
     report.main()
     assert "<td>moths</td>" in html()
+    assert "<td>sketches</td>" in html()
     assert "someone" not in html()
 
 

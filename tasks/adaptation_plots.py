@@ -1,0 +1,376 @@
+"""The report's section on adaptation: from the stage's tables to heat maps, means, label-free signs and curves.
+
+A group is what one classifier met in one setting with batches of one size. It needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CLIP = 0.2  # difference of errors at which a colour is full
+STRONGEST = 0.62  # opacity of a full colour: ink stays readable on it, on a light page and on a dark one
+BETTER, WORSE = "47, 111, 222", "230, 120, 20"
+WINDOW = 8  # batches of the running mean, at most
+GUARDED_LINES = 3  # guarded adapters that a curve shows, the best ones
+INDICATORS = {
+    "confidence": "Confidence (mean of the largest probability, %)",
+    "agreement": "Agreement with the source model (% of the images)",
+    "classes_used": "Classes in use (exp of the entropy of the predicted classes)",
+}
+_STREAMS = ("continual", "mixed")  # settings whose one long stream is worth a curve
+_CLEAN = ("clean", "0")
+
+Row = Mapping[str, str]
+Who = tuple[str, bool]  # an adapter, and whether it is guarded
+_SOURCE: Who = ("source", False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number on a coloured ground.
+
+    Attributes:
+        text: Blank where nothing was measured.
+        ground: CSS colour, or empty.
+    """
+
+    text: str
+    ground: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of adapters by shifts.
+
+    Attributes:
+        title: What its numbers are.
+        columns: Headings, and whether a rule stands to the left of each.
+        lines: Adapter, guarded or not, to its cells.
+    """
+
+    title: str
+    columns: list[tuple[str, bool]]
+    lines: dict[Who, list[Cell]]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean errors of an adapter over the shifts of a group, as they are printed; blank where there is none.
+
+    Attributes:
+        free: Without a guard, percent.
+        guarded: With one, percent.
+        milliseconds: Of an image, without and with a guard, which asks the source model and bn as well.
+        best: Which of the two is the group's best.
+    """
+
+    free: str
+    guarded: str
+    milliseconds: tuple[str, str]
+    best: tuple[bool, bool]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a stream in which the shift stays the same.
+
+    Attributes:
+        title: The shift.
+        begins: Whether the adapters begin afresh with it.
+        start: Images seen before it.
+        lines: Adapter, guarded or not, to (images seen, value) after each batch.
+    """
+
+    title: str
+    begins: bool
+    start: int
+    lines: dict[Who, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value along the stream or streams of a group.
+
+    Attributes:
+        title: The group.
+        label: What the value is.
+        segments: One after the other.
+    """
+
+    title: str
+    label: str
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one classifier met in one setting with batches of one size.
+
+    Attributes:
+        classifier: Its name.
+        setting: The setting.
+        batch_size: Images of a batch.
+        rows: Of table.csv.
+        order: The shifts, as (name, severity), `clean` first.
+    """
+
+    classifier: str
+    setting: str
+    batch_size: str
+    rows: list[Row]
+    order: list[tuple[str, str]]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from the others."""
+        return self.classifier, self.setting, self.batch_size
+
+    @property
+    def title(self) -> str:
+        """As printed."""
+        return f"{self.classifier}, {self.setting}, batches of {self.batch_size}"
+
+    @property
+    def short(self) -> str:
+        """The same in few letters."""
+        return ", ".join(self.key)
+
+    @property
+    def adapters(self) -> list[Who]:
+        """`source`, `bn`, then each adapter, its guarded twin directly below it."""
+        names = dict.fromkeys([name for name in ("source", "bn") if any(row["adapter"] == name for row in self.rows)])
+        names |= dict.fromkeys(row["adapter"] for row in self.rows)
+        found = {_who(row) for row in self.rows}
+        return [who for name in names for who in ((name, False), (name, True)) if who in found]
+
+    def values(self, column: str) -> dict[tuple[Who, tuple[str, str]], float]:
+        """A column, by adapter and shift, where it is not blank."""
+        return {(_who(row), _shift(row)): float(row[column]) for row in self.rows if row[column]}
+
+    def means(self) -> dict[Who, float]:
+        """Mean error of each adapter over the shifts, `clean` left out."""
+        errors: dict[Who, list[float]] = {}
+        for (who, shift), error in self.values("error").items():
+            if shift != _CLEAN:
+                errors.setdefault(who, []).append(error)
+        return {who: sum(found) / len(found) for who, found in errors.items()}
+
+
+def groups(rows: Sequence[Row], corruptions: Sequence[str]) -> list[Group]:
+    """The groups of table.csv, in its order.
+
+    Args:
+        rows: Of table.csv.
+        corruptions: Their order; domains come after them. A mixed stream's table is in that of its images.
+    """
+    place = {name: index for index, name in enumerate(corruptions)}
+
+    def key(shift: tuple[str, str]) -> tuple[bool, bool, int, str, int]:
+        name, severity = shift
+        return shift != _CLEAN, severity == "0", place.get(name, len(place)), name, int(severity)
+
+    parts: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        parts.setdefault((row["classifier"], row["setting"], row["batch_size"]), []).append(row)
+    return [Group(*names, own, sorted({_shift(row) for row in own}, key=key)) for names, own in parts.items()]
+
+
+def name_of(who: Who) -> str:
+    """`tent`, or `tent, guarded`."""
+    return f"{who[0]}, guarded" if who[1] else who[0]
+
+
+def heat_map(group: Group) -> Grid | None:
+    """Errors in percent, coloured by the difference from the source model's; None without any label."""
+    errors = group.values("error")
+    shifts = [shift for shift in group.order if any(place == shift for _, place in errors)]
+    if not shifts:
+        return None
+    means = group.means()
+    lines = {}
+    for who in group.adapters:
+        cells = [_error(errors.get((who, shift)), errors.get((_SOURCE, shift))) for shift in shifts]
+        lines[who] = [*cells, _error(means.get(who), means.get(_SOURCE))] if means else cells
+    columns = _columns(shifts) + ([("mean of the shifts", True)] if means else [])
+    return Grid("Error, percent", columns, lines)
+
+
+def indicators(group: Group) -> list[Grid]:
+    """What can be told without labels, of the shifts that have none."""
+    labelled = {shift for _, shift in group.values("error")}
+    shifts = [shift for shift in group.order if shift not in labelled]
+    if not shifts:
+        return []
+    grids = []
+    for name, title in INDICATORS.items():
+        values, scale = group.values(name), 1 if name == "classes_used" else 100
+        lines = {
+            who: [Cell(f"{values[who, shift] * scale:.1f}" if (who, shift) in values else "") for shift in shifts]
+            for who in group.adapters
+        }
+        grids.append(Grid(title, _columns(shifts), lines))
+    return grids
+
+
+def mean_table(found: Sequence[Group], seconds: Sequence[Row]) -> tuple[list[str], dict[str, list[Mean]]]:
+    """Adapters, and for each group that has errors their means, in the adapters' order."""
+    cost = {
+        (row["classifier"], row["setting"], row["batch_size"], *_who(row)): float(row["seconds_per_image"])
+        for row in seconds
+    }
+    means = {group.key: own for group in found if (own := group.means())}
+    names = list(dict.fromkeys(name for group in found if group.key in means for name, _ in group.adapters))
+    table = {}
+    for group in found:
+        if group.key not in means:
+            continue
+        own = means[group.key]
+        best = min(own.values())
+        table[group.short] = [
+            Mean(
+                free=_percent(own.get((name, False))),
+                guarded=_percent(own.get((name, True))),
+                milliseconds=(
+                    _milliseconds(cost.get((*group.key, name, False))),
+                    _milliseconds(cost.get((*group.key, name, True))),
+                ),
+                best=(own.get((name, False)) == best, own.get((name, True)) == best),
+            )
+            for name in names
+        ]
+    return names, table
+
+
+def guard_sentence(guard: Mapping[str, Any]) -> str:
+    """What guards cost at worst, and how often they were right.
+
+    Args:
+        guard: `worst`, `worst_setting` and `right` of the stage's metrics; a part that was not measured is None.
+    """
+    worst, setting, right = guard.get("worst"), guard.get("worst_setting"), guard.get("right")
+    parts = []
+    if setting is not None:
+        shift = "" if worst is None else f" (worst single shift {_points(worst)})"
+        if setting > 0:
+            parts.append(f"No guarded adapter was more than {_points(setting)} worse than source in any setting{shift}")
+        else:
+            parts.append(f"No guarded adapter was worse than source in any setting{shift}")
+    elif worst is not None:
+        only = "On the clean images, the only ones measured, no guarded adapter was more than"
+        parts.append(f"{only} {_points(worst)} worse than source")
+    if right is not None:
+        answer = "a guard's answer was no worse than both the adapter's own and the source model's"
+        parts.append(f"on batches with {right * 100:.1f} % of the images, {answer}")
+    sentence = "; ".join(parts)
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+
+
+def drawn(found: Sequence[Group]) -> list[Group]:
+    """Groups that have a curve: of each classifier and batch size the long streams, else those begun afresh."""
+    chosen: list[Group] = []
+    pairs = dict.fromkeys((group.classifier, group.batch_size) for group in found)
+    for pair in pairs:
+        own = [group for group in found if (group.classifier, group.batch_size) == pair]
+        long = [group for group in own if group.setting in _STREAMS]
+        chosen += long or [group for group in own if group.setting == "reset"] or own[:1]
+    return chosen
+
+
+def curve(group: Group, stream: Sequence[Row]) -> Curve | None:
+    """The error after each batch, or the agreement with the source model where there is no error of a batch.
+
+    Args:
+        group: The group.
+        stream: Rows of stream.csv.
+    """
+    rows = [row for row in stream if (row["classifier"], row["setting"], row["batch_size"]) == group.key]
+    column = "error" if any(row["error"] for row in rows) else "agreement"
+    kept = set(_kept(group)) if column == "error" else {(name, False) for name, _ in group.adapters} - {_SOURCE}
+    segments = [
+        Segment(part.title, part.begins, part.start, {who: _smooth(points) for who, points in part.lines.items()})
+        for part in _segments([row for row in rows if _who(row) in kept], column, group.setting)
+    ]
+    label = "error" if column == "error" else "agreement with source"
+    return Curve(group.title, label, segments) if any(part.lines for part in segments) else None
+
+
+def _kept(group: Group) -> list[Who]:
+    """Everything without a guard, and the best guarded ones."""
+    means = group.means()
+    guarded = sorted((who for who in group.adapters if who[1]), key=lambda who: means.get(who, 1.0))
+    return [who for who in group.adapters if not who[1]] + guarded[:GUARDED_LINES]
+
+
+def _segments(rows: Sequence[Row], column: str, setting: str) -> list[Segment]:
+    """Rows of one group as segments. A batch across two shifts belongs to the one before it."""
+    afresh = setting not in _STREAMS
+    several = len({row["severity"] for row in rows if row["severity"] != "0"}) > 1
+    segments: list[Segment] = []
+    title, offset, end = "", 0, 0
+    for row in rows:
+        own = "" if setting == "mixed" else _title(_shift(row), several)
+        across = row["shift"] == "mixed" and not afresh
+        if not segments or (own != title and not across):
+            title = own
+            offset = end if afresh else 0
+            segments.append(Segment(title, afresh, end, {}))
+        end = offset + int(row["images"])
+        if row[column]:
+            segments[-1].lines.setdefault(_who(row), []).append((end, float(row[column])))
+    return segments
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The running mean of a segment, over a third of its batches at most, so that a short one is not flat."""
+    width = max(1, min(WINDOW, len(points) // 3))
+    values = [value for _, value in points]
+    last = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [(seen, sum(part) / len(part)) for (seen, _), part in zip(points, last, strict=True)]
+
+
+def _who(row: Row) -> Who:
+    return row["adapter"], row["guarded"] == "1"
+
+
+def _shift(row: Row) -> tuple[str, str]:
+    return row["shift"], row["severity"]
+
+
+def _title(shift: tuple[str, str], severity: bool) -> str:
+    name = shift[0].replace("_", " ")
+    return f"{name} {shift[1]}" if severity and shift[1] != "0" else name
+
+
+def _columns(shifts: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Headings; a rule stands between clean images, corruptions and domains. One severity for all goes unsaid."""
+    several = len({severity for _, severity in shifts if severity != "0"}) > 1
+    kinds = [(shift == _CLEAN, shift[1] == "0") for shift in shifts]
+    rules = [False, *(kind != last for last, kind in itertools.pairwise(kinds))]
+    return [(_title(shift, several), rule) for shift, rule in zip(shifts, rules, strict=True)]
+
+
+def _error(error: float | None, source: float | None) -> Cell:
+    if error is None:
+        return Cell("")
+    share = 0.0 if source is None else max(-1.0, min(1.0, (error - source) / CLIP))
+    strength = f"{abs(share) * STRONGEST:.2f}"
+    colour = BETTER if share < 0 else WORSE
+    return Cell(_percent(error), f"rgba({colour}, {strength})" if strength != "0.00" else "")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value * 100:.1f}"
+
+
+def _points(value: float) -> str:
+    return f"{value * 100:.1f} points"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    value = seconds * 1000
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
