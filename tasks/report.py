@@ -65,7 +65,9 @@ def prune(encoders: Iterable[str]) -> None:
     """Remove results of encoders that are no longer in the list; DVC's cache and git still have them."""
     kept = set(encoders)
     for name in ("pretrain", "embed", "cluster", "linear", "adapt"):
-        folders = [path for path in _entries(layout.out(name)) if path.is_dir()]
+        # Behind a link lies what belongs to another workspace as well.
+        shared = layout.out(name).is_symlink()
+        folders = [path for path in _entries(layout.out(name)) if path.is_dir() and not shared]
         files = [path for root in (layout.METRICS, layout.PLOTS) for path in _entries(root / name) if not path.is_dir()]
         for path in folders + files:
             if path.name.startswith(".") or (path.name if path.is_dir() else path.stem) in kept:
