@@ -248,22 +248,41 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     first = torch.randint(count, (1,), generator=generator).to(points.device)
     chosen = points.new_empty(k, points.shape[1])
     chosen[:1] = _fetch(points, start, first)
-    closest = _squared_to(points, norms, chosen[:1], _fetch(norms, start, first))[:, 0]
+    closest = points.new_full((len(points),), math.inf)
+    _lower(closest, points, norms, chosen[:1], _fetch(norms, start, first))
     for number in range(1, k):
         cumulative = closest.cumsum(0, dtype=torch.float64)
         weights = distributed.gather(cumulative[-1:].sum(0, keepdim=True))
         draws = torch.rand(candidates, generator=generator, dtype=torch.float64).to(points.device) * weights.sum()
         # How many points of all come before a draw: each process counts its own.
         before = torch.searchsorted(cumulative, draws - weights[: distributed.rank()].sum(), right=True)
+        del cumulative  # twice the size of all else that grows with the points
         # Fewer distinct points than clusters leave no weight: any point will do then.
         drawn = distributed.all_sum(before).clamp(max=count - 1)
-        rows = _fetch(points, start, drawn)
-        after = _squared_to(points, norms, rows, _fetch(norms, start, drawn))
-        torch.minimum(closest[:, None], after, out=after)
-        best = distributed.all_sum(after.sum(0, dtype=torch.float64)).argmin()
+        rows, norms_of_rows = _fetch(points, start, drawn), _fetch(norms, start, drawn)
+        best = distributed.all_sum(_potentials(closest, points, norms, rows, norms_of_rows)).argmin()
         chosen[number] = rows[best]
-        closest = after[:, best].contiguous()
+        _lower(closest, points, norms, rows[best][None], norms_of_rows[best][None])
     return chosen
+
+
+def _potentials(closest: Tensor, points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:
+    """For each of a few others, the sum in float64 of the points' squared distances to the nearest, with it added."""
+    sums = torch.zeros(len(others), dtype=torch.float64, device=points.device)
+    for block, squares, near in zip(
+        _blocks(points), _blocks(norms, like=points), _blocks(closest, like=points), strict=True
+    ):
+        after = _squared_to(block, squares, others, norms_of_others)
+        sums += torch.minimum(near[:, None], after, out=after).sum(0, dtype=torch.float64)
+    return sums
+
+
+def _lower(closest: Tensor, points: Tensor, norms: Tensor, other: Tensor, norm: Tensor) -> None:
+    """Lower the points' squared distances to the nearest by those to another one (1, D), in place."""
+    for block, squares, near in zip(
+        _blocks(points), _blocks(norms, like=points), _blocks(closest, like=points), strict=True
+    ):
+        torch.minimum(near, _squared_to(block, squares, other, norm)[:, 0], out=near)
 
 
 def _squared_to(points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ OBSERVERS = {
     "tasks/params.py": "has no defaults: every value stands in params.yaml, which DVC tracks by value",
     "tasks/sections.py": "the same",
     "tasks/pretrain_sections.py": "the same",
+    "tasks/adapt_sections.py": "the same",
     "tasks/values.py": "the same",
     "tasks/tracking.py": "writes to MLflow only",
     "tasks/probe.py": "writes to MLflow only",

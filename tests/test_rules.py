@@ -21,7 +21,10 @@ DOORS = {
     "mlflow": ("tasks/tracking.py", "tasks/model.py"),
     "dvc": ("tasks/run.py",),
     "yaml": ("tasks/params.py",),
-    "pydantic": ("tasks/params.py", "tasks/sections.py", "tasks/pretrain_sections.py", "tasks/values.py"),
+    "pydantic": (
+        *("tasks/params.py", "tasks/sections.py", "tasks/pretrain_sections.py", "tasks/adapt_sections.py"),
+        "tasks/values.py",
+    ),
     "ruamel": ("tasks/overrides.py",),
     "torch.distributed": ("deepclust/distributed.py", "tasks/launch.py"),
     "faiss": ("deepclust/kmeans.py",),

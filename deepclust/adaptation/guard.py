@@ -6,7 +6,8 @@ batches of few classes they lose more. And an adapter is never worse than the mo
 share of images on which the two differ. So, over a window of the newest images:
 
 1. `bn` is trusted instead of the source model where it wins back at least half of the confidence that the source model
-   has lost against source images (where that is not known: at least `UNKNOWN_GAIN`), by more than chance.
+   has lost against source images, and at least `LEAST_GAIN` (where that loss is not known: `UNKNOWN_GAIN`), by more
+   than chance.
 2. The adapter's answer is given if it differs from the trusted model's on no larger share of the images than
    `tolerance`, plus, where `bn` is trusted, the confidence that `bn` has won. Otherwise the trusted model's is given.
 3. An adapter learns nothing from a batch on which its answer is not given.
@@ -35,6 +36,7 @@ from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 
 UNKNOWN_GAIN = 0.05  # confidence that bn has to win where that of source images is not known
+LEAST_GAIN = 0.02  # and where it is known
 SURE = 1.64  # standard errors: one-sided 95 %
 COLLAPSED = 0.5  # share of the trusted model's entropy of the mean prediction
 
@@ -221,7 +223,7 @@ class Guard:
         error = float(gain.std()) / math.sqrt(count) if count > 1 else math.inf
         needed = UNKNOWN_GAIN
         if self.baselines.confidence is not None:
-            needed = max(self.baselines.confidence - float(source.mean()), 0.0) / 2
+            needed = max((self.baselines.confidence - float(source.mean())) / 2, LEAST_GAIN)
         return mean if mean >= needed and mean > SURE * error else None
 
 

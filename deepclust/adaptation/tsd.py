@@ -451,8 +451,11 @@ class TSD(Learner):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)
-        if not {"bank", "batches"} <= state.keys() or state["bank"].keys() != set(Bank._fields):
-            raise AdaptationError("expected a state with bank and batches, got one without; save it with state_dict")
+        if state["bank"].keys() != set(Bank._fields):
+            raise AdaptationError(
+                f"expected a bank with {', '.join(Bank._fields)} in the state, got {', '.join(state['bank'])}; "
+                "load what this version's state_dict() returned"
+            )
         check_bank(self.bank, Bank(**state["bank"]))
 
     def _load(self, state: dict[str, Any]) -> None:

@@ -5,11 +5,11 @@ them. Strengths are those of CIFAR-10-C (the authors' `make_cifar_c.py`, for ima
 What is different, deliberately:
 - lengths are pixels of a 32-pixel side and grow with the shorter side, so that a severity looks the same at any size;
 - images stay floats: the benchmark rounds to 8 bits (here JPEG alone does);
-- at every corruption a higher severity changes an image more, which the benchmark's elastic and glass do not;
+- a higher severity changes images more on average, which the benchmark's elastic and glass do not;
 - shot_noise: by the inverse of Poisson's distribution, so that severities share their random numbers;
 - defocus_blur: a disc with bilinear values in between, of the same spread (variance) as the benchmark's small kernels;
 - glass_blur: every facet shows a place nearby; the benchmark swaps pixels with their neighbours one after the other,
-  and rounds to 8 bits in between. The reach is ours;
+  and rounds to 8 bits in between. The reach is ours, and σ from severity 3 on;
 - motion_blur: the trail fades over 4σ; σ is 2.25 at severity 4, where the benchmark has 2 as at 3, and cuts later;
 - zoom_blur: zooms a pixel apart at the edge and of equal weight (there: .01 apart, and the image itself twice);
 - snow: flakes are cut out at the grain of a 32-pixel image and enlarged then;

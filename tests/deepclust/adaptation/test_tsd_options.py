@@ -419,9 +419,9 @@ def without(state, *names):
     ("spoil", "message"),
     [
         (lambda _, other: other.state_dict(), r"\(7, 5\)|and 4 classes.*, 7\)"),
-        (lambda own, _: without(own, "bank"), "expected a state with bank and batches"),
-        (lambda own, _: without(own, "batches"), "expected a state with bank and batches"),
-        (lambda own, _: own | {"bank": without(own["bank"], "labels")}, "expected a state with bank and batches"),
+        (lambda own, _: without(own, "bank"), "expected a state with adapter, bank, batches"),
+        (lambda own, _: without(own, "batches"), "expected a state with adapter, bank, batches"),
+        (lambda own, _: own | {"bank": without(own["bank"], "labels")}, "expected a bank with "),
         (lambda own, _: own | {"bank": own["bank"] | {"labels": own["bank"]["labels"][1:]}}, "expected a bank of 5 "),
         (lambda own, _: own | {"bank": own["bank"] | {"features": own["bank"]["features"][:, 1:]}}, "a bank of 5 "),
         (lambda own, _: own | {"bank": own["bank"] | {"labels": own["bank"]["labels"] + 4}}, "pseudo-classes below 4"),
