@@ -252,12 +252,10 @@ def right(
         rows = rows[truth[rows] >= 0]
         if not len(rows):
             continue
-        wrong = {
+        wrong = {  # an adapter without an answer is wrong everywhere
             name: int((classes[rows] != truth[rows]).sum())
             for name, classes in (("given", guarded.classes), ("own", guarded.own), ("source", source.classes))
         }
-        if (guarded.own[rows] < 0).all():  # the adapter had no answer
-            wrong["own"] = wrong["source"]
         good += len(rows) if wrong["given"] <= min(wrong["own"], wrong["source"]) else 0
     return good / len(where)
 

@@ -149,6 +149,7 @@ def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixtur
             {"overrides": ["data.source=folder", "data.folder=nowhere"]},
             "create it, or name another one: data.folder=path/to/images",
         ),
+        ({"overrides": ["adapt.domains=nowhere"]}, "create it, or name another one: adapt.domains=path/to/images"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_runs(
