@@ -90,7 +90,10 @@ class Baselines:
 
     def bn(self, images: Tensor) -> Tensor | None:
         """`bn`'s logits of a batch, None where batch statistics can not be had."""
-        return None if self._bn is None or len(images) < 2 else self._bn(images)
+        try:
+            return None if self._bn is None else self._bn(images)
+        except AdaptationError:
+            return None
 
 
 class Guard:
