@@ -79,17 +79,30 @@ def prototypes(bank: Bank, *, empty_classes: EmptyClasses = "left_out") -> tuple
     Raises:
         AdaptationError: If no class has a prototype.
     """
-    belongs_MC = F.one_hot(bank.labels, bank.scores.shape[1])
-    classes_P = torch.arange(bank.scores.shape[1], device=bank.labels.device)
+    classes = bank.scores.shape[1]
+    classes_P = torch.arange(classes, device=bank.labels.device)
     if empty_classes == "left_out":
-        classes_P = belongs_MC.sum(dim=0).nonzero().squeeze(1)
+        classes_P = torch.bincount(bank.labels, minlength=classes).nonzero().squeeze(1)
     if not len(classes_P):
         raise AdaptationError(
             f"expected a bank with members, got an empty one: filter_k {DROP_LAST} drops a class's only member; "
             "set filter_k to at least 1, or empty_classes to zero"
         )
-    # A product rather than index_add, whose order of summation is not fixed on a GPU.
-    return belongs_MC[:, classes_P].to(bank.features).T @ F.normalize(bank.features, dim=1), classes_P
+    return class_sums(F.normalize(bank.features, dim=1), bank.labels, classes)[classes_P], classes_P
+
+
+def class_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
+    """Sums (C, D) of each class's features, 0 for a class without any; the same at each run, also on a GPU."""
+    if features_MD.is_cuda:
+        return segment_sums(features_MD, labels_M, classes)
+    return features_MD.new_zeros(classes, features_MD.shape[1]).index_add_(0, labels_M, features_MD)
+
+
+def segment_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
+    """What `class_sums` is on a GPU, where the order in which index_add_ sums is not fixed."""
+    order_M = labels_M.argsort(stable=True)
+    lengths_C = torch.bincount(labels_M, minlength=classes)
+    return torch.segment_reduce(features_MD[order_M], "sum", lengths=lengths_C, axis=0, unsafe=True)
 
 
 def check_bank(expected: Bank, got: Bank) -> None:

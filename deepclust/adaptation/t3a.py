@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepclust.adaptation.bank import class_sums
 from deepclust.adaptation.base import Adapter, Predict, check_shapes
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.tent import entropy
@@ -63,9 +64,7 @@ def keep(bank: Supports, *, filter_k: int | None) -> Supports:
 
 def prototypes(bank: Supports, classes: int) -> Tensor:
     """Sums (C, D) of each class's members, scaled to length 1."""
-    belongs_CM = bank.labels == torch.arange(classes, device=bank.labels.device).unsqueeze(1)
-    # A product rather than index_add, whose order of summation is not fixed on a GPU.
-    return F.normalize(belongs_CM.to(bank.features) @ bank.features, dim=1)
+    return F.normalize(class_sums(bank.features, bank.labels, classes), dim=1)
 
 
 def step(
