@@ -22,6 +22,8 @@ from deepclust.errors import AdaptationError
 
 Predict = Literal["before", "after"]
 
+INFERENCE = "{} keeps what it learns, which torch.inference_mode() forbids; use torch.no_grad() instead"
+
 
 class Adapter(ABC):
     """A classifier that may learn from what it is asked.
@@ -41,6 +43,9 @@ class Adapter(ABC):
 
     name: ClassVar[str]
     model: Classifier
+    # Parts of the state that a batch changes in place; the others are replaced, so that holding them is enough.
+    _in_place: ClassVar[tuple[str, ...]] = ()
+    _remedy: ClassVar[str] = "leave the batch out, or mend the model"
 
     def __init__(self, model: nn.Module, *, episodic: bool = False, predict: Predict = "before") -> None:
         if predict not in get_args(Predict):
@@ -50,6 +55,7 @@ class Adapter(ABC):
         self._check_model(source)
         self.model = self._configure(copy.deepcopy(source))
         self._start()
+        self.check_mode()
         self._initial = self.state_dict()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -58,21 +64,34 @@ class Adapter(ABC):
         Raises:
             AdaptationError: If the batch can not be used; the adapter is then as before.
         """
+        return self.attempt(images)[0]
+
+    def attempt(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """As the call, and what `undo` needs to take the batch back."""
+        self.check_mode(images)
         check_images(images)
         self._check_batch(images)
-        before = self.state_dict()
+        before = self._snapshot()
         try:
             if self.episodic:
                 self.reset()
             logits = self._adapt(images)
             if not torch.isfinite(logits).all():
-                raise AdaptationError(
-                    f"{self.name}: the model's logits are not finite; lower the rate, or reset the adapter sooner"
-                )
+                raise AdaptationError(f"{self.name}: the model's logits are not finite; {self._remedy}")
         except BaseException:
-            self.load_state_dict(before)
+            self.undo(before)
             raise
-        return logits.detach()
+        return logits.detach(), before
+
+    def undo(self, before: dict[str, Any]) -> None:
+        """Take back what was learnt since `attempt` returned `before`, which can be used once."""
+        self._load(before)
+
+    def check_mode(self, images: Tensor | None = None) -> None:
+        """Raises AdaptationError in torch.inference_mode(), if the adapter keeps anything."""
+        # What is made there can never again learn, nor be changed in place: the adapter would be broken for good.
+        if torch.is_inference_mode_enabled() and self._state():
+            raise AdaptationError(INFERENCE.format(self.name))
 
     def reset(self) -> None:
         """Forget all that was learnt: the adapter is as it was when made."""
@@ -97,9 +116,15 @@ class Adapter(ABC):
                 f"expected a state with {', '.join(sorted(expected))}, got {', '.join(sorted(state))}; "
                 "load what this version's state_dict() returned"
             )
+        self.check_mode()
         state = copy.deepcopy(state)
         self._check_state(state)
         self._load(state)
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What `_load` needs to undo what comes."""
+        state = self._state()
+        return state | {name: copy.deepcopy(state[name]) for name in self._in_place}
 
     def _check_model(self, model: Classifier) -> None:
         """Raises AdaptationError if the method does not fit the model. Nothing is changed."""
@@ -119,7 +144,7 @@ class Adapter(ABC):
         """Logits of a checked batch, and whatever the method learns from it."""
 
     def _state(self) -> dict[str, Any]:
-        """All that a stream changes; not copied."""
+        """All that a stream changes; not copied. What it changes in place has to be named in `_in_place`."""
         return {}
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -144,6 +169,9 @@ class Learner(Adapter):
         AdaptationError: If an option is out of range, or the method does not fit the model.
     """
 
+    _in_place = ("parameters", "buffers", "optimizer")
+    _remedy = "lower the rate, or reset the adapter sooner"
+
     def __init__(
         self,
         model: nn.Module,
@@ -160,6 +188,15 @@ class Learner(Adapter):
             raise AdaptationError(f"expected at least one step a batch, got {steps}")
         self.rate, self.parameters, self.steps = rate, parameters, steps
         super().__init__(model, episodic=episodic, predict=predict)
+
+    def check_mode(self, images: Tensor | None = None) -> None:
+        """Raises AdaptationError in torch.inference_mode(), or if the images were made there: they have no gradient."""
+        super().check_mode(images)
+        if images is not None and images.is_inference():
+            raise AdaptationError(
+                "expected images that a gradient can pass, got some made in torch.inference_mode(); "
+                "make them under torch.no_grad(), or give images.clone()"
+            )
 
     def _start(self) -> None:
         self._learning = select_parameters(self.model, self.parameters)

@@ -10,7 +10,8 @@ share of images on which the two differ. So, over a window of the newest images:
    than chance.
 2. The adapter's answer is given if it differs from the trusted model's on no larger share of the images than
    `tolerance`, plus, where `bn` is trusted, the confidence that `bn` has won. Otherwise the trusted model's is given.
-3. An adapter learns nothing from a batch on which its answer is not given.
+3. An adapter learns nothing from a batch on which its answer is not given. On a batch that it can not use, the trusted
+   model's is given.
 
 It is careful rather than greedy: where the source model is wrong and sure of it, no label-free sign tells, and nothing
 is adapted.
@@ -30,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Adapter, check_images
+from deepclust.adaptation.base import INFERENCE, Adapter, check_images
 from deepclust.adaptation.bn import BN
 from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
@@ -150,18 +151,23 @@ class Guard:
 
     def answer(self, images: Tensor, source_BC: Tensor, bn_BC: Tensor | None) -> Tensor:
         """As the call, where the logits of the source model and of `bn` are known already."""
-        before = self.adapter.state_dict()
-        try:
-            adapted_BC = bn_BC if isinstance(self.adapter, BN) and not self.adapter.prior else self.adapter(images)
-            if adapted_BC is None:
-                raise AdaptationError("bn needs batch statistics, which one image does not have")
-        except AdaptationError as error:
-            adapted_BC, verdict = None, Verdict("source", str(error))
+        if torch.is_inference_mode_enabled():
+            raise AdaptationError(INFERENCE.format(self.name))
+        self.adapter.check_mode(images)
+        adapted_BC, before, problem = bn_BC, None, "bn has no answer: it needs two images, and finite logits"
+        if not isinstance(self.adapter, BN) or self.adapter.prior:
+            try:
+                adapted_BC, before = self.adapter.attempt(images)
+            except AdaptationError as error:
+                adapted_BC, problem = None, str(error)
         self._remember(_evidence(source_BC, bn_BC, adapted_BC))
-        if adapted_BC is not None:
-            verdict = self._judge(source_BC, bn_BC, adapted_BC)
-            if verdict.answer != "adapter":
-                self.adapter.load_state_dict(before)
+        won = None if bn_BC is None else self._won_by_bn()
+        if adapted_BC is None:
+            verdict = Verdict("source" if won is None else "bn", problem)
+        else:
+            verdict = self._judge(won, source_BC, bn_BC, adapted_BC)
+        if before is not None and verdict.answer != "adapter":
+            self.adapter.undo(before)
         if verdict.answer != self.verdict.answer or not self.answers:
             _log.info("%s: the answer of %s from now on: %s", self.name, verdict.answer, verdict.reason)
         self.verdict, self.adapted = verdict, adapted_BC
@@ -199,10 +205,9 @@ class Guard:
         while count - len(self._evidence[0].source) >= self.window:
             count -= len(self._evidence.popleft().source)
 
-    def _judge(self, source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor) -> Verdict:
-        won = self._won_by_bn()
-        trusted: Answer = "source" if won is None or bn_BC is None else "bn"
-        allowed = self.tolerance + (won if won is not None and trusted == "bn" else 0.0)
+    def _judge(self, won: float | None, source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor) -> Verdict:
+        trusted: Answer = "source" if won is None else "bn"
+        allowed = self.tolerance + (won or 0.0)
         differs = [each.differs_bn if trusted == "bn" else each.differs_source for each in self._evidence]
         share = float(torch.cat([each for each in differs if each is not None]).double().mean())
         if share <= allowed:

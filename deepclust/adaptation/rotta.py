@@ -238,6 +238,7 @@ class RoTTA(Learner):
     """
 
     name = "rotta"
+    _in_place = (*Learner._in_place, "teacher")
     teacher: Classifier
     memory: list[Member]
 

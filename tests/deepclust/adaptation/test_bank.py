@@ -27,9 +27,8 @@ def members():
     """Features and pseudo-classes of a bank in which class 5 has no member."""
     generator = seeded(0)
     labels = torch.randint(CLASSES, (MEMBERS,), generator=generator)
-    return torch.randn((MEMBERS, FEATURES), generator=generator, dtype=torch.float64), labels.masked_fill(
-        labels == 5, 6
-    )
+    features = torch.randn((MEMBERS, FEATURES), generator=generator, dtype=torch.float64)
+    return features, labels.masked_fill(labels == 5, 6)
 
 
 # The second is what a GPU takes.

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -253,6 +254,69 @@ def test_adapters_work_where_gradients_are_switched_off(name):
         adapter = make(name, classifier(LIVELY))
         results = [adapter(batch) for batch in images]
     assert all(torch.equal(result, truth(batch)) for result, batch in zip(results, images, strict=True))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_inference_mode_is_refused_before_anything_where_something_is_kept(name):
+    images = stream(2)
+    adapter, untouched = make(name, classifier(LIVELY)), make(name, classifier(LIVELY))
+    saved = untouched.state_dict()
+    for use in (lambda: adapter(images[0]), adapter.reset, lambda: adapter.load_state_dict(saved)):
+        refused = pytest.raises(AdaptationError, match=f"{name} keeps what it learns.*use torch.no_grad")
+        with torch.inference_mode(), refused if name in STATEFUL else nullcontext():
+            use()
+    with torch.inference_mode(), refused if name in STATEFUL else nullcontext():
+        make(name, classifier(LIVELY))
+    assert same_state(adapter.state_dict(), untouched.state_dict())
+    assert all(torch.equal(adapter(batch), untouched(batch)) for batch in images)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_images_made_in_inference_mode_are_refused_where_gradients_are_needed(name):
+    adapter, untouched = make(name, classifier(LIVELY)), make(name, classifier(LIVELY))
+    first, second = stream(2)
+    with torch.inference_mode():
+        made_there = first.clone()
+    refused = pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\).*images.clone\(\)")
+    with refused if name in LEARNERS else nullcontext():
+        adapter(made_there)
+    assert torch.equal(adapter(made_there.clone()), untouched(first)) or name == "t3a"
+    assert name == "t3a" or torch.equal(adapter(second), untouched(second))
+
+
+def storages(value):
+    """Where the tensors of a state lie in memory."""
+    if isinstance(value, torch.Tensor):
+        return {value.data_ptr()}
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(storages, values))
+
+
+@pytest.mark.parametrize("name", ["t3a", "tsd", "rotta"])
+def test_a_batch_copies_nothing_of_bank_or_memory_that_is_replaced_and_a_state_dict_copies_all(name):
+    adapter = make(name, classifier(LIVELY))
+    first, second = stream(2)
+    adapter(first)
+    kept = "memory" if name == "rotta" else "bank"
+    held = storages(adapter._state()[kept])
+    assert held
+    assert not held & storages(adapter.state_dict()[kept])
+    logits, before = adapter.attempt(second)
+    assert storages(before[kept]) == held
+    adapter.undo(before)
+    assert storages(adapter._state()[kept]) == held
+    assert torch.equal(adapter(second), logits)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_batch_that_is_undone_leaves_everything_as_it_was(name, options):
+    adapter, untouched = (make(name, classifier(LIVELY), **options) for _ in range(2))
+    first, second, third = stream(3)
+    adapter(first), untouched(first)
+    logits, before = adapter.attempt(second)
+    adapter.undo(before)
+    assert same_state(adapter.state_dict(), untouched.state_dict())
+    assert torch.equal(adapter(third), untouched(third))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

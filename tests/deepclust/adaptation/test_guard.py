@@ -34,7 +34,9 @@ class Scripted(Adapter):
         return model
 
     def _adapt(self, images):
-        self.learnt += 1
+        self.learnt = self.learnt + 1
+        if self.says is None:
+            raise AdaptationError("nothing to say")
         return self.says
 
     def _state(self):
@@ -144,6 +146,43 @@ def test_a_batch_that_the_adapter_can_not_use_is_answered_by_source_and_says_why
     assert torch.equal(guard(image), Source(model)(image))
     assert "expected at least two images a batch" in guard.verdict.reason
     assert torch.equal(Guard(BN(model), model)(image), Source(model)(image))
+
+
+def test_a_batch_that_the_adapter_can_not_use_is_answered_by_bn_where_it_is_trusted():
+    for won, trusted in ((0.11, "bn"), (0.09, "source")):
+        guard, adapter = scripted(reference=0.9)
+        source, bn = logits(ONE, 0.7), logits(ONE, 0.7 + won)
+        assert torch.equal(ask(guard, adapter, source, bn, None), {"bn": bn, "source": source}[trusted])
+        assert (guard.verdict.answer, guard.verdict.reason) == (trusted, "nothing to say")
+
+
+def test_inference_mode_is_refused_before_anything_and_the_guard_goes_on():
+    model = classifier()
+    first, second = stream(2)
+    for adapter in (Tent, BN):
+        guard, untouched = Guard(adapter(model), model), Guard(adapter(model), model)
+        with torch.inference_mode():
+            made_there = second.clone()
+            with pytest.raises(AdaptationError, match=r"guarded .* keeps what it learns.*use torch.no_grad"):
+                guard(first)
+        if adapter is Tent:
+            with pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\)"):
+                guard(made_there)
+        assert not guard.answers
+        for images in (first, second):
+            assert torch.equal(guard(images), untouched(images))
+
+
+def test_a_guarded_call_copies_the_state_once(monkeypatch):
+    model = classifier()
+    guard = Guard(Tent(model), model)
+    guard(stream(1)[0])
+    copies = []
+    for method in ("_snapshot", "state_dict"):
+        whole = getattr(guard.adapter, method)
+        monkeypatch.setattr(guard.adapter, method, lambda whole=whole: copies.append(1) or whole())
+    guard(stream(1)[0])
+    assert len(copies) == 1
 
 
 def test_where_nothing_is_learnt_bn_is_given_exactly_where_it_is_trusted():
