@@ -10,13 +10,14 @@ model must be in), `check_model` (whether it can be adapted, with the remedy), a
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.classifier import Classifier, as_classifier
+from deepclust.adaptation.classifier import Classifier, as_classifier, check_images
 from deepclust.adaptation.parameters import Parameters, select_parameters
 from deepclust.errors import AdaptationError
 
@@ -182,8 +183,8 @@ class Learner(Adapter):
         episodic: bool = False,
         predict: Predict = "before",
     ) -> None:
-        if not rate > 0:
-            raise AdaptationError(f"expected a rate above 0, got {rate}")
+        if not 0 < rate < math.inf:
+            raise AdaptationError(f"expected a finite rate above 0, got {rate}")
         if steps < 1:
             raise AdaptationError(f"expected at least one step a batch, got {steps}")
         self.rate, self.parameters, self.steps = rate, parameters, steps
@@ -246,7 +247,7 @@ class Learner(Adapter):
 
 
 def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
-    """Gradients for the chosen parameters alone. In place.
+    """Gradients for the chosen parameters alone; where the head tells them, its output is checked. In place.
 
     Raises:
         AdaptationError: If the model has none of them.
@@ -254,6 +255,8 @@ def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
     model.requires_grad_(False)
     for parameter in select_parameters(model, parameters).values():
         parameter.requires_grad_(True)
+    if parameters in ("body", "head"):
+        model.rely_on_head()
     return model
 
 
@@ -261,12 +264,14 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     """Take one step on a loss. Changes the parameters through the optimiser.
 
     Raises:
-        AdaptationError: If the loss or its gradient is not finite; no parameter is then changed.
+        AdaptationError: If the loss or its gradient is not finite, or there is none; no parameter is then changed.
     """
     if not torch.isfinite(loss):
         raise AdaptationError(
             f"{name}'s loss is {loss.item()}, not a finite number; lower its rate, or reset it sooner"
         )
+    if not loss.requires_grad:
+        raise AdaptationError(f"{name}: no gradient reaches the chosen parameters; choose others, or mend the model")
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     # A finite loss can have an infinite gradient, as a square root has at 0: one step, and every weight is NaN.
@@ -274,20 +279,6 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     if not all(torch.isfinite(parameter.grad).all() for parameter in learning if parameter.grad is not None):
         raise AdaptationError(f"{name}'s gradient is not finite on this batch; leave the batch out, or mend the model")
     optimizer.step()
-
-
-def check_images(images: Tensor) -> None:
-    """Check a batch before anything learns from it.
-
-    Raises:
-        AdaptationError: If it is empty, not of floats, or holds NaN or infinity.
-    """
-    if images.ndim < 2 or not len(images):
-        raise AdaptationError(f"expected a batch of images (batch, …), got shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise AdaptationError(f"expected images as floats, got {images.dtype}; scale them as the source model expects")
-    if not torch.isfinite(images).all():
-        raise AdaptationError("expected finite images, got NaN or infinity; drop or mend these images")
 
 
 def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:

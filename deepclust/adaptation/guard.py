@@ -31,8 +31,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import INFERENCE, Adapter, check_images
+from deepclust.adaptation.base import INFERENCE, Adapter
 from deepclust.adaptation.bn import BN
+from deepclust.adaptation.classifier import check_images
 from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 

@@ -313,7 +313,7 @@ def test_a_batch_that_is_undone_leaves_everything_as_it_was(name, options):
     adapter, untouched = (make(name, classifier(LIVELY), **options) for _ in range(2))
     first, second, third = stream(3)
     adapter(first), untouched(first)
-    logits, before = adapter.attempt(second)
+    _, before = adapter.attempt(second)
     adapter.undo(before)
     assert same_state(adapter.state_dict(), untouched.state_dict())
     assert torch.equal(adapter(third), untouched(third))
@@ -387,6 +387,17 @@ def test_an_error_at_any_call_of_the_model_leaves_everything_as_it_was(name, opt
     assert same_state(adapter.state_dict(), untouched.state_dict())
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_rates_are_named_as_the_remedy_only_where_something_learns(name):
+    adapter = make(name, faulty(), predict="after")
+    predictor = adapter.teacher if name == "rotta" else adapter.model
+    earlier = {"roid": 2, "rotta": 2}.get(name, int(name in LEARNERS))
+    predictor.featurizer.fault, predictor.featurizer.countdown = nan, earlier + 1
+    with pytest.raises(AdaptationError, match="logits are not finite") as caught:
+        adapter(stream(1)[0])
+    assert ("rate" in str(caught.value)) == (name in LEARNERS)
+
+
 class RootAtZero(torch.autograd.Function):
     """The identity, with the gradient that a square root has at 0."""
 
@@ -417,6 +428,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name):
     [
         ({"rate": 0}, "rate above 0, got 0"),
         ({"rate": float("nan")}, "rate above 0, got nan"),
+        ({"rate": float("inf")}, "finite rate above 0, got inf"),
         ({"steps": 0}, "at least one step a batch, got 0"),
         ({"parameters": "norm"}, "parameters to be one of all, affine, body, head; got 'norm'"),
     ],
