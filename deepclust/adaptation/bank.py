@@ -105,23 +105,28 @@ def segment_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
     return torch.segment_reduce(features_MD[order_M], "sum", lengths=lengths_C, axis=0, unsafe=True)
 
 
-def check_bank(expected: Bank, got: Bank) -> None:
+def check_bank(expected: dict[str, Tensor], got: dict[str, Tensor], *, classes: int) -> None:
     """Check that a bank from a state can take the place of an adapter's own. Only its length is free.
 
     Raises:
         AdaptationError: If it is of other features or classes, or its columns do not fit together.
     """
-    shapes = [tuple(column.shape) for column in got]
-    length = len(got.labels) if got.labels.ndim else 0
-    fitting = [(length, *column.shape[1:]) for column in expected]
-    if shapes != fitting:
+    if got.keys() != expected.keys():
         raise AdaptationError(
-            f"expected a bank of {expected.features.shape[1]} features and {expected.scores.shape[1]} classes in the "
+            f"expected a bank with {', '.join(expected)} in the state, got {', '.join(got)}; "
+            "load what this version's state_dict() returned"
+        )
+    labels = got["labels"]
+    length = len(labels) if labels.ndim else 0
+    shapes = [tuple(column.shape) for column in got.values()]
+    if shapes != [(length, *expected[name].shape[1:]) for name in got]:
+        raise AdaptationError(
+            f"expected a bank of {expected['features'].shape[1]} features and {classes} classes in the "
             f"state, got columns of shapes {', '.join(map(str, shapes))}; load it into an adapter of the model it was "
             "saved from"
         )
-    if length and not 0 <= int(got.labels.min()) <= int(got.labels.max()) < expected.scores.shape[1]:
+    if length and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise AdaptationError(
-            f"expected pseudo-classes below {expected.scores.shape[1]} in the state's bank, got "
-            f"{int(got.labels.min())} to {int(got.labels.max())}; load the state as it was saved"
+            f"expected pseudo-classes below {classes} in the state's bank, got "
+            f"{int(labels.min())} to {int(labels.max())}; load the state as it was saved"
         )

@@ -10,6 +10,7 @@ model must be in), `check_model` (whether it can be adapted, with the remedy), a
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, get_args
@@ -96,7 +97,8 @@ class Adapter(ABC):
 
     def reset(self) -> None:
         """Forget all that was learnt: the adapter is as it was when made."""
-        self.load_state_dict(self._initial)
+        self.check_mode()
+        self._load(copy.deepcopy(self._initial))
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the stream has changed, of tensors, numbers, lists and dicts."""
@@ -118,9 +120,24 @@ class Adapter(ABC):
                 "load what this version's state_dict() returned"
             )
         self.check_mode()
-        state = copy.deepcopy(state)
-        self._check_state(state)
-        self._load(state)
+        state, before = copy.deepcopy(state), self._snapshot()
+        try:
+            self._check_state(state)
+            self._load(state)
+        except AdaptationError:
+            raise
+        except Exception as error:
+            self._load(before)
+            raise AdaptationError(
+                f"expected a state of the adapter {self.name}, got one that can not be loaded ({error}); "
+                "load what this version's state_dict() returned"
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        values = itertools.chain(self.model.parameters(), self.model.buffers())
+        return next((value.device for value in values), torch.device("cpu"))
 
     def _snapshot(self) -> dict[str, Any]:
         """What `_load` needs to undo what comes."""
@@ -170,7 +187,7 @@ class Learner(Adapter):
         AdaptationError: If an option is out of range, or the method does not fit the model.
     """
 
-    _in_place = ("parameters", "buffers", "optimizer")
+    _in_place: ClassVar[tuple[str, ...]] = ("parameters", "buffers", "optimizer")
     _remedy = "lower the rate, or reset the adapter sooner"
 
     def __init__(
@@ -226,6 +243,7 @@ class Learner(Adapter):
 
     def _state(self) -> dict[str, Any]:
         return {
+            "model": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
             "parameters": {name: parameter.detach() for name, parameter in self._learning.items()},
             "buffers": dict(self.model.named_buffers()),
             "optimizer": self._optimizer.state_dict(),
@@ -235,6 +253,15 @@ class Learner(Adapter):
         own = self._state()
         for kind in ("parameters", "buffers"):
             check_shapes(own[kind], state[kind])
+        # Also of what does not learn: the head's, from which the number of classes is known.
+        shapes, got = own["model"], state["model"]
+        for name in sorted(shapes.keys() | got.keys()):
+            if shapes.get(name) != got.get(name):
+                raise AdaptationError(
+                    f"expected a state of a model with {name} of shape {shapes.get(name)}, got {got.get(name)}; "
+                    "load it into an adapter of the model it was saved from"
+                )
+        check_optimizer(self._optimizer, state["optimizer"])
 
     def _load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -279,6 +306,27 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     if not all(torch.isfinite(parameter.grad).all() for parameter in learning if parameter.grad is not None):
         raise AdaptationError(f"{name}'s gradient is not finite on this batch; leave the batch out, or mend the model")
     optimizer.step()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Check that an optimiser's state fits.
+
+    Raises:
+        AdaptationError: If it is of other groups, or of parameters of other shapes.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fits = [(group.keys(), group["params"]) for group in groups] == [
+        (group.keys(), group["params"]) for group in state["param_groups"]
+    ] and all(
+        index < len(learning) and all(value.shape in (learning[index].shape, ()) for value in values.values())
+        for index, values in state["state"].items()
+    )
+    if not fits:
+        raise AdaptationError(
+            f"expected the optimiser's state of {len(learning)} parameters of this model, got one of other groups or "
+            "shapes; load it into an adapter of the model it was saved from"
+        )
 
 
 def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:

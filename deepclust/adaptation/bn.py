@@ -62,7 +62,7 @@ class BN(Adapter):
         predict: As for all adapters; nothing is learnt, so both are the same.
 
     Raises:
-        AdaptationError: If the model has no BatchNorm, or one that never saw data, or the prior is negative or not finite.
+        AdaptationError: If the model has no BatchNorm, or one that never saw data, or the prior is out of range.
     """
 
     name = "bn"

@@ -26,7 +26,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -193,11 +193,28 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring back what `state_dict` returned. Raises: AdaptationError, if it is another adapter's."""
-        self.adapter.load_state_dict(state["adapter"])
-        self._evidence = deque(Evidence(**values) for values in state["evidence"])
-        self.verdict = Verdict(**state["verdict"])
-        self.answers = Counter(state["answers"])
+        """Bring back what `state_dict` returned.
+
+        Raises:
+            AdaptationError: If it is another adapter's, or no guard's; the guard is then as before.
+        """
+        try:
+            evidence = deque(_moved(values, self.adapter.device) for values in state["evidence"])
+            verdict, answers = Verdict(**state["verdict"]), Counter(state["answers"])
+            adapter = state["adapter"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdaptationError(
+                f"expected a state with adapter, evidence, verdict, answers, got one that does not fit ({error}); "
+                "load what this version's state_dict() returned"
+            ) from error
+        unknown = {verdict.answer, *answers} - set(get_args(Answer))
+        if unknown:
+            raise AdaptationError(
+                f"expected the answers {', '.join(get_args(Answer))} in the state, got {', '.join(map(repr, unknown))}; "
+                "load what this version's state_dict() returned"
+            )
+        self.adapter.load_state_dict(adapter)
+        self._evidence, self.verdict, self.answers = evidence, verdict, answers
 
     def _remember(self, evidence: Evidence) -> None:
         """Add a batch, and drop the oldest ones that the window does not need."""
@@ -258,6 +275,10 @@ def _evidence(source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor | None
         differs_source=None if classes is None else classes != source_BC.argmax(dim=1),
         differs_bn=None if classes is None or bn_BC is None else classes != bn_BC.argmax(dim=1),
     )
+
+
+def _moved(values: dict[str, Any], device: torch.device) -> Evidence:
+    return Evidence(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 def _spread(logits_BC: Tensor) -> float:

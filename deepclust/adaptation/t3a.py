@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.bank import class_sums
-from deepclust.adaptation.base import Adapter, Predict, check_shapes
+from deepclust.adaptation.bank import check_bank, class_sums
+from deepclust.adaptation.base import Adapter, Predict
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.tent import entropy
 from deepclust.errors import AdaptationError
@@ -147,10 +147,7 @@ class T3A(Adapter):
                 f"expected a bank of {self.model.head.out_features} classes in the state, got one of "
                 f"{state['classes']}; load it into an adapter of the model it was saved from"
             )
-        check_shapes(
-            {name: value[:0] for name, value in self.bank._asdict().items()},
-            {name: value[:0] for name, value in state["bank"].items()},
-        )
+        check_bank(self.bank._asdict(), state["bank"], classes=self.model.head.out_features)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.bank = Supports(**state["bank"])
+        self.bank = Supports(*(state["bank"][name].to(own) for name, own in self.bank._asdict().items()))
