@@ -210,7 +210,7 @@ class Guard:
         unknown = {verdict.answer, *answers} - set(get_args(Answer))
         if unknown:
             raise AdaptationError(
-                f"expected the answers {', '.join(get_args(Answer))} in the state, got {', '.join(map(repr, unknown))}; "
+                f"expected the answers {', '.join(get_args(Answer))} in the state, got {sorted(map(str, unknown))}; "
                 "load what this version's state_dict() returned"
             )
         self.adapter.load_state_dict(adapter)
@@ -278,7 +278,8 @@ def _evidence(source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor | None
 
 
 def _moved(values: dict[str, Any], device: torch.device) -> Evidence:
-    return Evidence(**{name: None if value is None else value.to(device) for name, value in values.items()})
+    moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
+    return Evidence(**moved)
 
 
 def _spread(logits_BC: Tensor) -> float:

@@ -217,7 +217,7 @@ def test_a_state_with_something_wrong_inside_is_an_error_and_changes_nothing(nam
     first, second, third = stream(3)
     adapter(first), other(first), other(second)
     before = adapter.state_dict()
-    with pytest.raises(AdaptationError, match="load it into an adapter of|load what this version"):
+    with pytest.raises(AdaptationError, match=r"load it into an adapter of|load what this version"):
         adapter.load_state_dict(spoil(other.state_dict()))
     assert same_state(adapter.state_dict(), before)
     adapter.load_state_dict(other.state_dict())
