@@ -79,36 +79,54 @@ def prototypes(bank: Bank, *, empty_classes: EmptyClasses = "left_out") -> tuple
     Raises:
         AdaptationError: If no class has a prototype.
     """
-    belongs_MC = F.one_hot(bank.labels, bank.scores.shape[1])
-    classes_P = torch.arange(bank.scores.shape[1], device=bank.labels.device)
+    classes = bank.scores.shape[1]
+    classes_P = torch.arange(classes, device=bank.labels.device)
     if empty_classes == "left_out":
-        classes_P = belongs_MC.sum(dim=0).nonzero().squeeze(1)
+        classes_P = torch.bincount(bank.labels, minlength=classes).nonzero().squeeze(1)
     if not len(classes_P):
         raise AdaptationError(
             f"expected a bank with members, got an empty one: filter_k {DROP_LAST} drops a class's only member; "
             "set filter_k to at least 1, or empty_classes to zero"
         )
-    # A product rather than index_add, whose order of summation is not fixed on a GPU.
-    return belongs_MC[:, classes_P].to(bank.features).T @ F.normalize(bank.features, dim=1), classes_P
+    return class_sums(F.normalize(bank.features, dim=1), bank.labels, classes)[classes_P], classes_P
 
 
-def check_bank(expected: Bank, got: Bank) -> None:
+def class_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
+    """Sums (C, D) of each class's features, 0 for a class without any; the same at each run, also on a GPU."""
+    if features_MD.is_cuda:
+        return segment_sums(features_MD, labels_M, classes)
+    return features_MD.new_zeros(classes, features_MD.shape[1]).index_add_(0, labels_M, features_MD)
+
+
+def segment_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
+    """What `class_sums` is on a GPU, where the order in which index_add_ sums is not fixed."""
+    order_M = labels_M.argsort(stable=True)
+    lengths_C = torch.bincount(labels_M, minlength=classes)
+    return torch.segment_reduce(features_MD[order_M], "sum", lengths=lengths_C, axis=0, unsafe=True)
+
+
+def check_bank(expected: dict[str, Tensor], got: dict[str, Tensor], *, classes: int) -> None:
     """Check that a bank from a state can take the place of an adapter's own. Only its length is free.
 
     Raises:
         AdaptationError: If it is of other features or classes, or its columns do not fit together.
     """
-    shapes = [tuple(column.shape) for column in got]
-    length = len(got.labels) if got.labels.ndim else 0
-    fitting = [(length, *column.shape[1:]) for column in expected]
-    if shapes != fitting:
+    if got.keys() != expected.keys():
         raise AdaptationError(
-            f"expected a bank of {expected.features.shape[1]} features and {expected.scores.shape[1]} classes in the "
+            f"expected a bank with {', '.join(expected)} in the state, got {', '.join(got)}; "
+            "load what this version's state_dict() returned"
+        )
+    labels = got["labels"]
+    length = len(labels) if labels.ndim else 0
+    shapes = [tuple(column.shape) for column in got.values()]
+    if shapes != [(length, *expected[name].shape[1:]) for name in got]:
+        raise AdaptationError(
+            f"expected a bank of {expected['features'].shape[1]} features and {classes} classes in the "
             f"state, got columns of shapes {', '.join(map(str, shapes))}; load it into an adapter of the model it was "
             "saved from"
         )
-    if length and not 0 <= int(got.labels.min()) <= int(got.labels.max()) < expected.scores.shape[1]:
+    if length and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise AdaptationError(
-            f"expected pseudo-classes below {expected.scores.shape[1]} in the state's bank, got "
-            f"{int(got.labels.min())} to {int(got.labels.max())}; load the state as it was saved"
+            f"expected pseudo-classes below {classes} in the state's bank, got "
+            f"{int(labels.min())} to {int(labels.max())}; load the state as it was saved"
         )

@@ -10,17 +10,21 @@ model must be in), `check_model` (whether it can be adapted, with the remedy), a
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.classifier import Classifier, as_classifier
+from deepclust.adaptation.classifier import Classifier, as_classifier, check_images
 from deepclust.adaptation.parameters import Parameters, select_parameters
 from deepclust.errors import AdaptationError
 
 Predict = Literal["before", "after"]
+
+INFERENCE = "{} keeps what it learns, which torch.inference_mode() forbids; use torch.no_grad() instead"
 
 
 class Adapter(ABC):
@@ -41,6 +45,9 @@ class Adapter(ABC):
 
     name: ClassVar[str]
     model: Classifier
+    # Parts of the state that a batch changes in place; the others are replaced, so that holding them is enough.
+    _in_place: ClassVar[tuple[str, ...]] = ()
+    _remedy: ClassVar[str] = "leave the batch out, or mend the model"
 
     def __init__(self, model: nn.Module, *, episodic: bool = False, predict: Predict = "before") -> None:
         if predict not in get_args(Predict):
@@ -50,6 +57,7 @@ class Adapter(ABC):
         self._check_model(source)
         self.model = self._configure(copy.deepcopy(source))
         self._start()
+        self.check_mode()
         self._initial = self.state_dict()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -58,25 +66,39 @@ class Adapter(ABC):
         Raises:
             AdaptationError: If the batch can not be used; the adapter is then as before.
         """
+        return self.attempt(images)[0]
+
+    def attempt(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """As the call, and what `undo` needs to take the batch back."""
+        self.check_mode(images)
         check_images(images)
         self._check_batch(images)
-        before = self.state_dict()
+        before = self._snapshot()
         try:
             if self.episodic:
                 self.reset()
             logits = self._adapt(images)
             if not torch.isfinite(logits).all():
-                raise AdaptationError(
-                    f"{self.name}: the model's logits are not finite; lower the rate, or reset the adapter sooner"
-                )
+                raise AdaptationError(f"{self.name}: the model's logits are not finite; {self._remedy}")
         except BaseException:
-            self.load_state_dict(before)
+            self.undo(before)
             raise
-        return logits.detach()
+        return logits.detach(), before
+
+    def undo(self, before: dict[str, Any]) -> None:
+        """Take back what was learnt since `attempt` returned `before`, which can be used once."""
+        self._load(before)
+
+    def check_mode(self, images: Tensor | None = None) -> None:
+        """Raises AdaptationError in torch.inference_mode(), if the adapter keeps anything."""
+        # What is made there can never again learn, nor be changed in place: the adapter would be broken for good.
+        if torch.is_inference_mode_enabled() and self._state():
+            raise AdaptationError(INFERENCE.format(self.name))
 
     def reset(self) -> None:
         """Forget all that was learnt: the adapter is as it was when made."""
-        self.load_state_dict(self._initial)
+        self.check_mode()
+        self._load(copy.deepcopy(self._initial))
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the stream has changed, of tensors, numbers, lists and dicts."""
@@ -97,9 +119,30 @@ class Adapter(ABC):
                 f"expected a state with {', '.join(sorted(expected))}, got {', '.join(sorted(state))}; "
                 "load what this version's state_dict() returned"
             )
-        state = copy.deepcopy(state)
-        self._check_state(state)
-        self._load(state)
+        self.check_mode()
+        state, before = copy.deepcopy(state), self._snapshot()
+        try:
+            self._check_state(state)
+            self._load(state)
+        except AdaptationError:
+            raise
+        except Exception as error:
+            self._load(before)
+            raise AdaptationError(
+                f"expected a state of the adapter {self.name}, got one that can not be loaded ({error}); "
+                "load what this version's state_dict() returned"
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        values = itertools.chain(self.model.parameters(), self.model.buffers())
+        return next((value.device for value in values), torch.device("cpu"))
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What `_load` needs to undo what comes."""
+        state = self._state()
+        return state | {name: copy.deepcopy(state[name]) for name in self._in_place}
 
     def _check_model(self, model: Classifier) -> None:
         """Raises AdaptationError if the method does not fit the model. Nothing is changed."""
@@ -119,7 +162,7 @@ class Adapter(ABC):
         """Logits of a checked batch, and whatever the method learns from it."""
 
     def _state(self) -> dict[str, Any]:
-        """All that a stream changes; not copied."""
+        """All that a stream changes; not copied. What it changes in place has to be named in `_in_place`."""
         return {}
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -144,6 +187,9 @@ class Learner(Adapter):
         AdaptationError: If an option is out of range, or the method does not fit the model.
     """
 
+    _in_place: ClassVar[tuple[str, ...]] = ("parameters", "buffers", "optimizer")
+    _remedy = "lower the rate, or reset the adapter sooner"
+
     def __init__(
         self,
         model: nn.Module,
@@ -154,12 +200,21 @@ class Learner(Adapter):
         episodic: bool = False,
         predict: Predict = "before",
     ) -> None:
-        if not rate > 0:
-            raise AdaptationError(f"expected a rate above 0, got {rate}")
+        if not 0 < rate < math.inf:
+            raise AdaptationError(f"expected a finite rate above 0, got {rate}")
         if steps < 1:
             raise AdaptationError(f"expected at least one step a batch, got {steps}")
         self.rate, self.parameters, self.steps = rate, parameters, steps
         super().__init__(model, episodic=episodic, predict=predict)
+
+    def check_mode(self, images: Tensor | None = None) -> None:
+        """Raises AdaptationError in torch.inference_mode(), or if the images were made there: they have no gradient."""
+        super().check_mode(images)
+        if images is not None and images.is_inference():
+            raise AdaptationError(
+                "expected images that a gradient can pass, got some made in torch.inference_mode(); "
+                "make them under torch.no_grad(), or give images.clone()"
+            )
 
     def _start(self) -> None:
         self._learning = select_parameters(self.model, self.parameters)
@@ -188,6 +243,7 @@ class Learner(Adapter):
 
     def _state(self) -> dict[str, Any]:
         return {
+            "model": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
             "parameters": {name: parameter.detach() for name, parameter in self._learning.items()},
             "buffers": dict(self.model.named_buffers()),
             "optimizer": self._optimizer.state_dict(),
@@ -197,6 +253,15 @@ class Learner(Adapter):
         own = self._state()
         for kind in ("parameters", "buffers"):
             check_shapes(own[kind], state[kind])
+        # Also of what does not learn: the head's, from which the number of classes is known.
+        shapes, got = own["model"], state["model"]
+        for name in sorted(shapes.keys() | got.keys()):
+            if shapes.get(name) != got.get(name):
+                raise AdaptationError(
+                    f"expected a state of a model with {name} of shape {shapes.get(name)}, got {got.get(name)}; "
+                    "load it into an adapter of the model it was saved from"
+                )
+        check_optimizer(self._optimizer, state["optimizer"])
 
     def _load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -209,7 +274,7 @@ class Learner(Adapter):
 
 
 def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
-    """Gradients for the chosen parameters alone. In place.
+    """Gradients for the chosen parameters alone; where the head tells them, its output is checked. In place.
 
     Raises:
         AdaptationError: If the model has none of them.
@@ -217,6 +282,8 @@ def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
     model.requires_grad_(False)
     for parameter in select_parameters(model, parameters).values():
         parameter.requires_grad_(True)
+    if parameters in ("body", "head"):
+        model.rely_on_head()
     return model
 
 
@@ -224,12 +291,14 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     """Take one step on a loss. Changes the parameters through the optimiser.
 
     Raises:
-        AdaptationError: If the loss or its gradient is not finite; no parameter is then changed.
+        AdaptationError: If the loss or its gradient is not finite, or there is none; no parameter is then changed.
     """
     if not torch.isfinite(loss):
         raise AdaptationError(
             f"{name}'s loss is {loss.item()}, not a finite number; lower its rate, or reset it sooner"
         )
+    if not loss.requires_grad:
+        raise AdaptationError(f"{name}: no gradient reaches the chosen parameters; choose others, or mend the model")
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     # A finite loss can have an infinite gradient, as a square root has at 0: one step, and every weight is NaN.
@@ -239,18 +308,25 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     optimizer.step()
 
 
-def check_images(images: Tensor) -> None:
-    """Check a batch before anything learns from it.
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Check that an optimiser's state fits.
 
     Raises:
-        AdaptationError: If it is empty, not of floats, or holds NaN or infinity.
+        AdaptationError: If it is of other groups, or of parameters of other shapes.
     """
-    if images.ndim < 2 or not len(images):
-        raise AdaptationError(f"expected a batch of images (batch, …), got shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise AdaptationError(f"expected images as floats, got {images.dtype}; scale them as the source model expects")
-    if not torch.isfinite(images).all():
-        raise AdaptationError("expected finite images, got NaN or infinity; drop or mend these images")
+    groups = optimizer.state_dict()["param_groups"]
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fits = [(group.keys(), group["params"]) for group in groups] == [
+        (group.keys(), group["params"]) for group in state["param_groups"]
+    ] and all(
+        index < len(learning) and all(value.shape in (learning[index].shape, ()) for value in values.values())
+        for index, values in state["state"].items()
+    )
+    if not fits:
+        raise AdaptationError(
+            f"expected the optimiser's state of {len(learning)} parameters of this model, got one of other groups or "
+            "shapes; load it into an adapter of the model it was saved from"
+        )
 
 
 def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:

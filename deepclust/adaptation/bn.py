@@ -7,6 +7,8 @@ beside the batch's, for small batches.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class BN(Adapter):
         predict: As for all adapters; nothing is learnt, so both are the same.
 
     Raises:
-        AdaptationError: If the model has no BatchNorm, or one that never saw data, or the prior is negative.
+        AdaptationError: If the model has no BatchNorm, or one that never saw data, or the prior is out of range.
     """
 
     name = "bn"
@@ -68,8 +70,8 @@ class BN(Adapter):
     def __init__(
         self, model: nn.Module, *, prior: float = 0.0, episodic: bool = False, predict: Predict = "before"
     ) -> None:
-        if not prior >= 0:
-            raise AdaptationError(f"expected a prior of at least 0 images, got {prior}")
+        if not 0 <= prior < math.inf:
+            raise AdaptationError(f"expected a finite prior of at least 0 images, got {prior}")
         self.prior = prior
         super().__init__(model, episodic=episodic, predict=predict)
 

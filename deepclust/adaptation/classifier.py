@@ -54,6 +54,9 @@ class Classifier(nn.Module):
     def check_head(self) -> None:
         """Raises AdaptationError if there is no linear head; here there always is."""
 
+    def rely_on_head(self) -> None:
+        """Check from now on that the output is the head's; here it always is."""
+
     def head_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the head, none where there is no linear head."""
         return self.head.parameters()
@@ -82,6 +85,7 @@ class WholeModel(Classifier):
                 f"{', '.join(linear[-3:]) or 'none'}"
             )
         self.model = model
+        self.check_output = False
         self.head_name = head if head is not None else (linear[-1] if linear else None)
 
     # nn.Module keeps submodules in a dict of its own: a property does not hide one.
@@ -99,7 +103,8 @@ class WholeModel(Classifier):
         if self.head_name is None:
             raise AdaptationError(
                 "expected a classifier with a linear head (nn.Linear), got a model without any linear layer; use an "
-                "adapter that needs none (source, bn, tent, pseudo_label, lame), or train a linear head"
+                "adapter that needs none (source, bn; with parameters affine or all also tent, pseudo_label, shot_im, "
+                "rotta, roid), or train a linear head"
             )
 
     def head_parameters(self) -> Iterable[nn.Parameter]:
@@ -113,9 +118,13 @@ class WholeModel(Classifier):
             AdaptationError: If the model's output is not its head's.
         """
         seen: list[tuple[Tensor, Tensor]] = []
-        handle = self.head.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+
+        def see(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], made: Tensor) -> None:
+            seen.append((next(iter((*given, *named.values()))), made))
+
+        handle = self.head.register_forward_hook(see, with_kwargs=True)
         try:
-            logits = self.forward(images)
+            logits = self._logits(images)
         finally:
             handle.remove()
         if len(seen) != 1 or not _same(seen[0][1], logits):
@@ -129,13 +138,34 @@ class WholeModel(Classifier):
         """Logits (batch, classes) of images.
 
         Raises:
-            AdaptationError: If the model returns anything else.
+            AdaptationError: If the model returns anything else, or `rely_on_head` was called and it is not its head's.
         """
+        return self.outputs(images)[1] if self.check_output else self._logits(images)
+
+    def rely_on_head(self) -> None:
+        """From now on check that each output is the head's, which may be guessed."""
+        self.check_output = True
+
+    def _logits(self, images: Tensor) -> Tensor:
         logits = self.model(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise AdaptationError(f"expected a model that returns logits ({len(images)}, classes), got {got}")
         return logits
+
+
+def check_images(images: Tensor) -> None:
+    """Check a batch before anything learns from it.
+
+    Raises:
+        AdaptationError: If it is empty, not of floats, or holds NaN or infinity.
+    """
+    if images.ndim < 2 or not len(images):
+        raise AdaptationError(f"expected a batch of images (batch, …), got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise AdaptationError(f"expected images as floats, got {images.dtype}; scale them as the source model expects")
+    if not torch.isfinite(images).all():
+        raise AdaptationError("expected finite images, got NaN or infinity; drop or mend these images")
 
 
 def as_classifier(model: nn.Module) -> Classifier:

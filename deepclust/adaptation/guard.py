@@ -10,7 +10,8 @@ share of images on which the two differ. So, over a window of the newest images:
    than chance.
 2. The adapter's answer is given if it differs from the trusted model's on no larger share of the images than
    `tolerance`, plus, where `bn` is trusted, the confidence that `bn` has won. Otherwise the trusted model's is given.
-3. An adapter learns nothing from a batch on which its answer is not given.
+3. An adapter learns nothing from a batch on which its answer is not given. On a batch that it can not use, the trusted
+   model's is given.
 
 It is careful rather than greedy: where the source model is wrong and sure of it, no label-free sign tells, and nothing
 is adapted.
@@ -25,13 +26,14 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Adapter, check_images
+from deepclust.adaptation.base import INFERENCE, Adapter
 from deepclust.adaptation.bn import BN
+from deepclust.adaptation.classifier import check_images
 from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 
@@ -150,18 +152,23 @@ class Guard:
 
     def answer(self, images: Tensor, source_BC: Tensor, bn_BC: Tensor | None) -> Tensor:
         """As the call, where the logits of the source model and of `bn` are known already."""
-        before = self.adapter.state_dict()
-        try:
-            adapted_BC = bn_BC if isinstance(self.adapter, BN) and not self.adapter.prior else self.adapter(images)
-            if adapted_BC is None:
-                raise AdaptationError("bn needs batch statistics, which one image does not have")
-        except AdaptationError as error:
-            adapted_BC, verdict = None, Verdict("source", str(error))
+        if torch.is_inference_mode_enabled():
+            raise AdaptationError(INFERENCE.format(self.name))
+        self.adapter.check_mode(images)
+        adapted_BC, before, problem = bn_BC, None, "bn has no answer: it needs two images, and finite logits"
+        if not isinstance(self.adapter, BN) or self.adapter.prior:
+            try:
+                adapted_BC, before = self.adapter.attempt(images)
+            except AdaptationError as error:
+                adapted_BC, problem = None, str(error)
         self._remember(_evidence(source_BC, bn_BC, adapted_BC))
-        if adapted_BC is not None:
-            verdict = self._judge(source_BC, bn_BC, adapted_BC)
-            if verdict.answer != "adapter":
-                self.adapter.load_state_dict(before)
+        won = None if bn_BC is None else self._won_by_bn()
+        if adapted_BC is None:
+            verdict = Verdict("source" if won is None else "bn", problem)
+        else:
+            verdict = self._judge(won, source_BC, bn_BC, adapted_BC)
+        if before is not None and verdict.answer != "adapter":
+            self.adapter.undo(before)
         if verdict.answer != self.verdict.answer or not self.answers:
             _log.info("%s: the answer of %s from now on: %s", self.name, verdict.answer, verdict.reason)
         self.verdict, self.adapted = verdict, adapted_BC
@@ -186,11 +193,28 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring back what `state_dict` returned. Raises: AdaptationError, if it is another adapter's."""
-        self.adapter.load_state_dict(state["adapter"])
-        self._evidence = deque(Evidence(**values) for values in state["evidence"])
-        self.verdict = Verdict(**state["verdict"])
-        self.answers = Counter(state["answers"])
+        """Bring back what `state_dict` returned.
+
+        Raises:
+            AdaptationError: If it is another adapter's, or no guard's; the guard is then as before.
+        """
+        try:
+            evidence = deque(_moved(values, self.adapter.device) for values in state["evidence"])
+            verdict, answers = Verdict(**state["verdict"]), Counter(state["answers"])
+            adapter = state["adapter"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdaptationError(
+                f"expected a state with adapter, evidence, verdict, answers, got one that does not fit ({error}); "
+                "load what this version's state_dict() returned"
+            ) from error
+        unknown = {verdict.answer, *answers} - set(get_args(Answer))
+        if unknown:
+            raise AdaptationError(
+                f"expected the answers {', '.join(get_args(Answer))} in the state, got {sorted(map(str, unknown))}; "
+                "load what this version's state_dict() returned"
+            )
+        self.adapter.load_state_dict(adapter)
+        self._evidence, self.verdict, self.answers = evidence, verdict, answers
 
     def _remember(self, evidence: Evidence) -> None:
         """Add a batch, and drop the oldest ones that the window does not need."""
@@ -199,10 +223,9 @@ class Guard:
         while count - len(self._evidence[0].source) >= self.window:
             count -= len(self._evidence.popleft().source)
 
-    def _judge(self, source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor) -> Verdict:
-        won = self._won_by_bn()
-        trusted: Answer = "source" if won is None or bn_BC is None else "bn"
-        allowed = self.tolerance + (won if won is not None and trusted == "bn" else 0.0)
+    def _judge(self, won: float | None, source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor) -> Verdict:
+        trusted: Answer = "source" if won is None else "bn"
+        allowed = self.tolerance + (won or 0.0)
         differs = [each.differs_bn if trusted == "bn" else each.differs_source for each in self._evidence]
         share = float(torch.cat([each for each in differs if each is not None]).double().mean())
         if share <= allowed:
@@ -252,6 +275,11 @@ def _evidence(source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor | None
         differs_source=None if classes is None else classes != source_BC.argmax(dim=1),
         differs_bn=None if classes is None or bn_BC is None else classes != bn_BC.argmax(dim=1),
     )
+
+
+def _moved(values: dict[str, Any], device: torch.device) -> Evidence:
+    moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
+    return Evidence(**moved)
 
 
 def _spread(logits_BC: Tensor) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deepclust.adaptation.classifier import check_images
 from deepclust.errors import AdaptationError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -136,7 +137,8 @@ def align_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: Images of the source (B, …), as the model is asked; labels are not needed.
 
     Raises:
-        AdaptationError: If there are no images.
+        AdaptationError: If there are no images, or they or what the layers make of them are not finite; the model is
+            then as before.
     """
     norms = [norm for norm in batch_norms(model) if norm.affine and norm.running_mean is not None]
     sums: dict[_BatchNorm, list[Tensor]] = {}
@@ -157,6 +159,7 @@ def align_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     count = 0
     try:
         for images in batches:
+            check_images(images)
             model(images)
             count += len(images)
     finally:
@@ -166,6 +169,8 @@ def align_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             module.training = training
     if not count:
         raise AdaptationError("expected images of the source to take BatchNorm's statistics from, got none")
+    if not all(torch.isfinite(value).all() for values in sums.values() for value in values):
+        raise AdaptationError("BatchNorm is given NaN or infinity on these images; mend the model, or leave them out")
     for norm, (total, first, second) in sums.items():
         assert norm.running_mean is not None
         assert norm.running_var is not None

@@ -272,5 +272,6 @@ class ROID(Learner):
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
-        self.mean_prediction = state["mean_prediction"]
-        self._generator.set_state(state["generator"])
+        mean_C = state["mean_prediction"]
+        self.mean_prediction = None if mean_C is None else mean_C.to(self.device)
+        self._generator.set_state(state["generator"].cpu())

@@ -238,6 +238,7 @@ class RoTTA(Learner):
     """
 
     name = "rotta"
+    _in_place = (*Learner._in_place, "teacher")
     teacher: Classifier
     memory: list[Member]
 
@@ -357,6 +358,7 @@ class RoTTA(Learner):
                 parameter.copy_(state["teacher"]["parameters"][name])
             for name, buffer in self.teacher.named_buffers():
                 buffer.copy_(state["teacher"]["buffers"][name])
-        self.memory = [Member(**member) for member in state["memory"]]
+        members = [Member(**member) for member in state["memory"]]
+        self.memory = [member._replace(image=member.image.to(self.device)) for member in members]
         self._seen = state["seen"]
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Adapter, Predict, check_shapes
+from deepclust.adaptation.bank import check_bank, class_sums
+from deepclust.adaptation.base import Adapter, Predict
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.tent import entropy
 from deepclust.errors import AdaptationError
@@ -63,9 +64,7 @@ def keep(bank: Supports, *, filter_k: int | None) -> Supports:
 
 def prototypes(bank: Supports, classes: int) -> Tensor:
     """Sums (C, D) of each class's members, scaled to length 1."""
-    belongs_CM = bank.labels == torch.arange(classes, device=bank.labels.device).unsqueeze(1)
-    # A product rather than index_add, whose order of summation is not fixed on a GPU.
-    return F.normalize(belongs_CM.to(bank.features) @ bank.features, dim=1)
+    return F.normalize(class_sums(bank.features, bank.labels, classes), dim=1)
 
 
 def step(
@@ -148,10 +147,7 @@ class T3A(Adapter):
                 f"expected a bank of {self.model.head.out_features} classes in the state, got one of "
                 f"{state['classes']}; load it into an adapter of the model it was saved from"
             )
-        check_shapes(
-            {name: value[:0] for name, value in self.bank._asdict().items()},
-            {name: value[:0] for name, value in state["bank"].items()},
-        )
+        check_bank(self.bank._asdict(), state["bank"], classes=self.model.head.out_features)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.bank = Supports(**state["bank"])
+        self.bank = Supports(*(state["bank"][name].to(own) for name, own in self.bank._asdict().items()))

@@ -451,12 +451,7 @@ class TSD(Learner):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)
-        if state["bank"].keys() != set(Bank._fields):
-            raise AdaptationError(
-                f"expected a bank with {', '.join(Bank._fields)} in the state, got {', '.join(state['bank'])}; "
-                "load what this version's state_dict() returned"
-            )
-        check_bank(self.bank, Bank(**state["bank"]))
+        check_bank(self.bank._asdict(), state["bank"], classes=self.bank.scores.shape[1])
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)

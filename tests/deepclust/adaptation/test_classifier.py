@@ -1,5 +1,7 @@
 """Models as classifiers: which are taken, and what those that are not are told."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,66 @@ def test_a_model_without_a_linear_layer_is_an_error_where_a_head_is_needed(name)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(AdaptationError, match=r"linear head \(nn.Linear\).*use an adapter that needs none \(source"):
         ADAPTERS[name](model)
+
+
+def test_each_adapter_that_is_named_as_the_remedy_works_without_a_linear_head():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+    for batch in stream(2):
+        model(batch)
+    with pytest.raises(AdaptationError) as caught:
+        ADAPTERS["t3a"](model)
+    named = {name for name in ADAPTERS if re.search(rf"\b{name}\b", str(caught.value))}
+    assert named == ADAPTERS.keys() - {"t3a", "tsd", "lame"}
+    for name in named:
+        for parameters in ("affine", "all"):
+            options = {"parameters": parameters} if name not in ("source", "bn") else {}
+            assert ADAPTERS[name](model, **options)(stream(1)[0]).shape == (9, 3)
+    for name in ADAPTERS.keys() - named:
+        with pytest.raises(AdaptationError, match="expected a classifier with a linear head"):
+            ADAPTERS[name](model)
+
+
+class Auxiliary(Chain):
+    """With a linear layer after the head, that no prediction needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.auxiliary = nn.Linear(5, 3).double()
+
+
+@pytest.mark.parametrize("parameters", ["body", "head"])
+@pytest.mark.parametrize("name", ["tent", "pseudo_label", "shot_im", "rotta", "roid"])
+def test_a_head_that_is_guessed_wrongly_is_an_error_where_body_or_head_learn(name, parameters):
+    batches = stream(2)
+    adapter = ADAPTERS[name](Auxiliary(), parameters=parameters)
+    with pytest.raises(AdaptationError, match=r"its linear head 'auxiliary' returns; name the right layer"):
+        adapter(batches[0])
+    right = ADAPTERS[name](WholeModel(Auxiliary(), head="fc"), parameters=parameters)
+    truth = ADAPTERS[name](classifier(LIVELY), parameters=parameters)
+    assert all(torch.equal(right(images), truth(images)) for images in batches)
+    assert ADAPTERS[name](Auxiliary(), parameters="affine")(batches[0]).shape == (9, 4), "no head is needed"
+
+
+def test_a_head_that_is_called_with_a_keyword_is_the_same_head():
+    class Keyword(Chain):
+        def forward(self, images):
+            return self.fc(input=self.body(images))
+
+    images = stream(1)[0]
+    for expected, got in zip(WholeModel(Chain()).outputs(images), WholeModel(Keyword()).outputs(images), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_model_through_which_no_gradient_comes_is_an_error():
+    class Detached(Chain):
+        def forward(self, images):
+            return super().forward(images).detach()
+
+    adapter = ADAPTERS["tent"](Detached())
+    with pytest.raises(AdaptationError, match="tent: no gradient reaches the chosen parameters"):
+        adapter(stream(1)[0])
 
 
 @pytest.mark.parametrize("parameters", ["body", "head"])

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from deepclust.adaptation import ADAPTERS
 from deepclust.adaptation.base import Learner
 from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.t3a import Supports
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import (
     CLASSES,
@@ -28,6 +31,7 @@ from tests.deepclust.adaptation.nets import (
 LEARNERS = [name for name, adapter in ADAPTERS.items() if issubclass(adapter, Learner)]
 # What a stream changes: in the others, nothing.
 STATEFUL = [*LEARNERS, "t3a"]
+WHICH = [{"parameters": "all"}, {"parameters": "affine"}]
 STEPS = {"steps": 3, "predict": "after"}
 # RoTTA learns from its memory every so many images; here at every batch.
 QUICK = {"rotta": {"update_frequency": 9}}
@@ -152,18 +156,92 @@ def test_a_state_of_another_method_or_without_its_parts_is_an_error_and_changes_
     assert same_state(adapter.state_dict(), before)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_a_state_of_a_model_with_another_number_of_classes_is_an_error_and_changes_nothing(name):
-    options = {"parameters": "all"} if name in LEARNERS else {}
+@pytest.mark.parametrize(("name", "options"), [*product(LEARNERS, WHICH), ("t3a", {})], ids=str)
+def test_a_state_of_a_model_with_another_number_of_classes_is_an_error_and_changes_nothing(name, options):
     model = classifier(LIVELY)
     adapter = make(name, model, **options)
     adapter(stream(1)[0])
     before = adapter.state_dict()
     for classes in (CLASSES + 1, CLASSES - 1):
         other = Classifier(model.featurizer, nn.Linear(FEATURES, classes).double())
+        other = make(name, other, **options)
+        other(stream(1)[0])
         with pytest.raises(AdaptationError, match="load it into an adapter of the model it was saved from"):
-            adapter.load_state_dict(make(name, other, **options).state_dict())
+            adapter.load_state_dict(other.state_dict())
+        with pytest.raises(AdaptationError, match="load it into an adapter of the model it was saved from"):
+            make(name, model, **options).load_state_dict(other.state_dict())
     assert same_state(adapter.state_dict(), before)
+
+
+def drop(state, *path):
+    """A copy of a state without what lies at the path."""
+    state = copy.deepcopy(state)
+    inside = state
+    for step in path[:-1]:
+        inside = inside[step]
+    del inside[path[-1]]
+    return state
+
+
+SPOILS = {
+    "a group missing": (LEARNERS, lambda state: drop(state, "optimizer", "param_groups", 0)),
+    "a group's parameter missing": (LEARNERS, lambda state: drop(state, "optimizer", "param_groups", 0, "params", 0)),
+    "no groups": (LEARNERS, lambda state: drop(state, "optimizer", "param_groups")),
+    "an optimiser of other sizes": (LEARNERS, lambda state: resized(state)),
+    "a generator too short": (["roid", "rotta"], lambda state: state | {"generator": state["generator"][:9]}),
+    "no teacher's parameters": (["rotta"], lambda state: drop(state, "teacher", "parameters")),
+    "an age missing": (["rotta"], lambda state: drop(state, "memory", 0, "age")),
+    "columns of different lengths": (["t3a", "tsd"], lambda state: shortened(state)),
+    "no labels": (["t3a", "tsd"], lambda state: drop(state, "bank", "labels")),
+}
+
+
+def resized(state):
+    state = copy.deepcopy(state)
+    for values in state["optimizer"]["state"].values():
+        values["exp_avg"] = torch.zeros(99, dtype=torch.float64)
+    return state
+
+
+def shortened(state):
+    return state | {"bank": state["bank"] | {"entropies": state["bank"]["entropies"][1:]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [(name, spoil) for names, spoil in SPOILS.values() for name in names],
+    ids=[f"{name}-{title}" for title, (names, _) in SPOILS.items() for name in names],
+)
+def test_a_state_with_something_wrong_inside_is_an_error_and_changes_nothing(name, spoil):
+    adapter, other = (make(name, classifier(LIVELY)) for _ in range(2))
+    first, second, third = stream(3)
+    adapter(first), other(first), other(second)
+    before = adapter.state_dict()
+    with pytest.raises(AdaptationError, match=r"load it into an adapter of|load what this version"):
+        adapter.load_state_dict(spoil(other.state_dict()))
+    assert same_state(adapter.state_dict(), before)
+    adapter.load_state_dict(other.state_dict())
+    assert torch.equal(adapter(third), other(third))
+
+
+@pytest.mark.parametrize(("name", "part"), [("t3a", "bank"), ("roid", "mean_prediction"), ("rotta", "memory")])
+def test_what_is_loaded_goes_to_the_device_of_the_model(name, part):
+    adapter, other = (make(name, classifier(LIVELY)) for _ in range(2))
+    images = stream(1)[0]
+    adapter(images), other(images)
+    adapter.model.to("meta")
+    if name == "t3a":
+        adapter.bank = Supports(*(column.to("meta") for column in adapter.bank))
+    adapter.load_state_dict(other.state_dict())
+    assert {value.device.type for value in tensors(adapter._state()[part])} == {"meta"}
+
+
+def tensors(value):
+    """All tensors of a part of a state."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for each in values for tensor in tensors(each)]
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -256,6 +334,66 @@ def test_adapters_work_where_gradients_are_switched_off(name):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+def test_inference_mode_is_refused_before_anything_where_something_is_kept(name):
+    images = stream(2)
+    adapter, untouched = make(name, classifier(LIVELY)), make(name, classifier(LIVELY))
+    saved = untouched.state_dict()
+    for use in (lambda: adapter(images[0]), adapter.reset, lambda: adapter.load_state_dict(saved)):
+        refused = pytest.raises(AdaptationError, match=f"{name} keeps what it learns.*use torch.no_grad")
+        with torch.inference_mode(), refused if name in STATEFUL else nullcontext():
+            use()
+    with torch.inference_mode(), refused if name in STATEFUL else nullcontext():
+        make(name, classifier(LIVELY))
+    assert same_state(adapter.state_dict(), untouched.state_dict())
+    assert all(torch.equal(adapter(batch), untouched(batch)) for batch in images)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_images_made_in_inference_mode_are_refused_where_gradients_are_needed(name):
+    adapter, untouched = make(name, classifier(LIVELY)), make(name, classifier(LIVELY))
+    first, second = stream(2)
+    with torch.inference_mode():
+        made_there = first.clone()
+    refused = pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\).*images.clone\(\)")
+    with refused if name in LEARNERS else nullcontext():
+        adapter(made_there)
+    assert torch.equal(adapter(made_there.clone()), untouched(first)) or name == "t3a"
+    assert name == "t3a" or torch.equal(adapter(second), untouched(second))
+
+
+def storages(value):
+    """Where the tensors of a part of a state lie in memory."""
+    return {tensor.data_ptr() for tensor in tensors(value)}
+
+
+@pytest.mark.parametrize("name", ["t3a", "tsd", "rotta"])
+def test_a_batch_copies_nothing_of_bank_or_memory_that_is_replaced_and_a_state_dict_copies_all(name):
+    adapter = make(name, classifier(LIVELY))
+    first, second = stream(2)
+    adapter(first)
+    kept = "memory" if name == "rotta" else "bank"
+    held = storages(adapter._state()[kept])
+    assert held
+    assert not held & storages(adapter.state_dict()[kept])
+    logits, before = adapter.attempt(second)
+    assert storages(before[kept]) == held
+    adapter.undo(before)
+    assert storages(adapter._state()[kept]) == held
+    assert torch.equal(adapter(second), logits)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_batch_that_is_undone_leaves_everything_as_it_was(name, options):
+    adapter, untouched = (make(name, classifier(LIVELY), **options) for _ in range(2))
+    first, second, third = stream(3)
+    adapter(first), untouched(first)
+    _, before = adapter.attempt(second)
+    adapter.undo(before)
+    assert same_state(adapter.state_dict(), untouched.state_dict())
+    assert torch.equal(adapter(third), untouched(third))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_parameters_that_the_model_has_frozen_are_adapted_all_the_same(name):
     adapter = make(name, classifier(LIVELY).requires_grad_(False))
     truth = make(name, classifier(LIVELY))
@@ -323,6 +461,17 @@ def test_an_error_at_any_call_of_the_model_leaves_everything_as_it_was(name, opt
     assert same_state(adapter.state_dict(), untouched.state_dict())
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_rates_are_named_as_the_remedy_only_where_something_learns(name):
+    adapter = make(name, faulty(), predict="after")
+    predictor = adapter.teacher if name == "rotta" else adapter.model
+    earlier = {"roid": 2, "rotta": 2}.get(name, int(name in LEARNERS))
+    predictor.featurizer.fault, predictor.featurizer.countdown = nan, earlier + 1
+    with pytest.raises(AdaptationError, match="logits are not finite") as caught:
+        adapter(stream(1)[0])
+    assert ("rate" in str(caught.value)) == (name in LEARNERS)
+
+
 class RootAtZero(torch.autograd.Function):
     """The identity, with the gradient that a square root has at 0."""
 
@@ -353,6 +502,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name):
     [
         ({"rate": 0}, "rate above 0, got 0"),
         ({"rate": float("nan")}, "rate above 0, got nan"),
+        ({"rate": float("inf")}, "finite rate above 0, got inf"),
         ({"steps": 0}, "at least one step a batch, got 0"),
         ({"parameters": "norm"}, "parameters to be one of all, affine, body, head; got 'norm'"),
     ],

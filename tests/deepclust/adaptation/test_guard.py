@@ -1,13 +1,16 @@
 """The guard: whose answer it gives, what the adapter learns, and that it keeps the adapters' contract."""
 
+import math
+import statistics
+
 import pytest
 import torch
 from torch import nn
 
 from deepclust.adaptation import BN, Adapter, Classifier, Source, Tent
-from deepclust.adaptation.guard import UNKNOWN_GAIN, Baselines, Guard
+from deepclust.adaptation.guard import SURE, UNKNOWN_GAIN, Baselines, Guard
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import classifier, same, state, stream
+from tests.deepclust.adaptation.nets import classifier, same, same_state, state, stream
 
 CLASSES = 4
 
@@ -34,7 +37,9 @@ class Scripted(Adapter):
         return model
 
     def _adapt(self, images):
-        self.learnt += 1
+        self.learnt = self.learnt + 1
+        if self.says is None:
+            raise AdaptationError("nothing to say")
         return self.says
 
     def _state(self):
@@ -146,14 +151,57 @@ def test_a_batch_that_the_adapter_can_not_use_is_answered_by_source_and_says_why
     assert torch.equal(Guard(BN(model), model)(image), Source(model)(image))
 
 
+def test_a_batch_that_the_adapter_can_not_use_is_answered_by_bn_where_it_is_trusted():
+    for won, trusted in ((0.11, "bn"), (0.09, "source")):
+        guard, adapter = scripted(reference=0.9)
+        source, bn = logits(ONE, 0.7), logits(ONE, 0.7 + won)
+        assert torch.equal(ask(guard, adapter, source, bn, None), {"bn": bn, "source": source}[trusted])
+        assert (guard.verdict.answer, guard.verdict.reason) == (trusted, "nothing to say")
+
+
+def test_inference_mode_is_refused_before_anything_and_the_guard_goes_on():
+    model = classifier()
+    first, second = stream(2)
+    for adapter in (Tent, BN):
+        guard, untouched = Guard(adapter(model), model), Guard(adapter(model), model)
+        with torch.inference_mode():
+            made_there = second.clone()
+            with pytest.raises(AdaptationError, match=r"guarded .* keeps what it learns.*use torch.no_grad"):
+                guard(first)
+        if adapter is Tent:
+            with pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\)"):
+                guard(made_there)
+        assert not guard.answers
+        for images in (first, second):
+            assert torch.equal(guard(images), untouched(images))
+
+
+def test_a_guarded_call_copies_the_state_once(monkeypatch):
+    model = classifier()
+    guard = Guard(Tent(model), model)
+    guard(stream(1)[0])
+    copies = []
+    for method in ("_snapshot", "state_dict"):
+        whole = getattr(guard.adapter, method)
+        monkeypatch.setattr(guard.adapter, method, lambda whole=whole: copies.append(1) or whole())
+    guard(stream(1)[0])
+    assert len(copies) == 1
+
+
 def test_where_nothing_is_learnt_bn_is_given_exactly_where_it_is_trusted():
     model = classifier()
-    guard = Guard(BN(model), model)
+    answers = set()
     for images in stream():
-        given = guard(images)
-        truth = BN(model)(images) if guard.verdict.answer == "adapter" else Source(model)(images)
-        assert torch.equal(given, truth)
-        assert guard.verdict.answer in ("adapter", "source")
+        guard = Guard(BN(model), model)
+        source, bn = Source(model)(images), BN(model)(images)
+        # The rule by hand: enough confidence is won on average, by more than chance; or the classes are the same.
+        gains = [b.softmax(0).max().item() - s.softmax(0).max().item() for s, b in zip(source, bn, strict=True)]
+        mean, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+        trusted = mean >= UNKNOWN_GAIN and mean > SURE * error
+        given = bn if trusted or torch.equal(source.argmax(dim=1), bn.argmax(dim=1)) else source
+        assert torch.equal(guard(images), given)
+        answers.add(guard.verdict.answer)
+    assert answers == {"adapter", "source"}
 
 
 def test_guards_that_share_their_baselines_answer_as_those_that_do_not():
@@ -192,6 +240,48 @@ def test_reset_and_state_go_on_bit_for_bit():
     assert fresh.answers == answers
     with pytest.raises(AdaptationError, match="a state of the adapter bn, got one of 'tent'"):
         Guard(BN(model), model).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: {name: value for name, value in state.items() if name != "evidence"},
+        lambda state: {name: value for name, value in state.items() if name != "adapter"},
+        lambda state: state | {"verdict": {"answer": "both", "reason": ""}},
+        lambda state: state | {"verdict": {"answer": "bn"}},
+        lambda state: state | {"answers": {"nobody": 3}},
+        lambda state: state | {"evidence": [{"source": torch.zeros(9)}]},
+        lambda state: state | {"adapter": state["adapter"] | {"parameters": {}}},
+    ],
+    ids=[
+        "no evidence",
+        "no adapter",
+        "unknown verdict",
+        "half a verdict",
+        "unknown answers",
+        "half evidence",
+        "adapter",
+    ],
+)
+def test_a_state_that_is_not_a_guards_is_an_error_and_changes_nothing(spoil):
+    model = classifier()
+    guard, untouched, other = (Guard(Tent(model), model) for _ in range(3))
+    first, second = stream(2)
+    guard(first), untouched(first), other(second)
+    with pytest.raises(AdaptationError, match=r"expected (a|the answers)"):
+        guard.load_state_dict(spoil(other.state_dict()))
+    assert same_state(guard.state_dict(), untouched.state_dict())
+    assert torch.equal(guard(second), untouched(second))
+
+
+def test_the_evidence_goes_to_the_device_of_the_model():
+    model = classifier()
+    guard = Guard(Tent(model), model)
+    guard(stream(1)[0])
+    saved = guard.state_dict()
+    guard.adapter.model.to("meta")
+    guard.load_state_dict(saved)
+    assert {evidence["source"].device.type for evidence in guard.state_dict()["evidence"]} == {"meta"}
 
 
 def test_the_model_given_never_changes_and_bad_options_are_refused():

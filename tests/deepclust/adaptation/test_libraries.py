@@ -7,7 +7,7 @@ import timm
 import torch
 from torchvision import models
 
-from deepclust.adaptation import ADAPTERS, T3A, Tent
+from deepclust.adaptation import ADAPTERS, T3A, Guard, Tent
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import same, seeded, state
 
@@ -68,6 +68,25 @@ def test_a_timm_vision_transformer_adapts_in_three_lines_and_is_left_without_a_t
     assert all(batch.shape == (4, CLASSES) and torch.isfinite(batch).all() for batch in logits)
     assert same(state(vit), weights)
     assert traces(vit) == before
+
+
+@pytest.mark.parametrize(("name", "fallbacks"), [("resnet", ["source", "bn"]), ("vit", ["source"])])
+def test_a_guarded_model_of_either_library_falls_back_where_tent_goes_astray_and_leaves_no_trace(
+    name, fallbacks, request
+):
+    model = request.getfixturevalue(name)
+    weights, before = state(model), copy.deepcopy(traces(model))
+    tame = Guard(Tent(model, rate=1e-9), model, tolerance=0.99)
+    wild = Guard(Tent(model, rate=10.0, predict="after"), model, tolerance=0.0)
+    alone = Tent(model, rate=1e-9)
+    for seed in (5, 6):
+        images = pictures(seed)
+        assert torch.equal(tame(images), alone(images))
+        given = wild(images)
+        assert wild.verdict.answer in fallbacks
+        assert torch.equal(given, ADAPTERS[wild.verdict.answer](model)(images))
+    assert same(state(model), weights)
+    assert traces(model) == before
 
 
 def test_tents_first_prediction_of_a_transformer_is_the_models_own(vit):

@@ -1,6 +1,7 @@
 """BatchNorm's statistics: the batch's, between, aligned."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -99,8 +100,10 @@ def test_a_prior_needs_running_statistics():
     with pytest.raises(AdaptationError, match=r"a prior of 4 images weighs .* keeps none in some layers .*use prior 0"):
         BN(model, prior=4)
     BN(model)(stream(1)[0])
-    with pytest.raises(AdaptationError, match="a prior of at least 0 images, got -1"):
+    with pytest.raises(AdaptationError, match="a finite prior of at least 0 images, got -1"):
         BN(classifier(), prior=-1)
+    with pytest.raises(AdaptationError, match="a finite prior of at least 0 images, got inf"):
+        BN(classifier(), prior=math.inf)
 
 
 def test_batch_statistics_leave_dropout_off():
@@ -186,6 +189,23 @@ def test_aligning_brings_back_modes_and_leaves_no_hook_also_after_an_error(fault
         assert same(state(model), before)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("where", ["images", "layers"])
+def test_aligning_refuses_what_is_not_finite_and_leaves_the_model_as_it_was(where):
+    model = classifier()
+    images = torch.cat(stream(2))
+    message = "expected finite images, got NaN"
+    if where == "images":
+        images[-1, 0, 0, 0] = torch.nan
+    else:
+        with torch.no_grad():
+            model.featurizer[1].weight[0, 0] = torch.inf
+        message = "BatchNorm is given NaN or infinity"
+    before = state(model)
+    with pytest.raises(AdaptationError, match=message):
+        align_statistics(model, images.split(9))
+    assert same(state(model), before)
 
 
 def test_aligning_leaves_layers_without_scale_and_shift_or_running_statistics_alone():

@@ -348,7 +348,7 @@ def test_states_and_options_that_do_not_fit_are_errors():
         ({"nu": -0.1}, "got alpha 0.05, nu -0.1"),
         ({"lambda_t": -1}, "lambda_t and lambda_u of at least 0, got lambda_t -1"),
         ({"lambda_u": math.nan}, "lambda_u nan"),
-        ({"rate": 0}, "a rate above 0, got 0"),
+        ({"rate": 0}, "a finite rate above 0, got 0"),
     ]:
         with pytest.raises(AdaptationError, match=message):
             RoTTA(classifier(), **options)

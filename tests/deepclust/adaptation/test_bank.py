@@ -1,0 +1,53 @@
+"""The sums of a bank's classes: what they are, and that they stay small where there are many classes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepclust.adaptation import bank, t3a
+from tests.deepclust.adaptation.nets import seeded
+
+CLASSES, MEMBERS, FEATURES = 700, 2800, 8
+
+
+class Largest(TorchDispatchMode):
+    """Counts the numbers in the largest tensor that is made while it lasts."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return made
+
+
+def members():
+    """Features and pseudo-classes of a bank in which class 5 has no member."""
+    generator = seeded(0)
+    labels = torch.randint(CLASSES, (MEMBERS,), generator=generator)
+    features = torch.randn((MEMBERS, FEATURES), generator=generator, dtype=torch.float64)
+    return features, labels.masked_fill(labels == 5, 6)
+
+
+# The second is what a GPU takes.
+@pytest.mark.parametrize("sums", [bank.class_sums, bank.segment_sums])
+def test_sums_are_those_of_each_classs_members_and_0_without_any(sums):
+    features, labels = members()
+    found = sums(features, labels, CLASSES)
+    for k in range(CLASSES):
+        torch.testing.assert_close(found[k], sum(features[labels == k], torch.zeros(FEATURES, dtype=torch.float64)))
+    assert not found[5].any()
+
+
+@pytest.mark.parametrize("adapter", ["tsd", "t3a"])
+def test_prototypes_make_nothing_of_the_size_of_members_times_classes(adapter):
+    features, labels = members()
+    scores, entropies = torch.zeros(MEMBERS, CLASSES), torch.zeros(MEMBERS)
+    with Largest() as largest:
+        if adapter == "tsd":
+            bank.prototypes(bank.Bank(features, scores, labels, entropies))
+        else:
+            t3a.prototypes(t3a.Supports(features, labels, entropies), CLASSES)
+    assert 0 < largest.numbers <= features.numel()
