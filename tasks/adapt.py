@@ -88,8 +88,7 @@ def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
     yield clean
     for corruption in options.corruptions:
         for severity in options.severities:
-            file = work / f"{corruption}-{severity}.npy"
-            yield shifts.corrupted(clean, corruption, severity, seed=seed, file=file)
+            yield shifts.corrupted(clean, corruption, severity, seed=seed, file=work / f"{corruption}-{severity}")
     yield from domains.load(
         Path(options.domains),
         classes=prepared.meta()["classes"],
