@@ -78,7 +78,7 @@ def write(here: stage.Here, tables: Mapping[str, Rows]) -> None:
 
 
 def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
-    """All shifts, `clean` first; the corrupted images are kept in the folder `work`."""
+    """All shifts, `clean` first; corrupted images and those of domains are kept in the folder `work`."""
     options, seed = values.adapt, values.seed
     test = prepared.load("test")
     rows = shifts.choose(test.labels, count=options.images, seed=seed)
@@ -89,8 +89,10 @@ def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
     for corruption in options.corruptions:
         for severity in options.severities:
             yield shifts.corrupted(clean, corruption, severity, seed=seed, file=work / f"{corruption}-{severity}")
+    (work / "domains").mkdir()
     yield from domains.load(
         Path(options.domains),
+        work / "domains",
         classes=prepared.meta()["classes"],
         statistics=prepared.statistics(),
         count=options.images,

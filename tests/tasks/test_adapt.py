@@ -300,6 +300,19 @@ def test_without_any_label_there_are_indicators_and_predictions_of_clusters_alon
     assert found["not_applicable"] == {"linear": "no labelled training images, so there is no classifier"}
 
 
+def test_a_domain_with_class_folders_measures_clusters_where_the_data_have_no_labels(run: Run, workspace: Path) -> None:
+    shift_workspace.unlabel()
+    put_domain(workspace / "domains" / "dark")
+    rows = table(run("adapt.classifiers=[linear, clusters]", "adapt.settings=[reset]", "adapt.corruptions=[]"))
+    assert {row["classifier"] for row in rows} == {"clusters"}
+    assert {row["shift"] for row in rows if row["error"] and row["nmi"]} == {"dark"}
+    assert {row["shift"] for row in rows if not row["error"] and not row["nmi"]} == {"clean"}
+    found = metrics()
+    (source,) = (float(row["error"]) for row in rows if (row["shift"], row["adapter"]) == ("dark", "source"))
+    assert found["errors"]["source"] == pytest.approx(source)
+    assert (found["labelled"], found["clean"]) == (0, None)
+
+
 def test_the_reason_tells_whether_classifier_or_labels_are_missing(run: Run) -> None:
     shift_workspace.unlabel()
     folder = run()

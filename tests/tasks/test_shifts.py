@@ -118,7 +118,7 @@ def test_the_kept_images_are_all_corrupted_at_once_and_rounded_to_8_bits(
 def test_the_file_never_has_a_hole_into_which_a_full_disk_would_let_nothing_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Writing into a hole of a memory map kills the process where the disk is full; writing at the end is an OSError."""
+    """Where the disk is full, writing into a hole of a memory map kills the process, and at the end is an OSError."""
     clean, file, sizes = shift(count=400), tmp_path / "images", []
 
     def watched(*arguments: Any, **options: Any) -> torch.Tensor:
