@@ -21,6 +21,7 @@ from deepclust import encoder as encoders
 from deepclust import seeding
 from deepclust.adaptation import ADAPTERS
 from deepclust.corruptions import CORRUPTIONS, corrupt
+from deepclust.errors import AdaptationError, ConfigError
 from deepclust.views import to_float
 from tasks import adapt, adapt_sections, classifiers, environment, layout, measuring, params, shifts, tracking
 from tests.tasks import shift_workspace
@@ -431,6 +432,50 @@ def test_a_section_has_exactly_its_adapters_options(name: str) -> None:
             *("local_itself", "local_repels", "train_mode", "seed"),
         }
     assert set(SECTIONS[name].model_fields) == known
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"compat": "original", "local_weight": 0.1},
+            "^adapt.tsd: compat 'original' means local_weight 0, got 0.1; make",
+        ),
+        (
+            {"compat": "original", "steps": 2},
+            "^adapt.tsd: compat 'original' means steps 1, got 2; make it 1, or compat",
+        ),
+        ({"compat": "original", "episodic": True}, "^adapt.tsd: .* means episodic False, got True"),
+        ({"compat": "original", "predict": "after"}, "^adapt.tsd: .* means predict before, got after"),
+        ({"compat": "original", "filter_k": None}, "^adapt.tsd: .* can not keep all members; give filter_k"),
+        ({"compat": "original", "parameters": "head"}, "^adapt.tsd: .* no gradient reaches parameters head"),
+        ({"local_weight": 0.0, "parameters": "head"}, "^adapt.tsd: .* no gradient reaches parameters head"),
+        ({"affinity": "linear", "neighbours": 5}, "^adapt.lame: affinity 'linear' has no neighbours, got 5"),
+        ({"compat": "original"}, None),
+        ({"compat": "original", "local_weight": 0.0, "filter_k": 7}, None),
+        ({"local_weight": 0.0, "filter_k": None, "steps": 2, "episodic": True, "predict": "after"}, None),
+        ({"parameters": "head"}, None),
+        ({"affinity": "linear"}, None),
+        ({"affinity": "rbf", "neighbours": 3}, None),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_as_parameters_where_the_adapter_would_refuse_them(
+    workspace: Path, options: dict[str, Any], message: str | None
+) -> None:
+    """Left to the adapter, it would be absent from the table, and everything else measured."""
+    name = "lame" if "affinity" in options else "tsd"
+    raw = yaml.safe_load((workspace / "params.yaml").read_text())
+    raw["adapt"][name] |= options
+    model = shift_workspace.classifier_of("small")
+    if message is None:
+        values = getattr(params.parse(raw).adapt, name).model_dump()
+        assert values.items() >= options.items()
+        ADAPTERS[name](model, **values)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            params.parse(raw)
+        with pytest.raises(AdaptationError):
+            ADAPTERS[name](model, **raw["adapt"][name])
 
 
 def test_corruptions_of_the_parameters_are_those_there_are() -> None:
