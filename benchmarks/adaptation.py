@@ -41,7 +41,7 @@ def measure(root: Path, encoder: str, values: sections.Params, *, heldout: bool)
         met = list(_heldout(values, Path(work)) if heldout else adapt.collect(values, Path(work)))
         source_images = list(adapt.source_batches(values.seed))
         for kind in values.adapt.classifiers:
-            found = classifiers.build(kind, encoder, values)
+            found = classifiers.build(kind, encoder, values, source_images)
             if found.model is None:
                 print(f"{root}: {kind}: {found.reason}", file=sys.stderr)
                 continue

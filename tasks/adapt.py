@@ -45,7 +45,7 @@ def main() -> None:
         tables: dict[str, Rows] = {"table": [], "stream": [], "predictions": [], "seconds": []}
         not_applicable: dict[str, str] = {}
         for kind in values.classifiers:
-            found = classifiers.build(kind, here.encoder, here.params)
+            found = classifiers.build(kind, here.encoder, here.params, source_images)
             if found.model is None:
                 print(f"{kind}: not applicable: {found.reason}", flush=True)
                 not_applicable[kind] = found.reason

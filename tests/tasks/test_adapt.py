@@ -109,7 +109,7 @@ def test_errors_of_source_are_those_of_the_classifier_on_each_shift_in_every_set
     images, labels = shift_workspace.images_and_labels(61, seed=1)
     order = shifts.choose(labels, count=384, seed=0)
     plain = to_float(torch.from_numpy(images[order]))
-    model = classifiers.build("linear", "swav", params.load()).model
+    model = classifiers.build("linear", "swav", params.load(), []).model
     assert model is not None
     found = {(row["setting"], row["shift"]): float(row["error"]) for row in rows if row["adapter"] == "source"}
     for name in ("clean", "gaussian_noise", "contrast"):
@@ -274,7 +274,7 @@ def test_a_domain_without_labels_has_indicators_and_a_prediction_of_each_image(r
     assert len(keys) == len(set(keys)) == 7 * 8
     assert {row["path"] for row in predictions} == {f"dark/unlabelled/{number}.png" for number in range(8)}
     assert {row["prediction"] for row in predictions} <= set(shift_workspace.CLASSES)
-    model = classifiers.build("linear", "swav", params.load()).model
+    model = classifiers.build("linear", "swav", params.load(), []).model
     assert model is not None
     for row in predictions:
         if row["adapter"] == "source":
