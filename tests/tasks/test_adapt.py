@@ -23,7 +23,7 @@ from deepclust.adaptation import ADAPTERS
 from deepclust.corruptions import CORRUPTIONS, corrupt
 from deepclust.errors import AdaptationError, ConfigError
 from deepclust.views import to_float
-from tasks import adapt, adapt_sections, classifiers, environment, layout, measuring, params, shifts, tracking
+from tasks import adapt, adapt_sections, classifiers, environment, layout, measuring, params, shifts, stage, tracking
 from tests.tasks import shift_workspace
 
 Row = dict[str, str]
@@ -227,6 +227,45 @@ def test_an_adapter_that_fails_on_one_stream_of_a_setting_is_left_out_of_all_of_
         left = {row["adapter"] for row in table(folder, name) if row["setting"] == "reset" and row["guarded"] == "0"}
         assert left == {"source", "t3a"}
     assert set(metrics()["not_applicable"]) == {"bn, reset, batches of 16", "tent, reset, batches of 16"}
+
+
+def test_a_long_table_is_that_of_all_rows_at_once_without_those_of_adapters_that_failed(tmp_path: Path) -> None:
+    columns = ["path", "adapter", "guarded", "error"]
+    rows = [
+        {"path": path, "adapter": name, "guarded": guarded, "error": error}
+        for path in ('a "b", c.png', "two\nlines.png", "plain.png")
+        for name, guarded, error in (("bn", 0, 1 / 3), ("bn", 1, 1e-7), ("tent", 0, None))
+    ]
+    table = adapt.LongTable(tmp_path / "long.csv", columns)
+    table.add(rows[:4])
+    table.add(row for row in rows[4:])
+    table.settle([])
+    table.add(rows[:3])
+    table.add(rows[3:5])
+    table.settle({"bn": "why"})
+    table.close()
+    expected = rows + [row for row in rows[:5] if row["guarded"] or row["adapter"] != "bn"]
+    assert len(expected) == 9 + 3
+    assert (tmp_path / "long.csv").read_bytes().decode() == stage.table(expected, columns)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.csv"]
+
+
+def test_rows_of_batches_and_images_are_written_before_the_next_stream(
+    run: Run, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift_workspace.unlabel()
+    written: list[int] = []
+    follow = measuring.follow
+
+    def watched(*given: Any) -> Any:
+        files = layout.ARTIFACTS.glob("adapt/.swav.partial/*.csv*")
+        written.append(sum(len(file.read_text().splitlines()) for file in files))
+        return follow(*given)
+
+    monkeypatch.setattr(measuring, "follow", watched)
+    run("adapt.classifiers=[clusters]", "adapt.settings=[reset]")
+    # Two lines of columns; 61 predictions and 4 batches of 7 adapters a stream.
+    assert written == [2, 2 + 65 * 7, 2 + 2 * 65 * 7]
 
 
 def test_pixels_have_what_needs_no_parameters_and_reasons_for_the_rest(run: Run, capsys: Any) -> None:
