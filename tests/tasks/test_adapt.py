@@ -166,7 +166,10 @@ def test_metrics_are_means_over_the_shifts_of_the_table(run: Run) -> None:
 
 
 def test_two_runs_write_the_same_bytes_but_for_the_seconds(run: Run) -> None:
-    edits = ("adapt.settings=[mixed]", "adapt.classifiers=[fine_tuned, clusters]", "adapt.fine_tune.epochs=1")
+    edits = [
+        *("adapt.settings=[mixed]", "adapt.classifiers=[fine_tuned, clusters]", "adapt.fine_tune.epochs=1"),
+        *("adapt.corruptions=[contrast]", "adapt.images=24"),
+    ]
 
     def written() -> dict[str, bytes]:
         files = [
@@ -417,7 +420,7 @@ def test_the_names_of_all_logged_numbers_are_ones_that_mlflow_takes(
             logged.update(values)
 
     monkeypatch.setattr(tracking, "NullRun", Recorder)
-    run("adapt.classifiers=[linear, clusters]", "adapt.batch_sizes=[1, 16]", "adapt.images=20")
+    run("adapt.classifiers=[linear, clusters]", "adapt.batch_sizes=[1, 16]", "adapt.images=6")
     assert any(name.startswith("settings.") for name in logged)
     assert any(name.startswith("seconds_per_image.") for name in logged)
     for name in logged:
