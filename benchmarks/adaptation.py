@@ -40,14 +40,15 @@ def measure(root: Path, encoder: str, values: sections.Params, *, heldout: bool)
     with tempfile.TemporaryDirectory() as work:
         met = list(_heldout(values, Path(work)) if heldout else adapt.collect(values, Path(work)))
         source_images = list(adapt.source_batches(values.seed))
+        long_tables = adapt.open_tables(Path(work))
         for kind in values.adapt.classifiers:
-            found = classifiers.build(kind, encoder, values)
+            found = classifiers.build(kind, encoder, values, source_images)
             if found.model is None:
                 print(f"{root}: {kind}: {found.reason}", file=sys.stderr)
                 continue
             if heldout:
                 found.model.head.load_state_dict(_refitted(encoder, values).state_dict())
-            parts, _ = adapt.run(found, kind, met, source_images, values.adapt, seed=values.seed)
+            parts, _ = adapt.run(found, kind, met, source_images, values.adapt, long_tables, seed=values.seed)
             rows += parts["table"]
     return rows
 

@@ -8,9 +8,10 @@ error to measure: predictions and label-free indicators are written all the same
 
 from __future__ import annotations
 
+import csv
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,45 @@ SECONDS = ["classifier", "setting", "batch_size", "adapter", "guarded", "seconds
 Rows = list[dict[str, Any]]
 
 
+class LongTable:
+    """A table that grows with the images, so is written stream by stream and never held.
+
+    Args:
+        file: Where it is written.
+        columns: Its columns.
+    """
+
+    def __init__(self, file: Path, columns: list[str]) -> None:
+        self._file, self._columns = file, columns
+        self._unsettled = file.with_name(f"{file.name}.unsettled")
+        stage.write_text(file, stage.table([], columns))
+        self._unsettled.touch()
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows of a setting that goes on."""
+        with self._unsettled.open("a", encoding="utf-8", newline="") as out:
+            out.write(stage.table(rows, self._columns).split("\n", 1)[1])
+
+    def settle(self, failed: Collection[str]) -> None:
+        """Take over the setting's rows, except those of adapters that failed on one of its streams."""
+        with (
+            self._unsettled.open(encoding="utf-8", newline="") as rows,
+            self._file.open("a", encoding="utf-8", newline="") as out,
+        ):
+            whole = (row for row in csv.DictReader(rows, self._columns) if counts(row, failed))
+            csv.DictWriter(out, self._columns, lineterminator="\n").writerows(whole)
+        self._unsettled.write_bytes(b"")
+
+    def close(self) -> None:
+        """Remove what is not part of the table."""
+        self._unsettled.unlink()
+
+
+def counts(row: Mapping[str, Any], failed: Collection[str]) -> bool:
+    """Whether a row is kept: an adapter that fails on one stream is measured on none, so that means are comparable."""
+    return bool(int(row["guarded"])) or row["adapter"] not in failed
+
+
 def main() -> None:
     """Measure the adapters of one encoder."""
     with stage.running("adapt") as here:
@@ -42,19 +82,22 @@ def main() -> None:
         work.mkdir()
         met = list(collect(here.params, work))
         source_images = list(source_batches(here.params.seed))
-        tables: dict[str, Rows] = {"table": [], "stream": [], "predictions": [], "seconds": []}
+        tables: dict[str, Rows] = {"table": [], "seconds": []}
+        long_tables = open_tables(here.folder)
         not_applicable: dict[str, str] = {}
         for kind in values.classifiers:
-            found = classifiers.build(kind, here.encoder, here.params)
+            found = classifiers.build(kind, here.encoder, here.params, source_images)
             if found.model is None:
                 print(f"{kind}: not applicable: {found.reason}", flush=True)
                 not_applicable[kind] = found.reason
                 continue
             several = f"{kind}: " if len(values.classifiers) > 1 else ""
-            parts, reasons = run(found, kind, met, source_images, values, seed=here.params.seed)
+            parts, reasons = run(found, kind, met, source_images, values, long_tables, seed=here.params.seed)
             not_applicable |= {f"{several}{name}": reason for name, reason in reasons.items()}
             for name, rows in parts.items():
                 tables[name] += rows
+        for table in long_tables.values():
+            table.close()
         shutil.rmtree(work)
         none_applies = not_applicable.keys() >= set(values.classifiers)
         here.metrics(summary(tables["table"], not_applicable, met[0], none_applies=none_applies))
@@ -69,16 +112,20 @@ def main() -> None:
 
 
 def write(here: stage.Here, tables: Mapping[str, Rows]) -> None:
-    """The tables as files."""
+    """The short tables as files."""
     stage.write_text(here.folder / "table.csv", stage.table(tables["table"], measuring.COLUMNS))
-    stage.write_text(here.folder / "stream.csv", stage.table(tables["stream"], measuring.CURVE))
-    stage.write_text(here.folder / "predictions.csv", stage.table(tables["predictions"], PREDICTIONS))
     stage.write_text(here.folder / "seconds.csv", stage.table(tables["seconds"], SECONDS))
     here.curve(tables["table"], measuring.COLUMNS)
 
 
+def open_tables(folder: Path) -> dict[str, LongTable]:
+    """The long tables, by name."""
+    columns = {"stream": measuring.CURVE, "predictions": PREDICTIONS}
+    return {name: LongTable(folder / f"{name}.csv", columns[name]) for name in columns}
+
+
 def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
-    """All shifts, `clean` first; the corrupted images are kept in the folder `work`."""
+    """All shifts, `clean` first; corrupted images and those of domains are kept in the folder `work`."""
     options, seed = values.adapt, values.seed
     test = prepared.load("test")
     rows = shifts.choose(test.labels, count=options.images, seed=seed)
@@ -88,10 +135,11 @@ def collect(values: sections.Params, work: Path) -> Iterator[shifts.Shift]:
     yield clean
     for corruption in options.corruptions:
         for severity in options.severities:
-            file = work / f"{corruption}-{severity}.npy"
-            yield shifts.corrupted(clean, corruption, severity, seed=seed, file=file)
+            yield shifts.corrupted(clean, corruption, severity, seed=seed, file=work / f"{corruption}-{severity}")
+    (work / "domains").mkdir()
     yield from domains.load(
         Path(options.domains),
+        work / "domains",
         classes=prepared.meta()["classes"],
         statistics=prepared.statistics(),
         count=options.images,
@@ -114,6 +162,7 @@ def run(
     met: Sequence[shifts.Shift],
     source_images: Sequence[Tensor],
     values: adapt_sections.Adapt,
+    long_tables: Mapping[str, LongTable],
     *,
     seed: int,
 ) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -125,25 +174,26 @@ def run(
         met: All shifts.
         source_images: Batches of training images.
         values: Parameters of the stage.
+        long_tables: Where rows of `stream` and `predictions` go.
         seed: Draws the orders.
 
     Returns:
-        Rows by name of the table (table, stream, predictions, seconds), and why adapters do not apply.
+        Rows by name of the table (table, seconds), and why adapters do not apply.
     """
     assert found.model is not None
     if values.align:
         align_statistics(found.model, source_images)
     adapters = measuring.make(found.model, options_of(values), source_images, guard=values.guard)
     not_applicable = dict(adapters.not_applicable)
-    parts: dict[str, Rows] = {"table": [], "stream": [], "predictions": [], "seconds": []}
+    parts: dict[str, Rows] = {"table": [], "seconds": []}
     for setting in values.settings:
         for batch_size in values.batch_sizes:
             begin = time.perf_counter()
             where = {"classifier": kind, "setting": setting, "batch_size": batch_size}
-            made, failed = _setting(adapters, found, met, where, seed=seed, clusters=kind == "clusters")
+            made, failed = _setting(adapters, found, met, where, long_tables, seed=seed)
             not_applicable |= {f"{name}, {setting}, batches of {batch_size}": why for name, why in failed.items()}
             for name, rows in made.items():
-                parts[name] += [where | row for row in rows]
+                parts[name] += rows
             print(f"\n{kind}, {setting}, batches of {batch_size}: {time.perf_counter() - begin:.0f} s", flush=True)
             print(show(made["table"], made["seconds"]), flush=True)
     for name, reason in not_applicable.items():
@@ -160,31 +210,32 @@ def _setting(
     adapters: measuring.Adapters,
     found: classifiers.Found,
     met: Sequence[shifts.Shift],
-    where: Mapping[str, Any],
+    where: dict[str, Any],
+    long_tables: Mapping[str, LongTable],
     *,
     seed: int,
-    clusters: bool,
 ) -> tuple[dict[str, Rows], dict[str, str]]:
     """All streams of one setting."""
-    parts: dict[str, Rows] = {"table": [], "stream": [], "predictions": []}
+    table: Rows = []
+    clusters = where["classifier"] == "clusters"
     reasons: dict[str, str] = {}
     seconds: dict[tuple[str, bool], list[float]] = {}
     for stream in shifts.streams(met, where["setting"], batch_size=where["batch_size"], seed=seed):
         answers, failed = measuring.follow(adapters, met, stream, default_device())
         reasons |= failed
-        parts["table"] += measuring.tabulate(answers, met, stream, clusters=clusters)
-        parts["stream"] += measuring.curve(answers, met, stream, clusters=clusters)
-        parts["predictions"] += _predictions(answers, met, stream, found.names)
+        table += [where | row for row in measuring.tabulate(answers, met, stream, clusters=clusters)]
+        long_tables["stream"].add(where | row for row in measuring.curve(answers, met, stream, clusters=clusters))
+        long_tables["predictions"].add(where | row for row in _predictions(answers, met, stream, found.names))
         for key, each in answers.items():
             seconds.setdefault(key, []).append(each.seconds / len(stream.shift))
-    parts["seconds"] = [
-        {"adapter": name, "guarded": int(guarded), "seconds_per_image": float(np.mean(found))}
+    cost = [
+        where | {"adapter": name, "guarded": int(guarded), "seconds_per_image": float(np.mean(found))}
         for (name, guarded), found in seconds.items()
     ]
-    # An adapter that fails on one stream of a setting is measured on none: means over shifts stay comparable.
-    for name in ("table", "stream", "predictions", "seconds"):
-        parts[name] = [row for row in parts[name] if row["guarded"] or row["adapter"] not in reasons]
-    return parts, reasons
+    for long_table in long_tables.values():
+        long_table.settle(reasons)
+    parts = {"table": table, "seconds": cost}
+    return {name: [row for row in rows if counts(row, reasons)] for name, rows in parts.items()}, reasons
 
 
 def _predictions(

@@ -91,12 +91,39 @@ class TSD(Learner):
     local_weight: NotNegative | None
     temperature: Positive
 
+    @model_validator(mode="after")
+    def _check(self) -> TSD:
+        if self.compat is not None:
+            its = {"local_weight": 0, "steps": 1, "episodic": False, "predict": "before"}
+            given = {name: getattr(self, name) for name in its}
+            against = [name for name, value in given.items() if value is not None and value != its[name]]
+            if against:
+                name = against[0]
+                remedy = "make it null" if name == "local_weight" else f"make it {its[name]}"
+                raise ValueError(
+                    f"compat {self.compat!r} means {name} {its[name]}, got {given[name]}; {remedy}, or compat null"
+                )
+            if self.filter_k is None:
+                raise ValueError(f"compat {self.compat!r} can not keep all members; give filter_k, or make compat null")
+        if self.parameters == "head" and (self.compat is not None or self.local_weight == 0):
+            raise ValueError(
+                "without the local term no gradient reaches parameters head; choose other parameters, or compat null "
+                "and a local_weight above 0"
+            )
+        return self
+
 
 class LAME(Common):
     """LAME's options."""
 
     affinity: Literal["knn", "rbf", "linear"]
     neighbours: Count | None
+
+    @model_validator(mode="after")
+    def _check(self) -> LAME:
+        if self.affinity == "linear" and self.neighbours is not None:
+            raise ValueError(f"affinity 'linear' has no neighbours, got {self.neighbours}; make them null")
+        return self
 
 
 class RoTTA(Learner):

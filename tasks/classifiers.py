@@ -2,12 +2,14 @@
 
 linear      the encoder and the classifier of the stage `linear`
 fine_tuned  that, then the whole network trained on the labelled training images
-clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster
+clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster.
+            Its logits are -‖z - c‖² / m, where m is the mean of training images' squared distances to their centroids
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,6 @@ from deepclust.errors import CheckpointError
 from deepclust.fine_tuning import fine_tune
 from tasks import layout, prepared, sections
 
-CLUSTER_TEMPERATURE = 0.1  # of the softmax over squared distances; the field's own for unit features
-
 
 @dataclass(frozen=True)
 class Found:
@@ -44,13 +44,14 @@ class Found:
     reason: str = ""
 
 
-def build(kind: str, encoder: str, values: sections.Params) -> Found:
+def build(kind: str, encoder: str, values: sections.Params, source_images: Sequence[Tensor]) -> Found:
     """Load or train a classifier.
 
     Args:
         kind: See the head of this file.
         encoder: Name of the encoder.
         values: All parameters.
+        source_images: Batches (B, C, H, W) in [0, 1] of training images, without their labels, on the device.
 
     Raises:
         CheckpointError: If a stage's output is missing, damaged, or was made for other features.
@@ -58,9 +59,13 @@ def build(kind: str, encoder: str, values: sections.Params) -> Found:
     """
     network = encoders.load(layout.out("pretrain", encoder))
     if kind == "clusters":
-        head, normalise = load_centroids(layout.out("cluster", encoder), network.feature_dim)
-        names = [str(number) for number in range(head.out_features)]
-        return Found(_placed(Classifier(_Unit(network) if normalise else network, head)), names)
+        centroids, normalise = load_centroids(layout.out("cluster", encoder), network.feature_dim)
+        model = _placed(Classifier(_Unit(network) if normalise else network, _linear(centroids, centroids[:, 0])))
+        with torch.no_grad():
+            features = torch.cat([model.featurizer(images) for images in source_images])
+        head = nearest_centroid(centroids, features.cpu())
+        model.head.load_state_dict(head.state_dict())
+        return Found(model, [str(number) for number in range(len(centroids))])
     head_or_none, names = load_head(layout.out("linear", encoder), network.feature_dim)
     if head_or_none is None:
         return Found(None, [], "no labelled training images, so there is no classifier")
@@ -110,10 +115,8 @@ def load_head(folder: Path, feature_dim: int) -> tuple[nn.Linear | None, list[st
     return _linear(weight, bias), description["classes"]
 
 
-def load_centroids(folder: Path, feature_dim: int) -> tuple[nn.Linear, bool]:
-    """The nearest centroid of the stage `cluster` as a linear head, and whether features are scaled to unit length.
-
-    -‖z - c‖² / 2τ is z·c/τ - ‖c‖²/2τ up to what all clusters share, so the largest logit is the nearest centroid's.
+def load_centroids(folder: Path, feature_dim: int) -> tuple[Tensor, bool]:
+    """The centroids (K, D) of the stage `cluster`, and whether they are those of features of unit length.
 
     Raises:
         CheckpointError: If they are missing, damaged, or were made for other features.
@@ -133,8 +136,19 @@ def load_centroids(folder: Path, feature_dim: int) -> tuple[nn.Linear, bool]:
             f"expected centroids (clusters, {feature_dim}) in {folder}, got {tuple(centroids.shape)}; run its embed "
             "and cluster stages again"
         )
-    bias = -centroids.square().sum(dim=1) / 2
-    return _linear(centroids / CLUSTER_TEMPERATURE, bias / CLUSTER_TEMPERATURE), normalise
+    return centroids, normalise
+
+
+def nearest_centroid(centroids_KD: Tensor, features_ND: Tensor) -> nn.Linear:
+    """The nearest centroid as a linear head: its logits are -‖z - c‖² / m, up to what all clusters share.
+
+    m is the mean squared distance of the given features to their nearest centroid, so the probabilities do not depend
+    on the features' scale; a fixed m would saturate or flatten them. Where every feature is a centroid, m is 1.
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # an expanded square would cancel
+    distances_NK = torch.cdist(features_ND.double(), centroids_KD.double(), compute_mode=exact)
+    mean = distances_NK.amin(dim=1).square().mean().item() or 1.0
+    return _linear(2 * centroids_KD / mean, -centroids_KD.square().sum(dim=1) / mean)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -205,11 +205,17 @@ def tabulate(
         clusters: Whether the classes are clusters.
     """
     error: Error = unmatched if clusters else errors
+    truth = _labels(shifts, stream)
+    guards = {
+        name: right(found, answers["source", False], truth, stream, shifts=len(shifts))
+        for (name, guarded), found in answers.items()
+        if guarded
+    }
     rows = []
     for index in dict.fromkeys(stream.shift.tolist()):
         where = np.flatnonzero(stream.shift == index)
         shift = shifts[index]
-        labels = shift.labels[stream.image[where]]
+        labels = truth[where]
         known = bool((labels >= 0).all())
         source = answers["source", False].classes[where]
         bn = answers["bn", False].classes[where] if ("bn", False) in answers else None
@@ -231,50 +237,50 @@ def tabulate(
             if guarded:
                 shares = np.bincount(found.given[where], minlength=3) / len(where)
                 row |= dict(zip(("by_adapter", "by_bn", "by_source"), shares.tolist(), strict=True))
-                row |= (
-                    {"guard_right": right(found, answers["source", False], labels, stream, where)}
-                    if (known and not clusters)
-                    else {}
-                )
+                row |= {"guard_right": float(guards[name][index])} if known and not clusters else {}
             rows.append(row)
     return rows
 
 
 def right(
-    guarded: Answers, source: Answers, labels: NDArray[np.int64], stream: Stream, where: NDArray[np.int64]
-) -> float:
-    """Share of the images in batches where the guard's answer is no worse than the adapter's and the source model's."""
-    truth = np.full(len(stream.shift), -1, np.int64)
-    truth[where] = labels
-    good = 0
-    for batch in stream.batches:
-        rows = np.arange(batch.start, batch.stop)
-        rows = rows[truth[rows] >= 0]
-        if not len(rows):
-            continue
-        wrong = {  # an adapter without an answer is wrong everywhere
-            name: int((classes[rows] != truth[rows]).sum())
-            for name, classes in (("given", guarded.classes), ("own", guarded.own), ("source", source.classes))
-        }
-        good += len(rows) if wrong["given"] <= min(wrong["own"], wrong["source"]) else 0
-    return good / len(where)
+    guarded: Answers, source: Answers, labels: NDArray[np.int64], stream: Stream, *, shifts: int
+) -> NDArray[np.float64]:
+    """Of each shift, the share of images in batches where the guard is no worse than the adapter and the source model.
+
+    Where a batch holds images of several shifts, those of each are judged by themselves.
+
+    Args:
+        guarded: The guarded adapter's answers.
+        source: The source model's.
+        labels: (M,) of the images of the stream; a shift without labels has no meaning in what is returned.
+        stream: The stream.
+        shifts: Number of all shifts; one that is not in the stream is NaN.
+    """
+    number = np.repeat(np.arange(len(stream.batches)), [batch.stop - batch.start for batch in stream.batches])
+    part = number * shifts + stream.shift  # of a batch, the images of one shift
+
+    def of_parts(counted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(part[counted], minlength=len(stream.batches) * shifts)
+
+    # An adapter without an answer, a class -1, is wrong everywhere.
+    given, own, plain = (of_parts(classes != labels) for classes in (guarded.classes, guarded.own, source.classes))
+    is_good = (given <= np.minimum(own, plain))[part]
+    images = np.bincount(stream.shift, minlength=shifts)
+    share: NDArray[np.float64] = np.bincount(stream.shift[is_good], minlength=shifts) / np.where(images, images, np.nan)
+    return share
 
 
 def curve(
     answers: Mapping[tuple[str, bool], Answers], shifts: Sequence[Shift], stream: Stream, *, clusters: bool
 ) -> list[dict[str, Any]]:
     """One row a batch and adapter; clusters have no error of a single batch, only their agreement with the source's."""
+    truth = _labels(shifts, stream)
     rows = []
     for batch in stream.batches:
         index = int(stream.shift[batch.start])
         shift = shifts[index]
         mixed = len(set(stream.shift[batch].tolist())) > 1
-        labels = np.array(
-            [
-                shifts[number].labels[image]
-                for number, image in zip(stream.shift[batch].tolist(), stream.image[batch].tolist(), strict=True)
-            ]
-        )
+        labels = truth[batch]
         source = answers["source", False].classes[batch]
         for (name, guarded), found in answers.items():
             row: dict[str, Any] = {"adapter": name, "guarded": int(guarded), "images": batch.stop}
@@ -284,6 +290,15 @@ def curve(
                 row |= {"error": errors(labels, found.classes[batch])}
             rows.append(row)
     return rows
+
+
+def _labels(shifts: Sequence[Shift], stream: Stream) -> NDArray[np.int64]:
+    """(M,) labels of the images of a stream."""
+    labels = np.empty(len(stream.shift), np.int64)
+    for index, shift in enumerate(shifts):
+        where = stream.shift == index
+        labels[where] = shift.labels[stream.image[where]]
+    return labels
 
 
 def _used(classes: NDArray[np.int64]) -> float:

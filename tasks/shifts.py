@@ -10,7 +10,7 @@ correlated  one stream a shift, begun afresh, sorted by class
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -82,14 +82,35 @@ def corrupted(clean: Shift, corruption: str, severity: int, *, seed: int, file: 
     All severities of a corruption share their random numbers, so that they differ in strength alone.
     """
     generator = seeding.generator("adapt", seed, corruption)
-    target = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=clean.images.shape)
-    for start in range(0, len(clean.images), _CHUNK):
-        plain = to_float(torch.from_numpy(clean.images[start : start + _CHUNK]))
-        changed = corrupt(plain, corruption, severity, generator=generator)
-        target[start : start + _CHUNK] = (changed * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    target.flush()
-    images: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
+
+    def changed() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(clean.images), _CHUNK):
+            plain = to_float(torch.from_numpy(clean.images[start : start + _CHUNK]))
+            found = corrupt(plain, corruption, severity, generator=generator)
+            yield (found * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+    images = keep(changed(), clean.images.shape[1:], file)
     return Shift(corruption, severity, images, clean.labels, clean.paths)
+
+
+def keep(chunks: Iterable[NDArray[np.uint8]], shape: tuple[int, ...], file: Path) -> NDArray[np.uint8]:
+    """Write images into a file of bare bytes, and map it to read.
+
+    Not through a memory map: that is a file with holes, and where the disk is full the process dies of the first write
+    into one, in place of an OSError.
+
+    Args:
+        chunks: Images (n, H, W, C) at a time.
+        shape: (H, W, C) of them.
+        file: Where they are kept.
+    """
+    count = 0
+    with file.open("wb") as out:
+        for chunk in chunks:
+            out.write(chunk.tobytes())
+            count += len(chunk)
+    images: NDArray[np.uint8] = np.memmap(file, np.uint8, mode="r", shape=(count, *shape))
+    return images
 
 
 def cuts(count: int, batch_size: int) -> list[slice]:

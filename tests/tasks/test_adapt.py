@@ -21,8 +21,9 @@ from deepclust import encoder as encoders
 from deepclust import seeding
 from deepclust.adaptation import ADAPTERS
 from deepclust.corruptions import CORRUPTIONS, corrupt
+from deepclust.errors import AdaptationError, ConfigError
 from deepclust.views import to_float
-from tasks import adapt, adapt_sections, classifiers, environment, layout, measuring, params, shifts, tracking
+from tasks import adapt, adapt_sections, classifiers, environment, layout, measuring, params, shifts, stage, tracking
 from tests.tasks import shift_workspace
 
 Row = dict[str, str]
@@ -108,7 +109,7 @@ def test_errors_of_source_are_those_of_the_classifier_on_each_shift_in_every_set
     images, labels = shift_workspace.images_and_labels(61, seed=1)
     order = shifts.choose(labels, count=384, seed=0)
     plain = to_float(torch.from_numpy(images[order]))
-    model = classifiers.build("linear", "swav", params.load()).model
+    model = classifiers.build("linear", "swav", params.load(), []).model
     assert model is not None
     found = {(row["setting"], row["shift"]): float(row["error"]) for row in rows if row["adapter"] == "source"}
     for name in ("clean", "gaussian_noise", "contrast"):
@@ -165,7 +166,10 @@ def test_metrics_are_means_over_the_shifts_of_the_table(run: Run) -> None:
 
 
 def test_two_runs_write_the_same_bytes_but_for_the_seconds(run: Run) -> None:
-    edits = ("adapt.settings=[mixed]", "adapt.classifiers=[fine_tuned, clusters]", "adapt.fine_tune.epochs=1")
+    edits = [
+        *("adapt.settings=[mixed]", "adapt.classifiers=[fine_tuned, clusters]", "adapt.fine_tune.epochs=1"),
+        *("adapt.corruptions=[contrast]", "adapt.images=24"),
+    ]
 
     def written() -> dict[str, bytes]:
         files = [
@@ -228,6 +232,45 @@ def test_an_adapter_that_fails_on_one_stream_of_a_setting_is_left_out_of_all_of_
     assert set(metrics()["not_applicable"]) == {"bn, reset, batches of 16", "tent, reset, batches of 16"}
 
 
+def test_a_long_table_is_that_of_all_rows_at_once_without_those_of_adapters_that_failed(tmp_path: Path) -> None:
+    columns = ["path", "adapter", "guarded", "error"]
+    rows = [
+        {"path": path, "adapter": name, "guarded": guarded, "error": error}
+        for path in ('a "b", c.png', "two\nlines.png", "plain.png")
+        for name, guarded, error in (("bn", 0, 1 / 3), ("bn", 1, 1e-7), ("tent", 0, None))
+    ]
+    table = adapt.LongTable(tmp_path / "long.csv", columns)
+    table.add(rows[:4])
+    table.add(row for row in rows[4:])
+    table.settle([])
+    table.add(rows[:3])
+    table.add(rows[3:5])
+    table.settle({"bn": "why"})
+    table.close()
+    expected = rows + [row for row in rows[:5] if row["guarded"] or row["adapter"] != "bn"]
+    assert len(expected) == 9 + 3
+    assert (tmp_path / "long.csv").read_bytes().decode() == stage.table(expected, columns)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.csv"]
+
+
+def test_rows_of_batches_and_images_are_written_before_the_next_stream(
+    run: Run, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift_workspace.unlabel()
+    written: list[int] = []
+    follow = measuring.follow
+
+    def watched(*given: Any) -> Any:
+        files = layout.ARTIFACTS.glob("adapt/.swav.partial/*.csv*")
+        written.append(sum(len(file.read_text().splitlines()) for file in files))
+        return follow(*given)
+
+    monkeypatch.setattr(measuring, "follow", watched)
+    run("adapt.classifiers=[clusters]", "adapt.settings=[reset]")
+    # Two lines of columns; 61 predictions and 4 batches of 7 adapters a stream.
+    assert written == [2, 2 + 65 * 7, 2 + 2 * 65 * 7]
+
+
 def test_pixels_have_what_needs_no_parameters_and_reasons_for_the_rest(run: Run, capsys: Any) -> None:
     every = "[" + ", ".join(get_args(adapt_sections.AdapterName)) + "]"
     rows = table(run(f"adapt.adapters={every}", "adapt.settings=[reset]", encoder="pixels"))
@@ -273,7 +316,7 @@ def test_a_domain_without_labels_has_indicators_and_a_prediction_of_each_image(r
     assert len(keys) == len(set(keys)) == 7 * 8
     assert {row["path"] for row in predictions} == {f"dark/unlabelled/{number}.png" for number in range(8)}
     assert {row["prediction"] for row in predictions} <= set(shift_workspace.CLASSES)
-    model = classifiers.build("linear", "swav", params.load()).model
+    model = classifiers.build("linear", "swav", params.load(), []).model
     assert model is not None
     for row in predictions:
         if row["adapter"] == "source":
@@ -298,6 +341,19 @@ def test_without_any_label_there_are_indicators_and_predictions_of_clusters_alon
     assert found["reason"] == "no labelled test images"
     assert (found["images"], found["labelled"]) == (61, 0)
     assert found["not_applicable"] == {"linear": "no labelled training images, so there is no classifier"}
+
+
+def test_a_domain_with_class_folders_measures_clusters_where_the_data_have_no_labels(run: Run, workspace: Path) -> None:
+    shift_workspace.unlabel()
+    put_domain(workspace / "domains" / "dark")
+    rows = table(run("adapt.classifiers=[linear, clusters]", "adapt.settings=[reset]", "adapt.corruptions=[]"))
+    assert {row["classifier"] for row in rows} == {"clusters"}
+    assert {row["shift"] for row in rows if row["error"] and row["nmi"]} == {"dark"}
+    assert {row["shift"] for row in rows if not row["error"] and not row["nmi"]} == {"clean"}
+    found = metrics()
+    (source,) = (float(row["error"]) for row in rows if (row["shift"], row["adapter"]) == ("dark", "source"))
+    assert found["errors"]["source"] == pytest.approx(source)
+    assert (found["labelled"], found["clean"]) == (0, None)
 
 
 def test_the_reason_tells_whether_classifier_or_labels_are_missing(run: Run) -> None:
@@ -364,7 +420,7 @@ def test_the_names_of_all_logged_numbers_are_ones_that_mlflow_takes(
             logged.update(values)
 
     monkeypatch.setattr(tracking, "NullRun", Recorder)
-    run("adapt.classifiers=[linear, clusters]", "adapt.batch_sizes=[1, 16]", "adapt.images=20")
+    run("adapt.classifiers=[linear, clusters]", "adapt.batch_sizes=[1, 16]", "adapt.images=6")
     assert any(name.startswith("settings.") for name in logged)
     assert any(name.startswith("seconds_per_image.") for name in logged)
     for name in logged:
@@ -418,6 +474,50 @@ def test_a_section_has_exactly_its_adapters_options(name: str) -> None:
             *("local_itself", "local_repels", "train_mode", "seed"),
         }
     assert set(SECTIONS[name].model_fields) == known
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"compat": "original", "local_weight": 0.1},
+            "^adapt.tsd: compat 'original' means local_weight 0, got 0.1; make",
+        ),
+        (
+            {"compat": "original", "steps": 2},
+            "^adapt.tsd: compat 'original' means steps 1, got 2; make it 1, or compat",
+        ),
+        ({"compat": "original", "episodic": True}, "^adapt.tsd: .* means episodic False, got True"),
+        ({"compat": "original", "predict": "after"}, "^adapt.tsd: .* means predict before, got after"),
+        ({"compat": "original", "filter_k": None}, "^adapt.tsd: .* can not keep all members; give filter_k"),
+        ({"compat": "original", "parameters": "head"}, "^adapt.tsd: .* no gradient reaches parameters head"),
+        ({"local_weight": 0.0, "parameters": "head"}, "^adapt.tsd: .* no gradient reaches parameters head"),
+        ({"affinity": "linear", "neighbours": 5}, "^adapt.lame: affinity 'linear' has no neighbours, got 5"),
+        ({"compat": "original"}, None),
+        ({"compat": "original", "local_weight": 0.0, "filter_k": 7}, None),
+        ({"local_weight": 0.0, "filter_k": None, "steps": 2, "episodic": True, "predict": "after"}, None),
+        ({"parameters": "head"}, None),
+        ({"affinity": "linear"}, None),
+        ({"affinity": "rbf", "neighbours": 3}, None),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_as_parameters_where_the_adapter_would_refuse_them(
+    workspace: Path, options: dict[str, Any], message: str | None
+) -> None:
+    """Left to the adapter, it would be absent from the table, and everything else measured."""
+    name = "lame" if "affinity" in options else "tsd"
+    raw = yaml.safe_load((workspace / "params.yaml").read_text())
+    raw["adapt"][name] |= options
+    model = shift_workspace.classifier_of("small")
+    if message is None:
+        values = getattr(params.parse(raw).adapt, name).model_dump()
+        assert values.items() >= options.items()
+        ADAPTERS[name](model, **values)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            params.parse(raw)
+        with pytest.raises(AdaptationError):
+            ADAPTERS[name](model, **raw["adapt"][name])
 
 
 def test_corruptions_of_the_parameters_are_those_there_are() -> None:

@@ -30,7 +30,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(kind: str, encoder: str = "swav") -> classifiers.Found:
-    return classifiers.build(kind, encoder, values())
+    source_images = torch.split(to_float(torch.from_numpy(np.load(layout.split("train") / "images.npy"))), 40)
+    return classifiers.build(kind, encoder, values(), source_images)
 
 
 def values(rate: float = 0.01) -> sections.Params:
@@ -44,9 +45,10 @@ def shown() -> tuple[np.ndarray, torch.Tensor]:
     return images, to_float(torch.from_numpy(images))
 
 
-def embeddings(encoder: str = "swav") -> torch.Tensor:
+def embeddings(encoder: str = "swav", split: str = "test") -> torch.Tensor:
     loaded = encoders.load(layout.out("pretrain", encoder))
-    return torch.from_numpy(features.extract(loaded, shown()[0], batch_size=9, device=CPU))
+    images = np.load(layout.split(split) / "images.npy")
+    return torch.from_numpy(features.extract(loaded, images, batch_size=9, device=CPU))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -63,10 +65,49 @@ def test_a_cluster_is_the_nearest_centroids(workspace: Path, normalise: bool, en
     assert torch.equal(logits.argmax(1), expected)
     assert len(expected.unique()) > 1
     assert found.names == ["0", "1", "2", "3"]
-    # As a softmax over -‖z - c‖² / 2τ, in float64.
-    squared = (points[:, None].double() - centroids[None].double()).square().sum(-1)
-    chances = (-squared / (2 * classifiers.CLUSTER_TEMPERATURE)).softmax(1)
+    # As a softmax over -‖z - c‖² / m, in float64.
+    train = embeddings(encoder, "train")
+    train = F.normalize(train, dim=1) if normalise else train
+    of_train, squared = (
+        (these[:, None].double() - centroids[None].double()).square().sum(-1) for these in (train, points)
+    )
+    chances = (-squared / of_train.amin(1).mean()).softmax(1)
     torch.testing.assert_close(logits.double().softmax(1), chances, rtol=0, atol=1e-3)
+
+
+def test_probabilities_of_clusters_are_the_same_for_features_of_any_scale(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift_workspace.cluster("swav", normalise=False)
+    images, loaded = shown()[1], encoders.load
+    one = build("clusters").model
+    assert one is not None
+
+    class Scale(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return 7 * features
+
+    def scaled(folder: Path) -> encoders.Encoder:
+        encoder = loaded(folder)
+        encoder.backbone = torch.nn.Sequential(encoder.backbone, Scale())
+        return encoder
+
+    monkeypatch.setattr(encoders, "load", scaled)
+    file = layout.out("cluster", "swav") / "centroids.npy"
+    np.save(file, 7 * np.load(file))
+    seven = build("clusters").model
+    assert seven is not None
+    torch.testing.assert_close(seven.featurizer(images), 7 * one.featurizer(images))
+    chances = one(images).softmax(1)
+    torch.testing.assert_close(seven(images).softmax(1), chances, rtol=0, atol=1e-4)
+    assert 0.4 < chances.amax(1).mean() < 0.95
+
+
+def test_features_that_all_are_centroids_have_finite_logits() -> None:
+    centroids = torch.eye(3)
+    logits = classifiers.nearest_centroid(centroids, centroids)(centroids)
+    assert torch.equal(logits.argmax(1), torch.arange(3))
+    assert torch.isfinite(logits).all()
 
 
 def test_linear_is_the_linear_stages_classifier_on_the_embeddings(workspace: Path) -> None:

@@ -1,11 +1,16 @@
-"""Every option of a method is on its page, and no page speaks of one that is gone."""
+"""Every option of a method is on its page, no page speaks of one that is gone, and its code runs."""
 
 from __future__ import annotations
 
+import ast
 import re
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from deepclust import seeding
 from tasks import pretrain_sections as sections
 from tasks.closure import ROOT
 
@@ -43,3 +48,34 @@ def test_what_methods_share_is_on_the_page_of_training() -> None:
     } - {"optimiser.betas"}
     pretrained = set(sections.Pretrained.model_fields) - {"method"}
     assert common | of_optimisers | pretrained <= _first_columns("training")
+
+
+def _adaptation_blocks(page: str) -> list[str]:
+    """Python blocks that import from deepclust.adaptation and nowhere else: `model` and `images` are all they need."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if _imported(block) == {"deepclust.adaptation"}]
+
+
+def _imported(block: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(block)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods/adaptation.md"])
+def test_code_that_adapts_a_classifier_runs_as_it_stands(page: str) -> None:
+    blocks = _adaptation_blocks(page)
+    assert len(blocks) >= 1
+    for block in blocks:
+        generator = torch.Generator().manual_seed(0)
+        with seeding.seeded("test"):
+            model = nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+            )
+        images = torch.rand(16, 3, 8, 8, generator=generator)
+        with torch.no_grad():
+            model(images)  # BatchNorm has seen data
+        names: dict[str, Any] = {"model": model.eval(), "images": images}
+        exec(block, names)
+        assert names["logits"].shape == (16, 5)
+        assert torch.isfinite(names["logits"]).all()

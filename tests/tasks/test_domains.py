@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,14 @@ def put(path: Path, colour: tuple[int, int, int] = (200, 100, 0), size: tuple[in
 
 
 def load(root: Path, **changes: Any) -> list[shifts.Shift]:
-    options = {"classes": CLASSES, "statistics": GREY, "count": 100, "max_pixels": 10**6, "seed": 0} | changes
-    return domains.load(root, **options)
+    options: dict[str, Any] = {
+        "classes": CLASSES,
+        "statistics": GREY,
+        "count": 100,
+        "max_pixels": 10**6,
+        "seed": 0,
+    } | changes
+    return domains.load(root, Path(tempfile.mkdtemp(dir=root.parent)), **options)
 
 
 def labels_by_path(shift: shifts.Shift) -> dict[str, int]:
@@ -138,10 +145,32 @@ def test_what_can_not_be_told_is_refused_in_one_line(tmp_path: Path, name: str, 
     assert "\n" not in str(refused.value)
 
 
-def test_classes_of_unlabelled_data_are_refused_with_the_reason(tmp_path: Path) -> None:
-    put(tmp_path / "sketch/dog/1.png")
-    with pytest.raises(DataError, match=r"\(none, it has no labels\), got 'dog'"):
-        load(tmp_path, classes=[])
+def test_where_the_data_have_no_classes_a_domains_own_folders_are_numbered_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sketch/dog/1.png", "sketch/dog/deep/2.png", "sketch/bird/3.png", "paint/dog/4.png", "loose/5.png"):
+        put(tmp_path / name)
+    loose, paint, sketch = load(tmp_path, classes=[])
+    assert labels_by_path(sketch) == {"sketch/dog/1.png": 1, "sketch/dog/deep/2.png": 1, "sketch/bird/3.png": 0}
+    assert labels_by_path(paint) == {"paint/dog/4.png": 0}
+    assert labels_by_path(loose) == {"loose/5.png": -1}
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(", so")[0] for line in said] == [
+        "paint: the training data have no classes",
+        "sketch: the training data have no classes",
+    ]
+
+
+def test_images_are_mapped_from_a_file_of_their_own(tmp_path: Path) -> None:
+    root, work = tmp_path / "domains", tmp_path / "work"
+    work.mkdir()
+    for number in range(3):
+        put(root / f"sketch/dog/{number}.png", colour=(number * 20,) * 3)
+    options: dict[str, Any] = {"classes": CLASSES, "statistics": GREY, "count": 9, "max_pixels": 10**6, "seed": 0}
+    (found,) = domains.load(root, work, **options)
+    assert isinstance(found.images, np.memmap)
+    assert (work / "sketch").read_bytes() == found.images.tobytes()
+    assert found.images[:, 0, 0, 0].tolist() == [20 * int(Path(path).stem) for path in found.paths]
 
 
 def test_a_domain_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:

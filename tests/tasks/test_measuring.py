@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +147,46 @@ def test_a_guard_is_right_where_its_batch_is_no_worse_than_both_of_its_choices_e
     assert found["sketch"]["guard_right"] == 1
     shares = {name: [row[f"by_{answer}"] for answer in ("adapter", "bn", "source")] for name, row in found.items()}
     assert shares == {"contrast": pytest.approx([2 / 5, 0, 3 / 5]), "sketch": pytest.approx([0, 0, 1])}
+
+
+class Counted(list[slice]):
+    """Batches that count how often they are gone through."""
+
+    rounds = 0
+
+    def __iter__(self) -> Iterator[slice]:
+        self.rounds += 1
+        return super().__iter__()
+
+
+def test_a_guard_is_judged_on_many_mixed_shifts_as_batch_by_batch_and_in_one_go() -> None:
+    random = np.random.default_rng(3)
+    count, size, batch_size = 12, 20, 9
+    many = [shift(random.integers(0, 3, size).tolist(), f"shift{number}") for number in range(count)]
+    pairs = random.permutation([(index, row) for index in range(count) for row in range(size)])
+    met = shifts.Stream(pairs[:, 0], pairs[:, 1], Counted(shifts.cuts(len(pairs), batch_size)))
+    truth = np.array([many[index].labels[row] for index, row in pairs])
+
+    def erring(share: float) -> list[int]:
+        return np.where(random.random(len(truth)) < share, (truth + 1) % 3, truth).tolist()
+
+    source, own, given = erring(0.5), erring(0.5), erring(0.4)
+    made: dict[Key, measuring.Answers] = {("source", False): answers(source)}
+    made |= {(name, True): answers(given, own=own) for name in ("bn", "tent", "t3a")}
+    found = measuring.tabulate(made, many, met, clusters=False)
+    assert met.batches.rounds <= 2 * len(made), "not once a shift"
+    expected = []
+    for index in range(count):
+        good = 0
+        for start in range(0, len(truth), batch_size):
+            rows = [row for row in range(start, min(start + batch_size, len(truth))) if pairs[row, 0] == index]
+            wrong = [sum(classes[row] != truth[row] for row in rows) for classes in (given, own, source)]
+            good += len(rows) * (wrong[0] <= min(wrong[1:]))
+        expected.append(good / size)
+    assert 0 < min(expected) < max(expected) < 1
+    for name in ("bn", "tent", "t3a"):
+        rights = {row["shift"]: row["guard_right"] for row in found if row["adapter"] == name}
+        assert [rights[f"shift{index}"] for index in range(count)] == pytest.approx(expected)
 
 
 def test_the_curve_has_each_batch_and_calls_those_of_several_shifts_mixed() -> None:
@@ -315,20 +354,23 @@ def test_each_adapter_pays_for_its_own_calls_and_a_guarded_one_for_those_it_comp
     adapters = measuring.make(model, {"bn": {}, "tent": {"rate": 0.01}}, source_images(), guard=True)
     asked: list[str] = []
 
+    clock = 0.0
+
     def slow(name: str, seconds: float, call: Any) -> Any:
         def wrapped(*given: Any) -> Any:
+            nonlocal clock
             asked.append(name)
-            time.sleep(seconds)
+            clock += seconds
             return call(*given)
 
         return wrapped
 
-    monkeypatch.setattr(Tent, "_adapt", slow("tent", 0.05, Tent._adapt))
-    monkeypatch.setattr(BN, "_adapt", slow("bn", 0.2, BN._adapt))
-    monkeypatch.setattr(adapters.baselines, "source", slow("source", 0.4, adapters.baselines.source))
-    (first, _) = shifts.streams(met, "reset", batch_size=40, seed=0)
+    monkeypatch.setattr(measuring, "_now", lambda device: clock)
+    monkeypatch.setattr(Tent, "_adapt", slow("tent", 1, Tent._adapt))
+    monkeypatch.setattr(BN, "_adapt", slow("bn", 10, BN._adapt))
+    monkeypatch.setattr(adapters.baselines, "source", slow("source", 100, adapters.baselines.source))
+    (first, _) = shifts.streams(met, "reset", batch_size=20, seed=0)
     found, _ = measuring.follow(adapters, met, first, CPU)
-    assert asked == ["source", "bn", "tent", "tent"], "the guard and bn itself share bn's answer"
-    least = {("source", False): 0.4, ("bn", False): 0.2, ("tent", False): 0.05, ("bn", True): 0.6, ("tent", True): 0.65}
-    for key, seconds in least.items():
-        assert seconds <= found[key].seconds < seconds + 0.14, key
+    assert asked == ["source", "bn", "tent", "tent"] * 2, "the guard and bn itself share bn's answer"
+    expected = {("source", False): 100, ("bn", False): 10, ("tent", False): 1, ("bn", True): 110, ("tent", True): 111}
+    assert {key: each.seconds for key, each in found.items()} == {key: 2 * each for key, each in expected.items()}

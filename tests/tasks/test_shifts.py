@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_the_kept_images_are_all_corrupted_at_once_and_rounded_to_8_bits(
 ) -> None:
     monkeypatch.setattr(shifts, "_CHUNK", chunk)
     clean = shift()
-    found = shifts.corrupted(clean, corruption, 4, seed=2, file=tmp_path / "images.npy")
+    found = shifts.corrupted(clean, corruption, 4, seed=2, file=tmp_path / "images")
     whole = torch.from_numpy(clean.images[..., 0] / 255).float()[:, None]
     expected = corrupt(whole, corruption, 4, generator=seeding.generator("adapt", 2, corruption))
     assert np.array_equal(found.images[..., 0], np.rint(expected[:, 0].numpy() * np.float32(255)).astype(np.uint8))
@@ -114,16 +115,35 @@ def test_the_kept_images_are_all_corrupted_at_once_and_rounded_to_8_bits(
     assert found.paths is clean.paths
 
 
+def test_the_file_never_has_a_hole_into_which_a_full_disk_would_let_nothing_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is full, writing into a hole of a memory map kills the process, and at the end is an OSError."""
+    clean, file, sizes = shift(count=400), tmp_path / "images", []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(file.stat().st_size)
+        return corrupt(*arguments, **options)
+
+    monkeypatch.setattr(shifts, "corrupt", watched)
+    monkeypatch.setattr(shifts, "_CHUNK", 100)
+    shifts.corrupted(clean, "contrast", 5, seed=0, file=file)
+    assert len(sizes) == 4
+    assert all(size <= before * 100 * 64 for before, size in enumerate(sizes))
+    with pytest.raises(OSError, match="No space left on device"):
+        shifts.corrupted(clean, "contrast", 5, seed=0, file=Path("/dev/full"))
+
+
 def test_severities_share_their_random_numbers_and_corruptions_do_not(tmp_path: Path) -> None:
     grey = shifts.Shift("clean", 0, np.full((5, 8, 8, 1), 128, np.uint8), np.zeros(5, np.int64), [""] * 5)
     weak, strong = (
-        shifts.corrupted(grey, "gaussian_noise", severity, seed=0, file=tmp_path / f"{severity}.npy").images.astype(int)
+        shifts.corrupted(grey, "gaussian_noise", severity, seed=0, file=tmp_path / f"{severity}").images.astype(int)
         for severity in (1, 5)
     )
     # The same draw at σ .04 and .10, each rounded to a 255th.
     np.testing.assert_allclose((strong - 128) * 0.4, weak - 128, atol=0.5 + 0.4 * 0.5 + 1e-4)
     assert weak.std() > 5
-    other = shifts.corrupted(grey, "gaussian_noise", 5, seed=1, file=tmp_path / "other.npy").images
+    other = shifts.corrupted(grey, "gaussian_noise", 5, seed=1, file=tmp_path / "other").images
     assert not np.array_equal(other, strong)
 
 
