@@ -2,22 +2,7 @@
 
 import torch
 
-MODULES = {
-    "w1": "featurizer.1.weight",
-    "b1": "featurizer.1.bias",
-    "scale": "featurizer.2.weight",
-    "shift": "featurizer.2.bias",
-    "w2": "featurizer.4.weight",
-    "b2": "featurizer.4.bias",
-    "w": "head.weight",
-    "b": "head.bias",
-}
-NAMES = {
-    "all": list(MODULES),
-    "affine": ["scale", "shift"],
-    "body": ["w1", "b1", "scale", "shift", "w2", "b2"],
-    "head": ["w", "b"],
-}
+from tests.deepclust.adaptation.nets import MODULES
 
 
 def values(model):

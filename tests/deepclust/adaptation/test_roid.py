@@ -17,7 +17,7 @@ from deepclust.adaptation.roid import (
 from deepclust.adaptation.views import view
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import CLASSES, classifier, same, seeded, state, stream
+from tests.deepclust.adaptation.nets import CLASSES, ROLES, classifier, same, seeded, state, stream
 
 OPTIONS = [
     {},
@@ -47,7 +47,7 @@ class Reference:
         predict="before",
     ):
         self.p, self.source = naive.values(model), naive.values(model)
-        self.names, self.adam = naive.NAMES[parameters], naive.Adam(naive.NAMES[parameters], rate)
+        self.names, self.adam = ROLES[parameters], naive.Adam(ROLES[parameters], rate)
         self.momentum, self.temperature, self.correction = momentum, temperature, prior_correction
         self.flip, self.steps, self.predict, self.generator = flip, steps, predict, seeded(seed)
         self.mean = [1 / CLASSES] * CLASSES
@@ -131,7 +131,7 @@ def test_a_stream_is_that_of_the_reference_predictions_mean_and_weights(options)
             torch.testing.assert_close(weights[name], truth, atol=1e-9, rtol=1e-7)
     assert reference.left_out > 10
     changed = {name for name, value in weights.items() if not torch.equal(value, reference.source[name])}
-    assert changed == set(naive.NAMES[options.get("parameters", "affine")])
+    assert changed == set(ROLES[options.get("parameters", "affine")])
 
 
 def test_the_soft_likelihood_ratio_is_that_of_its_formula_and_certain_images_teach_nothing():

@@ -13,7 +13,7 @@ from deepclust.adaptation.source import Source
 from deepclust.adaptation.views import view
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import CLASSES, classifier, same, seeded, state, stream
+from tests.deepclust.adaptation.nets import CLASSES, ROLES, classifier, same, seeded, state, stream
 
 SHARP = {"rate": 1e-2, "memory_size": 6, "update_frequency": 5, "alpha": 0.3, "nu": 0.2}
 OPTIONS = [
@@ -48,7 +48,7 @@ class Reference:
     ):
         self.student, self.teacher = naive.values(model), naive.values(model)
         self.running = {"student": naive.running(model), "teacher": naive.running(model)}
-        self.names, self.adam = naive.NAMES[parameters], naive.Adam(naive.NAMES[parameters], rate)
+        self.names, self.adam = ROLES[parameters], naive.Adam(ROLES[parameters], rate)
         self.size, self.frequency, self.alpha, self.nu = memory_size, update_frequency, alpha, nu
         self.lambda_t, self.lambda_u, self.flip, self.steps, self.predict = lambda_t, lambda_u, flip, steps, predict
         self.generator = seeded(seed)

@@ -11,24 +11,7 @@ from deepclust.adaptation.bn import BN
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.tsd import TSD, distillation_loss, local_loss
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import CLASSES, classifier, same, seeded, state, stream
-
-NAMES = {
-    "all": ["w1", "b1", "scale", "shift", "w2", "b2", "w", "b"],
-    "affine": ["scale", "shift"],
-    "body": ["w1", "b1", "scale", "shift", "w2", "b2"],
-    "head": ["w", "b"],
-}
-MODULES = {
-    "w1": "featurizer.1.weight",
-    "b1": "featurizer.1.bias",
-    "scale": "featurizer.2.weight",
-    "shift": "featurizer.2.bias",
-    "w2": "featurizer.4.weight",
-    "b2": "featurizer.4.bias",
-    "w": "head.weight",
-    "b": "head.bias",
-}
+from tests.deepclust.adaptation.nets import CLASSES, MODULES, ROLES, classifier, same, seeded, state, stream
 
 
 class Reference:
@@ -37,7 +20,7 @@ class Reference:
     def __init__(self, model, *, rate, parameters, filter_k, neighbours, local_weight, temperature):
         values = model.state_dict()
         self.p = {name: values[module].clone() for name, module in MODULES.items()}
-        self.learning = NAMES[parameters]
+        self.learning = ROLES[parameters]
         self.rate, self.filter_k, self.neighbours = rate, filter_k, neighbours
         self.weight, self.temperature = local_weight, temperature
         self.moments = {
@@ -168,8 +151,8 @@ def test_a_stream_is_that_of_the_reference_predictions_bank_and_weights(options,
 
 def options_learn(options):
     """The parameters that the loss reaches: the head's only through the local term."""
-    names = NAMES[options["parameters"]]
-    return [name for name in names if options["local_weight"] or name not in NAMES["head"]]
+    names = ROLES[options["parameters"]]
+    return [name for name in names if options["local_weight"] or name not in ROLES["head"]]
 
 
 def bank_of(features, logits):
@@ -314,11 +297,11 @@ def test_options_out_of_range_are_errors(options):
         TSD(classifier(), **options)
 
 
-@pytest.mark.parametrize("parameters", NAMES)
+@pytest.mark.parametrize("parameters", ROLES)
 def test_only_the_chosen_parameters_ask_for_gradients(parameters):
     model = TSD(classifier(), parameters=parameters).model
     asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert asking == {MODULES[name] for name in NAMES[parameters]}
+    assert asking == {MODULES[name] for name in ROLES[parameters]}
 
 
 class Logarithm(nn.Module):
