@@ -235,7 +235,8 @@ def _adapt(
     for part, rows in tables.items():
         stage.write_text(layout.out("adapt", name) / f"{part}.csv", stage.table(rows, columns[part]))
     stage.write_text(layout.curve("adapt", name), stage.table(tables["table"], measuring.COLUMNS))
-    write(layout.metrics("adapt", name), adapt.summary(tables["table"], reasons, met[0]))
+    none_applies = reasons.keys() >= set(values["classifiers"])
+    write(layout.metrics("adapt", name), adapt.summary(tables["table"], reasons, met[0], none_applies=none_applies))
 
 
 def _answers(

@@ -100,7 +100,7 @@ def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(work
     assert text.count("<img") == 2, "and that of the clusters, folded"
     settings = comparison.stage_metrics("adapt", "swav")["settings"]
     for name, means in settings.items():
-        line = re.search(rf"<tr><td>{name}</td>(.*?)</tr>", text)
+        line = re.search(rf"<tr><td>{name.replace('/', ', ')}</td>(.*?)</tr>", text)
         assert line is not None
         numbers = re.findall(r"\d+\.\d(?=[ )<])", re.sub(r"<small>.*?</small>", "", line[1]))
         order = ["source", *(f"{guarded}{each}" for each in ("bn", "tent", "tsd") for guarded in ("", "guarded "))]

@@ -114,7 +114,8 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(
     workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = layout.preempted("prepare")
-    _pretend(monkeypatch, f"mkdir -p {marker.parent}; trap 'touch {marker}; exit 143' TERM; echo up; sleep 60 & wait")
+    # The shell itself makes the file: a `touch` would be one more child that the group's second signal ends.
+    _pretend(monkeypatch, f"mkdir -p {marker.parent}; trap ': >{marker}; exit 143' TERM; echo up; sleep 60 & wait")
     stop = threading.Timer(0, workspace.stop)
 
     def on_line(line: str) -> None:
