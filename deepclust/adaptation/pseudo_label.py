@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Learner, Predict, descend, learn_only
+from deepclust.adaptation.base import Learner, Predict, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics, use_batch_statistics
-from deepclust.adaptation.parameters import Parameters, select_parameters
+from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics
+from deepclust.adaptation.parameters import Parameters
+from deepclust.adaptation.tent import collect_params, configure_model  # what learns, and how, is Tent's
 from deepclust.errors import AdaptationError
 
 
@@ -39,17 +40,6 @@ def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer,
         if chosen_B.any():
             descend(F.cross_entropy(logits_BC[chosen_B], labels_B[chosen_B]), optimizer, name="pseudo_label")
     return logits_BC.detach()
-
-
-def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Parameter]:
-    """The parameters that learn. Raises: AdaptationError, if there are none."""
-    return list(select_parameters(model, parameters).values())
-
-
-def configure_model(model: Classifier, parameters: Parameters) -> Classifier:
-    """Batch statistics in BatchNorm, eval mode elsewhere, gradients for the chosen parameters alone. In place."""
-    use_batch_statistics(model)
-    return learn_only(model, parameters)
 
 
 def check_model(model: Classifier, parameters: Parameters) -> None:

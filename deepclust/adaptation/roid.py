@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Learner, Predict, check_shapes, descend, learn_only
+from deepclust.adaptation.base import Learner, Predict, check_shapes, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics, use_batch_statistics
+from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics
 from deepclust.adaptation.parameters import AFFINE_NORMS, Parameters, select_parameters
-from deepclust.adaptation.tent import entropy
+from deepclust.adaptation.tent import collect_params, configure_model, entropy  # what learns, and how, is Tent's
 from deepclust.adaptation.views import view
 from deepclust.errors import AdaptationError
 
@@ -139,17 +139,6 @@ def step(
         for name, parameter in select_parameters(model, parameters).items():
             parameter.lerp_(source[name], 1 - momentum)
     return logits_BC.detach(), PROBABILITY_MOMENTUM * mean_C + (1 - PROBABILITY_MOMENTUM) * p_BC.mean(dim=0)
-
-
-def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Parameter]:
-    """The parameters that learn. Raises: AdaptationError, if there are none."""
-    return list(select_parameters(model, parameters).values())
-
-
-def configure_model(model: Classifier, parameters: Parameters) -> Classifier:
-    """Batch statistics in BatchNorm, eval mode elsewhere, gradients for the chosen parameters alone. In place."""
-    use_batch_statistics(model)
-    return learn_only(model, parameters)
 
 
 def check_model(model: Classifier, parameters: Parameters) -> None:

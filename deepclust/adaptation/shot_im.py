@@ -19,11 +19,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from deepclust.adaptation.base import Learner, Predict, descend, learn_only
+from deepclust.adaptation.base import Learner, Predict, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_trained_statistics, use_batch_statistics
-from deepclust.adaptation.parameters import Parameters, select_parameters
-from deepclust.adaptation.tent import entropy
+from deepclust.adaptation.normalisation import check_trained_statistics
+from deepclust.adaptation.parameters import Parameters
+from deepclust.adaptation.tent import collect_params, configure_model, entropy  # what learns, and how, is Tent's
 from deepclust.errors import AdaptationError
 
 
@@ -47,17 +47,6 @@ def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer)
         logits_BC: Tensor = model(images)
         descend(information_loss(logits_BC), optimizer, name="shot_im")
     return logits_BC.detach()
-
-
-def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Parameter]:
-    """The parameters that learn. Raises: AdaptationError, if there are none."""
-    return list(select_parameters(model, parameters).values())
-
-
-def configure_model(model: Classifier, parameters: Parameters) -> Classifier:
-    """Batch statistics in BatchNorm, eval mode elsewhere, gradients for the chosen parameters alone. In place."""
-    use_batch_statistics(model)
-    return learn_only(model, parameters)
 
 
 def check_model(model: Classifier, parameters: Parameters) -> None:
