@@ -17,9 +17,10 @@ from tasks import overrides, params, run
 
 def main() -> None:
     """Run one stage in this container, and say what came of it."""
-    default = Path(params.load().data.folder)
-    if not default.is_dir():  # before the images below make it: a dep in dvc.yaml, without which no stage can run
-        sys.exit(f"error: expected the folder {default}/ in the image, found none; see .dockerignore")
+    values = params.load()
+    for default in (Path(values.data.folder), Path(values.adapt.domains)):
+        if not default.is_dir():  # before the images below make one: deps in dvc.yaml, without which no stage can run
+            sys.exit(f"error: expected the folder {default}/ in the image, found none; see .dockerignore")
     random = np.random.default_rng(0)
     folder = Path("data/made")
     for index in range(40):
