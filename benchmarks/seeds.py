@@ -71,14 +71,14 @@ def _copy(root: Path) -> None:
             shutil.copy2(ROOT / name, root / name)
 
 
-def run(root: Path, stage: str, encoder: str | None) -> None:
-    """Run a stage in a workspace, unless its metrics are there already.
+def run(root: Path, stage: str, encoder: str | None) -> float:
+    """Run a stage in a workspace, unless its metrics are there already; the seconds that it took, 0 if they are.
 
     Raises:
         SystemExit: With the stage's last lines, if it fails.
     """
     if (root / layout.metrics(stage, encoder)).exists():
-        return
+        return 0.0
     started = time.perf_counter()
     log = root / "logs" / f"{stage}-{encoder}.txt"
     log.parent.mkdir(exist_ok=True)
@@ -90,11 +90,13 @@ def run(root: Path, stage: str, encoder: str | None) -> None:
             stdout=lines,
             stderr=subprocess.STDOUT,
         )
-    print(f"{root.name} {stage} {encoder or ''}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{root.name} {stage} {encoder or ''}: {seconds:.0f} s", file=sys.stderr, flush=True)
     if done.returncode:
         raise SystemExit(
             f"{root.name}: {stage} {encoder} failed:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
         )
+    return seconds
 
 
 def chain(root: Path, encoder: str) -> None:

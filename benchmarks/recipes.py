@@ -1,0 +1,111 @@
+"""Compare candidates for a recipe on images held out of train; the test images are not looked at.
+
+    python benchmarks/recipes.py pcl --try now --try warmer pretrain.pcl.temperature=0.2
+    python benchmarks/recipes.py swav --recipe recipes/fashion-mnist-long.yaml --try longer pretrain.swav.epochs=20
+
+A candidate is edits of params.yaml; it is pretrained in a workspace of its own, as `benchmarks/seeds.py` makes them, as
+many at once as the flow runs stages. kNN, linear classifier and k-means (mean ± std over k-means seeds) are fitted on
+the other training images and scored on the held-out tenth. Pretraining sees the held-out images, without labels, so
+the numbers compare candidates and flatter all of them against the test images. `--keep DIR` as there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from seeds import ROOT, run, workspace
+
+from deepclust import evaluation, kmeans, metrics, seeding
+from tasks import environment, layout, params
+
+HEADER = "| candidate | seed | kNN | linear | ACC | NMI | seconds |\n|---|---|---|---|---|---|---|"
+
+
+def score(root: Path, encoder: str) -> list[str]:
+    """kNN, linear, ACC and NMI on the held-out images of a workspace."""
+    train = root / layout.split("train")
+    features = torch.from_numpy(np.load(root / layout.embeddings(encoder, "train"), allow_pickle=False))
+    labels = np.load(train / "labels.npy", allow_pickle=False)
+    held = np.load(train / "heldout.npy", allow_pickle=False)
+    fitting = np.setdiff1d(np.flatnonzero(labels >= 0), held)
+    classes = int(labels.max()) + 1
+    options = params.load(root / layout.PARAMS)
+    targets = torch.from_numpy(labels)
+    neighbours, temperature = options.linear.neighbours[0], options.linear.temperatures[0]
+    predicted = evaluation.knn(
+        features[fitting],
+        targets[fitting],
+        features[held],
+        classes=classes,
+        neighbours=[neighbours],
+        temperatures=[temperature],
+    )[neighbours, temperature]
+    linear = evaluation.fit_linear(
+        features[fitting],
+        targets[fitting],
+        classes=classes,
+        weight_decays=options.linear.weight_decays,
+        iterations=options.linear.iterations,
+    )
+    accuracies = [(found.predict(features[held]) == targets[held]).double().mean().item() for found in linear]
+    matched, shared = [], []
+    for number in range(options.cluster.seeds):
+        seed = seeding.derive(options.seed, "cluster", number)
+        found = kmeans.fit(features[fitting], classes, seed=seed, iterations=options.cluster.iterations)
+        clusters = kmeans.assign(features[held], found.centroids)[0].numpy()
+        matched.append(metrics.matched_accuracy(labels[held], clusters))
+        shared.append(metrics.nmi(labels[held], clusters))
+    return [
+        f"{(predicted == targets[held]).double().mean():.3f}",
+        f"{max(accuracies):.3f}",
+        *(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (matched, shared)),
+    ]
+
+
+def candidate(folder: Path, name: str, edits: list[str], seed: int, recipe: Path | None, encoder: str) -> str:
+    """Train and score one candidate with one seed; its row."""
+    torch.set_num_threads(environment.threads())
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    root = workspace(folder / name, seed, recipe, [f"encoders=[{encoder}]", *edits])
+    taken = [run(root, stage, None if stage == "prepare" else encoder) for stage in ("prepare", "pretrain", "embed")]
+    row = f"| {' | '.join([name, str(seed), *score(root, encoder), f'{taken[1]:.0f}'])} |"
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/recipes.py", description=__doc__.splitlines()[0])
+    parser.add_argument("encoder")
+    parser.add_argument("--try", dest="tries", nargs="+", action="append", required=True, metavar="NAME [KEY=VALUE]")
+    parser.add_argument("--recipe", type=Path, help="a file of recipes/, applied over params.yaml first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--keep", type=Path, help="a folder for the workspaces; else they are removed")
+    arguments = parser.parse_args()
+    environment.prepare()
+    os.chdir(ROOT)
+    folder = (arguments.keep or Path(tempfile.mkdtemp(prefix="deepclust-recipes-"))).resolve()
+    try:
+        with ThreadPoolExecutor(environment.parallel()) as pool:
+            rows = [
+                pool.submit(candidate, folder, name, edits, seed, arguments.recipe, arguments.encoder)
+                for name, *edits in arguments.tries
+                for seed in arguments.seeds
+            ]
+            print(HEADER, *(row.result() for row in rows), sep="\n")
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
