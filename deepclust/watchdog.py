@@ -47,8 +47,9 @@ EMBEDDING_SPREAD = 0.1
 # SimSiam's embeddings come out of batch normalisation, so their spread starts at 1 and cannot vanish at once. Healthy:
 # .93 to .99; without stop-gradient .65 to .77 after two short epochs, and falling (arXiv 2011.10566, figure 2).
 NORMALISED_SPREAD = 0.85
-# Effective dimensions of the features: 14 to 60 of 128 in healthy runs from the first epoch on, 1 to 2 in collapsed.
-RANKME = 3.0
+# Effective dimensions of the features: 14 to 60 of 128 in healthy runs from the first epoch on, 1 to 2 in collapsed, 2
+# to 6 at a rate 100 times too large.
+RANKME = 5.0
 # Share of the prototypes that are used. Healthy: .6 to 1. Sinkhorn balances the codes, so a fifth is far from it.
 PROTOTYPES_USED = 0.2
 # Entropy of a code over that of a uniform one. Healthy: .75 to .91 at epsilon .05, .07 to .5 at .001, whose hard codes

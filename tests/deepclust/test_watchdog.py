@@ -25,7 +25,7 @@ class Embedding(Method):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.backbone = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 6)
+            nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 12)
         )
         with torch.no_grad():
             for parameter in self.backbone.parameters():
