@@ -78,7 +78,7 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("pretrain.swav.crops.0.size", 14.5, r"^pretrain\.swav\.crops\.0: size must be whole pixels"),
         ("pretrain.simsiam.crops.0.count", 3, r"^pretrain\.simsiam: needs exactly two crops of each image, got 3$"),
         ("pretrain.pcl.crops.0.count", 1, r"^pretrain\.pcl: needs exactly two crops"),
-        ("pretrain.pcl.queue_length", 4000, r"^pretrain\.pcl: queue_length 4000 .*the nearest is 4096$"),
+        ("pretrain.pcl.queue_length", 4000, r"^pretrain\.pcl: queue_length 4000 .*the nearest is 4032$"),
         (
             "pretrain.swav.optimiser.momentun",
             0.9,
@@ -102,7 +102,7 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("pretrain.pcl.kmeans_restarts", 0, r"^pretrain\.pcl\.kmeans_restarts: .*greater than or equal to 1, got 0$"),
         (
             "pretrain.pcl.clusters",
-            [256, 900],
+            [64, 900],
             r"^pretrain\.pcl: negatives must be at least 1, .* got 0; raise clusters",
         ),
         ("pretrain.pcl.clusters", [600, 600], r"^pretrain\.pcl: clusters must be distinct"),
@@ -135,10 +135,10 @@ def test_a_missing_parameter_is_an_error_as_there_are_no_defaults(whole: dict[st
 
 
 def test_the_negatives_of_pcl_may_just_fit(whole: dict[str, Any]) -> None:
-    raw = _with(_with(whole, "pretrain.pcl.clusters", [500, 1000]), "pretrain.pcl.negatives", 500 - 256)
+    raw = _with(_with(whole, "pretrain.pcl.clusters", [500, 1000]), "pretrain.pcl.negatives", 500 - 64)
     params.parse(raw)
-    with pytest.raises(ConfigError, match=r"^pretrain\.pcl: negatives must be .* 500, .* got 245"):
-        params.parse(_with(raw, "pretrain.pcl.negatives", 500 - 255))
+    with pytest.raises(ConfigError, match=r"^pretrain\.pcl: negatives must be .* 500, .* got 437"):
+        params.parse(_with(raw, "pretrain.pcl.negatives", 500 - 63))
 
 
 def test_an_unknown_encoder_is_named_with_the_nearest(whole: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def test_automatic_sizes_are_those_of_the_rule() -> None:
     options = sizing.options(swav, images=60_000, image_size=28)
     assert options["prototypes"] == (100,)
     assert options["queue_length"] == 64
-    pcl = _section("pcl", clusters="auto", negatives="auto", queue_length="auto")
+    pcl = _section("pcl", clusters="auto", negatives="auto", queue_length="auto", batch_size=256)
     options = sizing.options(pcl, images=60_000, image_size=28)
     assert (options["clusters"], options["negatives"], options["queue_length"]) == ((500, 1000, 2000), 244, 4096)
 
@@ -48,7 +48,7 @@ def test_stated_prototypes_are_kept(stated: Any, expected: tuple[int, ...]) -> N
 
 
 def test_parts_of_a_batch_count_for_the_negatives_not_the_whole() -> None:
-    section = _section("pcl", clusters=[300], negatives="auto", accumulate=4)
+    section = _section("pcl", clusters=[300], negatives="auto", batch_size=256, accumulate=4)
     assert sizing.options(section, images=60_000, image_size=28)["negatives"] == 300 - 64
 
 
