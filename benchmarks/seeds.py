@@ -52,6 +52,9 @@ def workspace(folder: Path, seed: int, recipe: Path | None, edits: list[str]) ->
     if recipe:
         overrides.apply_recipe(recipe, fresh / layout.PARAMS)
     overrides.apply([f"seed={seed}", *edits], fresh / layout.PARAMS)
+    data = params.load(fresh / layout.PARAMS).data
+    if data.source == "folder":  # relative to the repository, as everywhere else
+        overrides.apply([f"data.folder={json.dumps(str(ROOT / data.folder))}"], fresh / layout.PARAMS)
     if not root.exists():
         fresh.rename(root)
     elif (root / layout.PARAMS).read_bytes() != (fresh / layout.PARAMS).read_bytes():
