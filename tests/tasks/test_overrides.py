@@ -88,7 +88,7 @@ def test_a_new_encoder_is_a_valid_key(file: Path) -> None:
         ("seed", r"^expected an override like pretrain\.swav\.epochs=5, got 'seed'$"),
         ("encoders=[pixels", r"^encoders: expected a YAML value, got '\[pixels'"),
         ("encoders=[]", r"^encoders: "),
-        ("pretrain.pcl.queue_length=1000", r"^pretrain\.pcl: queue_length 1000 must be a multiple of batch_size 256"),
+        ("pretrain.pcl.queue_length=1000", r"^pretrain\.pcl: queue_length 1000 must be a multiple of batch_size 64"),
     ],
 )
 def test_a_wrong_override_is_one_line_and_nothing_is_written(file: Path, edit: str, message: str) -> None:

@@ -53,14 +53,14 @@ def test_parts_of_a_batch_count_for_the_negatives_not_the_whole() -> None:
 
 
 def test_automatic_clusters_with_too_many_stated_negatives_are_refused_with_the_numbers() -> None:
-    section = _section("pcl", clusters="auto", negatives=5000)
+    section = _section("pcl", clusters="auto", negatives=5000, batch_size=256)
     with pytest.raises(ConfigError, match=r"with batch_size 256 not exceed .* 500, .* got 5000"):
         sizing.options(section, images=60_000, image_size=28)
 
 
 def test_a_batch_too_large_for_the_data_is_refused_with_the_one_that_fits() -> None:
     with pytest.raises(ConfigError, match="lower batch_size to at most 100"):
-        sizing.options(_section("pcl", clusters="auto"), images=300, image_size=28)
+        sizing.options(_section("pcl", clusters="auto", batch_size=256), images=300, image_size=28)
     assert sizes.clusters(300, 100)
 
 
