@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 from tasks import environment
 
 environment.prepare()
+# What a script starts in the background ignores SIGINT, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SEEDS = [int(seed) for seed in os.environ.get("DEEPCLUST_TEST_SEEDS", "0,1,2").split(",")]
 
