@@ -24,49 +24,44 @@ import numpy as np
 import torch
 from seeds import ROOT, run, workspace
 
-from deepclust import evaluation, kmeans, metrics, seeding
-from tasks import environment, layout, params
+from deepclust import kmeans, metrics, seeding
+from tasks import environment, layout, linear, params
 
 HEADER = "| candidate | seed | kNN | linear | ACC | NMI | seconds |\n|---|---|---|---|---|---|---|"
 
 
 def score(root: Path, encoder: str) -> list[str]:
-    """kNN, linear, ACC and NMI on the held-out images of a workspace."""
+    """kNN, linear, ACC and NMI on the held-out images of a workspace.
+
+    Raises:
+        SystemExit: If no image is held out, as where there are no labels.
+    """
     train = root / layout.split("train")
     features = torch.from_numpy(np.load(root / layout.embeddings(encoder, "train"), allow_pickle=False))
     labels = np.load(train / "labels.npy", allow_pickle=False)
     held = np.load(train / "heldout.npy", allow_pickle=False)
-    fitting = np.setdiff1d(np.flatnonzero(labels >= 0), held)
-    classes = int(labels.max()) + 1
+    if not len(held):
+        raise SystemExit("error: expected labelled training images to hold some out, got none; label a few")
     options = params.load(root / layout.PARAMS)
-    targets = torch.from_numpy(labels)
-    neighbours, temperature = options.linear.neighbours[0], options.linear.temperatures[0]
-    predicted = evaluation.knn(
-        features[fitting],
-        targets[fitting],
-        features[held],
-        classes=classes,
-        neighbours=[neighbours],
-        temperatures=[temperature],
-    )[neighbours, temperature]
-    linear = evaluation.fit_linear(
-        features[fitting],
-        targets[fitting],
-        classes=classes,
-        weight_decays=options.linear.weight_decays,
-        iterations=options.linear.iterations,
+    classes = int(labels.max()) + 1
+    found, _ = linear.evaluate(
+        {"train": features, "test": features[:0]},
+        {"train": labels, "test": labels[:0]},
+        held,
+        classes,
+        options.linear,
     )
-    accuracies = [(found.predict(features[held]) == targets[held]).double().mean().item() for found in linear]
+    others = np.setdiff1d(np.arange(len(labels)), held)
     matched, shared = [], []
     for number in range(options.cluster.seeds):
         seed = seeding.derive(options.seed, "cluster", number)
-        found = kmeans.fit(features[fitting], classes, seed=seed, iterations=options.cluster.iterations)
-        clusters = kmeans.assign(features[held], found.centroids)[0].numpy()
+        fitted = kmeans.fit(features[others], classes, seed=seed, iterations=options.cluster.iterations)
+        clusters = kmeans.assign(features[held], fitted.centroids)[0].numpy()
         matched.append(metrics.matched_accuracy(labels[held], clusters))
         shared.append(metrics.nmi(labels[held], clusters))
     return [
-        f"{(predicted == targets[held]).double().mean():.3f}",
-        f"{max(accuracies):.3f}",
+        f"{found['knn_heldout']:.3f}",
+        f"{found['linear_heldout']:.3f}",
         *(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (matched, shared)),
     ]
 
