@@ -1,6 +1,6 @@
 """Compare candidates for a recipe on images held out of train; the test images are not looked at.
 
-    python benchmarks/recipes.py pcl --try now --try warmer pretrain.pcl.temperature=0.2
+    python benchmarks/recipes.py pcl --try now --try softer pretrain.pcl.temperature=1.0
     python benchmarks/recipes.py swav --recipe recipes/fashion-mnist-long.yaml --try longer pretrain.swav.epochs=20
 
 A candidate is edits of params.yaml; it is pretrained in a workspace of its own, as `benchmarks/seeds.py` makes them, as
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from seeds import ROOT, run, workspace
+import torch.nn.functional as F
+from seeds import ROOT, cell, run, workspace
 
 from deepclust import kmeans, metrics, seeding
-from tasks import environment, layout, linear, params
+from tasks import cluster, environment, layout, linear, params
 
 HEADER = "| candidate | seed | kNN | linear | ACC | NMI | seconds |\n|---|---|---|---|---|---|---|"
 
@@ -51,19 +51,18 @@ def score(root: Path, encoder: str) -> list[str]:
         classes,
         options.linear,
     )
+    if options.cluster.normalise:
+        features = F.normalize(features, dim=1)
     others = np.setdiff1d(np.arange(len(labels)), held)
+    k = cluster.primary_k(options.cluster, classes=classes, images=len(others))
     matched, shared = [], []
     for number in range(options.cluster.seeds):
         seed = seeding.derive(options.seed, "cluster", number)
-        fitted = kmeans.fit(features[others], classes, seed=seed, iterations=options.cluster.iterations)
+        fitted = kmeans.fit(features[others], k, seed=seed, iterations=options.cluster.iterations)
         clusters = kmeans.assign(features[held], fitted.centroids)[0].numpy()
         matched.append(metrics.matched_accuracy(labels[held], clusters))
         shared.append(metrics.nmi(labels[held], clusters))
-    return [
-        f"{found['knn_heldout']:.3f}",
-        f"{found['linear_heldout']:.3f}",
-        *(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (matched, shared)),
-    ]
+    return [f"{found['knn_heldout']:.3f}", f"{found['linear_heldout']:.3f}", cell(matched), cell(shared)]
 
 
 def candidate(folder: Path, name: str, edits: list[str], seed: int, recipe: Path | None, encoder: str) -> str:
@@ -86,6 +85,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--keep", type=Path, help="a folder for the workspaces; else they are removed")
     arguments = parser.parse_args()
+    names = [name for name, *_ in arguments.tries]
+    if len(set(names)) < len(names):
+        parser.error(f"expected a name of its own for each --try, got {', '.join(names)}")
     environment.prepare()
     os.chdir(ROOT)
     folder = (arguments.keep or Path(tempfile.mkdtemp(prefix="deepclust-recipes-"))).resolve()
