@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deepclust import metrics, training, views, watchdog
+from deepclust import metrics, seeding, training, views, watchdog
 from deepclust.methods.base import Method
 from tests.deepclust import test_training
 
@@ -103,6 +103,16 @@ def test_modes_statistics_gradients_and_generators_are_what_they_were() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in method.parameters())
     assert torch.equal(torch.random.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], before_numpy)  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(5, ["representation collapse"]), (12, [])])
+def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim: int, expected: list[str]) -> None:
+    method = Embedding()
+    with seeding.seeded(0):
+        method.backbone[4] = nn.Linear(12, dim)  # type: ignore[operator]
+    found = watch(method).epoch(training.Epoch(0, 1.0, 0.0, 40))
+    assert 3 < found.indicators["rankme"] < dim
+    assert symptoms(found) == expected
 
 
 def test_rankme_is_that_of_the_features_in_eval_mode() -> None:
