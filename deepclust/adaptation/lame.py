@@ -38,7 +38,8 @@ def affinity(features_BD: Tensor, *, kind: Affinity, neighbours: int) -> Tensor:
         neighbours: How many are nearest; for `rbf` σ is the mean distance to the last of them; of no use to `linear`.
     """
     unit_BD = F.normalize(features_BD.double(), dim=1)
-    cosines_BB = unit_BD @ unit_BD.T
+    product_BB = unit_BD @ unit_BD.T
+    cosines_BB = (product_BB + product_BB.T) / 2  # not every processor's product of a matrix and its transpose is symmetric
     itself_BB = torch.eye(len(unit_BD), dtype=torch.bool, device=unit_BD.device)
     if kind == "linear" or len(unit_BD) == 1:
         return cosines_BB.masked_fill(itself_BB, 0)

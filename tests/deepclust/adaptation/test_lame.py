@@ -62,6 +62,18 @@ def test_affinities_are_those_of_loops_over_pairs(options):
     got = affinity(features, kind=kind, neighbours=neighbours)
     truth = torch.tensor(weights(features, kind, neighbours), dtype=torch.float64)
     torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_affinities_are_symmetric_to_the_bit_even_where_the_product_is_not(options, monkeypatch):
+    product = torch.Tensor.__matmul__
+
+    def skewed(left, right):  # as the kernels of some processors sum a product's two halves
+        return product(left, right) + 1e-15 * torch.arange(len(left), dtype=left.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", skewed)
+    features = torch.randn((9, 5), generator=seeded(3), dtype=torch.float64)
+    got = affinity(features, kind=options.get("affinity", "knn"), neighbours=options.get("neighbours", 5))
     assert torch.equal(got, got.T)
 
 
