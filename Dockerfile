@@ -21,4 +21,4 @@ RUN uv pip install --no-deps --no-build-isolation --editable . \
     && dvc config --local core.no_scm true && chown -R deepclust .
 
 USER deepclust
-CMD ["python", "-m", "flows.pretrain_and_eval"]
+CMD ["python", "-m", "flows.pipeline"]

@@ -19,7 +19,7 @@ READY := .venv/ready
 .DEFAULT_GOAL := pipeline
 
 pipeline: setup
-	$(BIN)/python -m flows.pretrain_and_eval $(ARGS)
+	$(BIN)/python -m flows.pipeline $(ARGS)
 
 test: setup
 	DO_NOT_TRACK=1 $(BIN)/python -m pytest $(ARGS)

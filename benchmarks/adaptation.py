@@ -25,15 +25,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from deepclust import evaluation
-from tasks import adapt, classifiers, environment, layout, overrides, params, prepared, sections, shifts
+from deepclust.adaptation import shifts
+from deepclust.evaluation import probing
+from tasks.adapt import __main__ as adapt
+from tasks.adapt import classifiers
+from tasks.shared.operations import params
+from tasks.shared.operations.params import overrides, schema
+from tasks.shared.outputs import environment, layout, prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict[str, Any]]
 KEY = ("classifier", "setting", "batch_size")
 
 
-def measure(root: Path, encoder: str, values: sections.Params, *, heldout: bool) -> Rows:
+def measure(root: Path, encoder: str, values: schema.Params, *, heldout: bool) -> Rows:
     """The stage's table in a workspace."""
     os.chdir(root)
     rows: Rows = []
@@ -53,7 +58,7 @@ def measure(root: Path, encoder: str, values: sections.Params, *, heldout: bool)
     return rows
 
 
-def _heldout(values: sections.Params, work: Path) -> Iterable[shifts.Shift]:
+def _heldout(values: schema.Params, work: Path) -> Iterable[shifts.Shift]:
     """As `adapt.collect`, of the held-out training images and without domains."""
     rows = prepared.heldout()
     rows = rows[shifts.choose(prepared.labels("train")[rows], count=values.adapt.images, seed=values.seed)]
@@ -66,12 +71,12 @@ def _heldout(values: sections.Params, work: Path) -> Iterable[shifts.Shift]:
             yield shifts.corrupted(clean, name, severity, seed=values.seed, file=work / f"{name}-{severity}.npy")
 
 
-def _refitted(encoder: str, values: sections.Params) -> nn.Linear:
+def _refitted(encoder: str, values: schema.Params) -> nn.Linear:
     """The linear classifier without the held-out images, at the first weight decay."""
     labels = prepared.labels("train")
     rows = np.setdiff1d(np.flatnonzero(labels >= 0), prepared.heldout())
     features = torch.from_numpy(np.load(layout.embeddings(encoder, "train"), allow_pickle=False)[rows])
-    fitted = evaluation.fit_linear(
+    fitted = probing.fit_linear(
         features,
         torch.from_numpy(labels[rows]),
         classes=len(prepared.meta()["classes"]),
@@ -131,7 +136,7 @@ def _cell(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.3f}"
 
 
-def values_of(root: Path, edits: list[str]) -> sections.Params:
+def values_of(root: Path, edits: list[str]) -> schema.Params:
     """This repository's parameters with the edits, and the seed of a workspace."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / layout.PARAMS

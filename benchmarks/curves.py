@@ -22,11 +22,17 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from deepclust import encoder, seeding, training, watchdog
-from deepclust.devices import default_device
+from deepclust import seeding
+from deepclust.evaluation import watchdog
 from deepclust.methods import simsiam
-from tasks import environment, history, params, prepared, pretrain, sizing
-from tasks import pretrain_sections as sections
+from deepclust.models import encoder
+from deepclust.models.devices import default_device
+from deepclust.training import loop
+from tasks.pretrain import __main__ as pretrain
+from tasks.pretrain import history, sizing
+from tasks.shared.operations import params
+from tasks.shared.operations.params import pretrain as sections
+from tasks.shared.outputs import environment, prepared
 
 HEALTHY = "as in params.yaml"
 STOP_GRADIENT = "without stop-gradient"
@@ -103,19 +109,19 @@ def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[li
     rows: list[dict[str, Any]] = []
     words: list[str] = []
 
-    def on_step(done: training.Step) -> None:
+    def on_step(done: loop.Step) -> None:
         rows.append(history.as_row(done))
         dog.step(done)
 
-    def on_epoch(done: training.Epoch) -> None:
+    def on_epoch(done: loop.Epoch) -> None:
         report = dog.epoch(done)
         words.extend(f"epoch {done.epoch + 1}: {alarm.message}" for alarm in report.alarms)
         print("   ", {name: float(f"{value:.3g}") for name, value in report.indicators.items()}, flush=True)
 
     plan = pretrain.recipe(values.pretrain.shared, chosen, image_size=statistics["image_size"], seed=values.seed)
     try:
-        training.train(method, images, plan, normalise=normalise, device=device, on_step=on_step, on_epoch=on_epoch)
-    except training.TrainingError as error:
+        loop.train(method, images, plan, normalise=normalise, device=device, on_step=on_step, on_epoch=on_epoch)
+    except loop.TrainingError as error:
         words.append(str(error))
     return rows, words
 

@@ -41,7 +41,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from tasks import environment, layout, overrides
+from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import environment, layout
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("swav", "pcl", "moco", "simsiam", "deepcluster_v2")
@@ -118,12 +119,13 @@ class Phase:
 
 def program(method: str) -> None:
     """`tasks.pretrain`, which measures its phases, or ends itself once in one of them."""
-    from tasks import launch
+    from tasks.shared.operations.processes import launcher
 
-    if launch.wanted("pretrain"):
-        sys.exit(launch.start("benchmarks.kill_test", sys.argv[1:]))
-    from deepclust import checkpoint, methods, views
-    from tasks import pretrain
+    if launcher.wanted("pretrain"):
+        sys.exit(launcher.start("benchmarks.kill_test", sys.argv[1:]))
+    from deepclust import methods
+    from deepclust.training import checkpoint, views
+    from tasks.pretrain import __main__ as pretrain
 
     plan: dict[str, Any] = json.loads(os.environ[_PLAN])
     folder, rank = Path(plan["folder"]), int(os.environ.get("RANK", "0"))
@@ -148,7 +150,7 @@ def program(method: str) -> None:
     def disk_call(event: str, called: Any) -> bool:
         return event == "c_call" and called.__name__ in _DISK
 
-    kind: type = methods.METHODS[method]
+    kind: type = methods.method_class(method)
     where = (kind, "before_epoch") if method in CLUSTERING else (views, "multi_crop")
     phases = {
         "forward": phase("forward", any_call, kind, "loss"),

@@ -24,8 +24,13 @@ import torch
 import torch.nn.functional as F
 from seeds import ROOT, cell, run, workspace
 
-from deepclust import kmeans, metrics, seeding
-from tasks import cluster, environment, layout, linear, params
+from deepclust import seeding
+from deepclust.clustering import kmeans
+from deepclust.evaluation import metrics
+from tasks.cluster import __main__ as cluster
+from tasks.linear import __main__ as linear
+from tasks.shared.operations import params
+from tasks.shared.outputs import environment, layout
 
 HEADER = "| candidate | seed | kNN | linear | ACC | NMI | seconds |\n|---|---|---|---|---|---|---|"
 

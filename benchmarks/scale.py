@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deepclust import distributed, kmeans, seeding
-from deepclust.encoder import Encoder
-from tasks import embed
+from deepclust import distributed, seeding
+from deepclust.clustering import kmeans
+from deepclust.models.encoder import Encoder
+from tasks.embed import __main__ as embed
 
 K, ITERATIONS, DIM, GROUPS = 100, 20, 128, 150
 SIZE, BATCH = 28, 256

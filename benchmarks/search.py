@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from deepclust import kmeans
+from deepclust.clustering import kmeans
 
 POINTS = 54_000
 

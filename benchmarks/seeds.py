@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tasks import environment, layout, overrides, params
+from tasks.shared.operations import params
+from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import environment, layout
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("pretrain", "embed", "cluster", "linear")

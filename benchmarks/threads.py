@@ -11,7 +11,7 @@ from multiprocessing.synchronize import Barrier
 
 import torch
 
-from deepclust import backbones
+from deepclust.models import backbones
 
 BATCH, STEPS, SIZE = 512, 12, 28
 

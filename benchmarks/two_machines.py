@@ -27,7 +27,8 @@ import psutil
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tasks import layout, overrides
+from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINES = {"first": "10.77.0.1", "second": "10.77.0.2"}  # the first's address sorts first, so rank 0 is there

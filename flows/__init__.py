@@ -1,5 +1,5 @@
 """When and where: Prefect's flows and their deployments."""
 
-from tasks import environment
+from tasks.shared.outputs import environment
 
 environment.prepare()  # before anything imports Prefect

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 from prefect.settings import PREFECT_API_URL
 
 from flows.server import HOME, answers, get
-from tasks import layout
-from tasks.run import StageError
-from tasks.stage import errors_as_one_line
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.outputs import layout
 
 POOL = "deepclust"
 LOCAL = "http://127.0.0.1:4200/api"

@@ -16,8 +16,8 @@ from typing import cast
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks import children
-from tasks.run import StageError
+from tasks.shared.operations.processes import children
+from tasks.shared.operations.processes.dvc_runner import StageError
 
 HOME = Path(".prefect")  # the runs of this workspace; `make serve` shows them too
 _PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores

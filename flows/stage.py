@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -16,9 +15,15 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import server
-from tasks import params, sections
-from tasks.run import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
-from tasks.stage import errors_as_one_line
+from tasks.shared.operations import params
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.processes.dvc_runner import (
+    DeepclustError,
+    Outcome,
+    PreemptedStage,
+    Workspace,
+    check_folders,
+)
 
 RETRIES = 5  # of a preempted stage
 RETRY_SECONDS = 5.0  # before each
@@ -53,29 +58,6 @@ def _run(workspace: Workspace, name: str) -> Outcome:
             logger.warning("%s; trying again in %g s", error, RETRY_SECONDS)
         time.sleep(RETRY_SECONDS)
     return workspace.run_stage(name, on_line=logger.info)
-
-
-def check_folders(values: sections.Params) -> None:
-    """Refuse folders of images that DVC can not follow; of its own it says only that a dep is missing.
-
-    Raises:
-        StageError: If one begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
-    """
-    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
-    _check_folder("adapt.domains", values.adapt.domains, read=True)
-
-
-def _check_folder(name: str, folder: str, *, read: bool) -> None:
-    if folder.startswith("~"):
-        raise StageError(
-            f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
-            f"{name}=/absolute/path"
-        )
-    if read and not Path(folder).exists():
-        raise StageError(
-            f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
-            f"name another one: {name}=path/to/images"
-        )
 
 
 def main() -> None:

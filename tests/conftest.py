@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tasks import environment
+from tasks.shared.outputs import environment
 
 environment.prepare()
 # What a script starts in the background ignores SIGINT, and so would all that the tests start and interrupt.

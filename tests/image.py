@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tasks import overrides, params, run
+from tasks.shared.operations import params
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.processes import dvc_runner
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
         low = 0 if index % 2 else 128
         Image.fromarray(random.integers(low, low + 128, (20, 24, 3), dtype=np.uint8)).save(path)
     print(overrides.apply(["data.source=folder", f"data.folder={folder}", "data.image_size=16"]))
-    with run.Workspace() as workspace:
+    with dvc_runner.Workspace() as workspace:
         outcome = workspace.run_stage("prepare", on_line=print, env={"DEEPCLUST_TRACKING": "off"})
     print(f"prepare: {outcome.what}, {outcome.metrics}")
     subprocess.run([sys.executable, "-c", "import torch, torchvision, faiss"], check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tasks.closure import ROOT
+from tests.paths import ROOT
 
 # prepare, embed per encoder, report. A file `broken` fails random; a file `slow` makes each take a minute.
 _DVC = """
@@ -20,11 +20,12 @@ stages:
     params: [seed]
     outs: [artifacts/prepare]
   embed:
-    matrix: {encoder: "${encoders}"}
-    cmd: sh stage.sh ${item.encoder} artifacts/embed/${item.encoder}
-    deps: [artifacts/prepare]
-    outs: ["artifacts/embed/${item.encoder}"]
-    metrics: ["metrics/embed/${item.encoder}.json": {cache: false}]
+    foreach: ${encoders}
+    do:
+      cmd: sh stage.sh ${key} artifacts/embed/${key}
+      deps: [artifacts/prepare]
+      outs: ["artifacts/embed/${key}"]
+      metrics: ["metrics/embed/${key}.json": {cache: false}]
   report:
     cmd: sh stage.sh report artifacts/report
     deps: [artifacts/embed]
@@ -57,7 +58,8 @@ def build(root: Path) -> None:
     (root / ".dvc").mkdir()
     (root / ".dvc/config").write_bytes((ROOT / ".dvc/config").read_bytes())
     params = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines(keepends=True)
-    params = ["encoders: [pixels, random]\n" if line.startswith("encoders:") else line for line in params]
+    encoders = "encoders: {pixels: pixels, random: random}\n"
+    params = [encoders if line.startswith("encoders:") else line for line in params]
     (root / "params.yaml").write_text("".join(params), encoding="utf-8")
     (root / "domains").mkdir()
     (root / "dvc.yaml").write_text(_DVC, encoding="utf-8")

@@ -6,20 +6,20 @@ logits = adapter(images)
 
 from collections.abc import Callable
 
+from deepclust.adaptation.adapters.bn import BN
+from deepclust.adaptation.adapters.lame import LAME
+from deepclust.adaptation.adapters.pseudo_label import PseudoLabel
+from deepclust.adaptation.adapters.roid import ROID
+from deepclust.adaptation.adapters.rotta import RoTTA
+from deepclust.adaptation.adapters.shot_im import ShotIM
+from deepclust.adaptation.adapters.source import Source
+from deepclust.adaptation.adapters.t3a import T3A
+from deepclust.adaptation.adapters.tent import Tent
+from deepclust.adaptation.adapters.tsd import TSD
 from deepclust.adaptation.base import Adapter
-from deepclust.adaptation.bn import BN
 from deepclust.adaptation.classifier import Classifier, WholeModel
 from deepclust.adaptation.guard import Guard
-from deepclust.adaptation.lame import LAME
 from deepclust.adaptation.normalisation import align_statistics
-from deepclust.adaptation.pseudo_label import PseudoLabel
-from deepclust.adaptation.roid import ROID
-from deepclust.adaptation.rotta import RoTTA
-from deepclust.adaptation.shot_im import ShotIM
-from deepclust.adaptation.source import Source
-from deepclust.adaptation.t3a import T3A
-from deepclust.adaptation.tent import Tent
-from deepclust.adaptation.tsd import TSD
 
 __all__ = [
     "ADAPTERS",

@@ -31,10 +31,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from deepclust.adaptation.adapters.bn import BN
+from deepclust.adaptation.adapters.source import Source
 from deepclust.adaptation.base import INFERENCE, Adapter
-from deepclust.adaptation.bn import BN
 from deepclust.adaptation.classifier import check_images
-from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 
 UNKNOWN_GAIN = 0.05  # confidence that bn has to win where that of source images is not known

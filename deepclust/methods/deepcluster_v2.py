@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import distributed, heads, kmeans, seeding
+from deepclust import distributed, seeding
+from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
-from deepclust.methods import base
+from deepclust.methods.parts import base, heads
 
 
 def assignment_loss(scores_VBK: Tensor, assignments_B: Tensor, *, temperature: float) -> Tensor:
@@ -46,6 +47,8 @@ class DeepClusterV2(base.Method):
         kmeans_iterations: Lloyd iterations before each epoch, at most.
         kmeans_restarts: Seeded runs of k-means, of which the best counts.
     """
+
+    name = "deepcluster_v2"
 
     bank: Tensor
     assignments: Tensor

@@ -3,73 +3,20 @@
 v1 has a linear head, v2 one with a hidden layer. Differences from the original code, all deliberate:
 - The keys are shuffled between groups of one batch (section 3.3); the original shuffles them between GPUs.
 - v2's head normalises its hidden layer; the original's has no batch normalisation there.
-
-B batch, D dimension of the embeddings, R keys in the queue.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepclust import distributed, heads
-from deepclust.errors import ConfigError
-from deepclust.methods import base
-from deepclust.methods.queue import Queue
+from deepclust.methods.parts.momentum_contrast import MomentumContrast
 
 
-def info_nce(queries_BD: Tensor, keys_BD: Tensor, queue_RD: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of each query with its own key against the queue (equation 1). Rows of unit length."""
-    positive = (queries_BD * keys_BD).sum(1, keepdim=True)
-    logits = torch.cat([positive, heads.products(queries_BD, queue_RD)], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+class MoCo(MomentumContrast):
+    """MoCo: InfoNCE of a query with its key against the queue. Its arguments are those of `MomentumContrast`."""
 
-
-class MoCo(base.Method):
-    """MoCo.
-
-    Args:
-        backbone: Images to features.
-        feature_dim: Dimension of the features.
-        hidden_dim: Width of the head's hidden layer; 0 for a linear head (v1).
-        dim: Dimension of the embeddings, D.
-        key_momentum: m of the momentum encoder.
-        queue_length: Keys that are kept as negatives, R.
-        temperature: τ.
-        key_groups: Groups that the shuffled keys go through the momentum encoder in, so that batch normalisation does
-            not leak which query is whose key; 1 for all together.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        hidden_dim: int,
-        dim: int,
-        key_momentum: float,
-        queue_length: int,
-        temperature: float,
-        key_groups: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = heads.projection(feature_dim, hidden_dim, dim)
-        # Its batch normalisation keeps statistics of its own.
-        self.key_encoder = nn.Sequential(copy.deepcopy(self.backbone), copy.deepcopy(self.head)).requires_grad_(False)
-        self.queue = Queue(queue_length, dim)
-        self.key_momentum = key_momentum
-        self.temperature = temperature
-        self.key_groups = key_groups
-        self._new: list[Tensor] = []  # keys (B, D) that enter the queue after the step
-
-    def before_step(self, step: int) -> None:
-        """Forget keys of a step that came to no update."""
-        self._new.clear()
+    name = "moco"
 
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
@@ -81,48 +28,3 @@ class MoCo(base.Method):
         """
         _, instance, logged = self.contrast(views, generator)
         return instance, logged
-
-    def contrast(self, views: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Queries (B, D) of the first view, their InfoNCE with the keys of the second, and what is to be logged."""
-        query_view, key_view = views
-        queries = heads.unit_rows(self.head(self.backbone(query_view)))
-        keys = self._keys(key_view, generator)
-        self._new.append(keys)
-        instance = info_nce(queries, keys, self.queue.rows, temperature=self.temperature)
-        value = instance.detach()
-        return (
-            queries,
-            instance,
-            {
-                "info_nce": value,
-                "loss_to_chance": value / math.log(1 + len(self.queue.rows)),
-                "embedding_spread": base.spread(queries),
-            },
-        )
-
-    @torch.no_grad()
-    def _keys(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        if self.key_groups == 1:
-            return heads.unit_rows(self.key_encoder(view))
-        count = len(view) * distributed.processes()
-        if count < 2 * self.key_groups:
-            raise ConfigError(
-                f"key_groups: expected at most {max(1, count // 2)}, half of the {count} images that go "
-                f"through the network at once; got {self.key_groups}; lower it or enlarge the batch"
-            )
-        # A group has members on any process, whose batch normalisation is synchronised: so no image has to travel.
-        order = torch.randperm(count, generator=generator) - distributed.rank() * len(view)
-        groups = [
-            group[(group >= 0) & (group < len(view))].to(view.device) for group in order.tensor_split(self.key_groups)
-        ]
-        keys = torch.cat([self.key_encoder(view[group]) for group in groups])
-        return heads.unit_rows(keys[torch.cat(groups).argsort()])
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Move the momentum encoder, then put the step's keys into the queue in place of the oldest."""
-        keys: list[Tensor] = list(self.key_encoder.parameters())
-        queries: list[Tensor] = [*self.backbone.parameters(), *self.head.parameters()]
-        torch._foreach_lerp_(keys, queries, 1 - self.key_momentum)
-        self.queue.push(torch.cat([distributed.gather(new) for new in self._new]))
-        self._new.clear()

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import distributed, heads, kmeans
+from deepclust import distributed
+from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
-from deepclust.methods import base
-from deepclust.methods.moco import MoCo
+from deepclust.methods.parts import base, heads
+from deepclust.methods.parts.momentum_contrast import MomentumContrast
 
 
 def proto_nce(
@@ -105,7 +106,7 @@ class Clustering(nn.Module):
         self.assignments.copy_(distributed.gather(found.assignments, len(self.assignments)))
 
 
-class PCL(MoCo):
+class PCL(MomentumContrast):
     """PCL.
 
     Args:
@@ -126,6 +127,8 @@ class PCL(MoCo):
         kmeans_warm_start: Begin each E-step but the first from the centroids of the last one, in a single run.
         spherical: Keep the centroids at unit length during k-means.
     """
+
+    name = "pcl"
 
     clustered: Tensor
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import backbones, heads
 from deepclust.errors import ConfigError
-from deepclust.methods import base
+from deepclust.methods.parts import base, heads
+from deepclust.models import backbones
 
 
 def symmetric_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ class SimSiam(base.Method):
     Raises:
         ConfigError: If the projector is to have another number of layers.
     """
+
+    name = "simsiam"
 
     def __init__(
         self,

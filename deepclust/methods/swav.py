@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust import distributed, heads, sinkhorn
-from deepclust.methods import base
-from deepclust.methods.queue import Queue
+from deepclust import distributed
+from deepclust.methods.parts import base, heads, sinkhorn
+from deepclust.methods.parts.queue import Queue
 
 
 def swapped_loss(scores: Sequence[Tensor], codes: dict[int, Tensor], *, temperature: float) -> Tensor:
@@ -69,6 +69,8 @@ class SwAV(base.Method):
             (section 4, "small batches"); 0 for none. Used from when it is full.
         queue_start_epoch: Epoch in which it begins to fill.
     """
+
+    name = "swav"
 
     epoch: Tensor
 

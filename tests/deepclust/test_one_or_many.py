@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepclust import backbones, checkpoint, distributed, optim, resume, seeding, training, views
+from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, PreemptedError
-from deepclust.methods import METHODS, Method
+from deepclust.methods import METHODS, Method, method_class
+from deepclust.models import backbones
+from deepclust.training import checkpoint, loop, optim, resume, views
 from tests import processes
 from tests.deepclust.methods import test_state
 
@@ -35,7 +37,7 @@ def images() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 1), dtype=np.uint8)
 
 
-def recipe(name: str, *, rate: float, **changes: Any) -> training.Recipe:
+def recipe(name: str, *, rate: float, **changes: Any) -> loop.Recipe:
     options: dict[str, Any] = {
         "epochs": EPOCHS,
         "batch_size": BATCH,
@@ -55,7 +57,7 @@ def recipe(name: str, *, rate: float, **changes: Any) -> training.Recipe:
         "colour": COLOUR,
         "seed": 3,
     }
-    return training.Recipe(**(options | changes))
+    return loop.Recipe(**(options | changes))
 
 
 def train(
@@ -69,9 +71,9 @@ def train(
     """Losses and logged scalars of each update, and the whole state at the end."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=1, image_size=16)
-        method = METHODS[name](backbone, dim, **OPTIONS[name]).to(dtype)
-    steps: list[training.Step] = []
-    training.train(
+        method = method_class(name)(backbone, dim, **OPTIONS[name]).to(dtype)
+    steps: list[loop.Step] = []
+    loop.train(
         method,
         images(),
         recipe(name, rate=rate, **changes),
@@ -199,10 +201,10 @@ class Overflowing(Method):
 def _half() -> list[float]:
     weights: list[float] = []
     method = Overflowing()
-    original = training.effective_precision
-    training.effective_precision = lambda precision, device: "fp16"
+    original = loop.effective_precision
+    loop.effective_precision = lambda precision, device: "fp16"
     try:
-        training.train(
+        loop.train(
             method,
             images(),
             recipe("moco", rate=RATE),
@@ -211,7 +213,7 @@ def _half() -> list[float]:
             on_step=lambda step: weights.append(float(method.backbone.weight)),
         )
     finally:
-        training.effective_precision = original
+        loop.effective_precision = original
     return weights
 
 

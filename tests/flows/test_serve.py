@@ -14,8 +14,8 @@ import yaml
 
 from flows import serve
 from flows.server import answers
-from tasks.closure import ROOT
-from tasks.run import StageError
+from tasks.shared.operations.processes.dvc_runner import StageError
+from tests.paths import ROOT
 from tests.pipelines import eventually
 
 URL = "http://127.0.0.1:1/api"

@@ -8,7 +8,7 @@ import pytest
 
 import flows.stage as module
 from flows.stage import stage
-from tasks.run import Workspace
+from tasks.shared.operations.processes.dvc_runner import Workspace
 from tests import pipelines
 from tests.flows.conftest import preempt
 

@@ -16,10 +16,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from deepclust import encoder as encoders
-from tasks import adapt, layout, measuring, shifts, stage
+from deepclust.adaptation import measuring, shifts
+from deepclust.models import encoder as encoders
+from tasks.adapt import __main__ as adapt
+from tasks.shared.outputs import layout, stage
+from tests.paths import ROOT as REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BASELINES = ("pixels", "random")
 SHIFTS = (shifts.CLEAN, ("gaussian_noise", 5), ("fog", 5), ("contrast", 5), ("sketch", 0))
 
@@ -61,7 +63,7 @@ def build(
     """
     random = np.random.default_rng(seed)
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
-    values["encoders"] = list(names)
+    values["encoders"] = {name: name for name in names}
     values["report"]["map_images"] = 40
     values["adapt"] |= {"classifiers": list(classifiers), "adapters": list(adapters), "settings": list(settings)}
     values["adapt"]["batch_sizes"] = [batch_size]

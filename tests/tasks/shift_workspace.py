@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from deepclust import encoder as encoders
-from deepclust import kmeans, seeding
+from deepclust import seeding
 from deepclust.adaptation import Classifier
-from deepclust.views import to_float
-from tasks import layout, overrides
+from deepclust.clustering import kmeans
+from deepclust.models import encoder as encoders
+from deepclust.models.features import to_float
+from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import layout
+from tests.paths import ROOT as REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE, CLASSES, CLUSTERS = 12, ("a", "b", "c"), 4
 COUNTS = {"train": 96, "test": 61}
 BACKBONES = {"swav": "small", "pixels": "pixels"}

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from tasks import overrides
+from tasks.shared.operations.params import overrides
+from tests.paths import ROOT as REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 METHODS = ("swav", "deepcluster_v2", "moco", "pcl", "simsiam")
 SHORT = [
     "data.source=folder",
@@ -59,4 +59,4 @@ def run(stage: str, monkeypatch: pytest.MonkeyPatch, encoder: str | None = None)
     """Run one stage as its command line does."""
     monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", *([encoder] if encoder else [])])
     monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
-    importlib.import_module(f"tasks.{stage}").main()
+    importlib.import_module(f"tasks.{stage}.__main__").main()

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from deepclust import seeding
-from tasks import pretrain_sections as sections
-from tasks.closure import ROOT
+from tasks.shared.operations.params import pretrain as sections
+from tests.paths import ROOT
 
 PAGES = ROOT / "docs" / "methods"
 METHODS = {

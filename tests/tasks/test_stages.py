@@ -12,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepclust import encoder as encoders
-from deepclust import features, kmeans
-from tasks import layout, params, pretrain, probe, tracking
+from deepclust.clustering import kmeans
+from deepclust.models import encoder as encoders
+from deepclust.models import features
+from tasks.pretrain import __main__ as pretrain
+from tasks.shared.operations import params, tracking
+from tasks.shared.operations.observers import probe
+from tasks.shared.outputs import layout
 from tests.tasks import small_run
 
 ENCODERS = ("pixels", "random", "swav", "deepcluster_v2", "moco", "pcl", "simsiam")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepclust.adaptation import bank, t3a
+from deepclust.adaptation import bank
+from deepclust.adaptation.adapters import t3a
 from tests.deepclust.adaptation.nets import seeded
 
 CLASSES, MEMBERS, FEATURES = 700, 2800, 8

@@ -9,7 +9,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from deepclust.adaptation import ADAPTERS
-from deepclust.adaptation.bn import BN
+from deepclust.adaptation.adapters.bn import BN
+from deepclust.adaptation.adapters.source import Source
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import (
     align_statistics,
@@ -17,7 +18,6 @@ from deepclust.adaptation.normalisation import (
     has_batch_norm,
     use_batch_statistics,
 )
-from deepclust.adaptation.source import Source
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import LIVELY, classifier, same, seeded, state, stream
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust import kmeans, seeding
+from deepclust import seeding
+from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
 from deepclust.methods.deepcluster_v2 import DeepClusterV2, assignment_loss
 from tests.deepclust.methods.toys import Array, backbone, embedder, exact_rows, log_softmax, normal, update

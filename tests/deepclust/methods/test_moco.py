@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from deepclust.errors import ConfigError
-from deepclust.methods.moco import MoCo, info_nce
+from deepclust.methods.moco import MoCo
+from deepclust.methods.parts.momentum_contrast import info_nce
 from tests.deepclust.methods.toys import Array, as_sets, backbone, exact_rows, normal, unit, update
 
 

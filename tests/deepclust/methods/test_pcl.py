@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust import kmeans
+from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
 from deepclust.methods.pcl import PCL, proto_nce
 from tests.deepclust.methods.toys import Array, backbone, embedder, exact_rows, log_softmax, normal, unit, update

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust import backbones
 from deepclust.errors import ConfigError
 from deepclust.methods.simsiam import SimSiam, symmetric_loss
+from deepclust.models import backbones
 from tests.deepclust.methods.toys import Array, backbone, normal
 
 

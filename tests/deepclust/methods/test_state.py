@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepclust import seeding
-from deepclust.methods import METHODS, Method
+from deepclust.methods import METHODS, Method, method_class
 from tests.deepclust.methods.toys import backbone, embedder, normal, update
 
 IMAGES = 40
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 def build(name: str, seed: int) -> Method:
     with seeding.seeded(seed):
-        method = METHODS[name](backbone(norm=True), 8, **OPTIONS[name])
+        method = method_class(name)(backbone(norm=True), 8, **OPTIONS[name])
     method.check(IMAGES)
     method.bind(IMAGES)
     return method

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust import heads
+from deepclust.methods.parts import heads
 from deepclust.methods.swav import SwAV, harden, swapped_loss
 from tests.deepclust.methods.toys import Array, as_sets, backbone, embedder, exact_rows, log_softmax, normal, update
 from tests.deepclust.test_sinkhorn import plain_sinkhorn

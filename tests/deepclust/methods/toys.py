@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deepclust.methods.base import Method
+from deepclust.methods.parts.base import Method
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,158 @@
+"""LAME: Parameter-free Online Test-time Adaptation (arXiv 2201.05718, CVPR 2022).
+
+The model stays as it is. The predictions of a batch are moved towards each other where features are alike: minimise
+Σ_i KL(y_i ‖ q_i) − ½ Σ_ij w_ij y_i·y_j over assignments y, q the model's softmax. Deliberately different:
+- the default affinity is kNN; the code's default is `rbf`, whose pull grows with the batch until one class takes all
+  where labels are not correlated (see docs/methods/adaptation.md);
+- no image is its own neighbour: in the code `rbf` and `linear` pull each image towards itself, and the kth neighbour
+  that sets the bandwidth of `rbf` counts the image itself;
+- affinities are symmetric, (W + Wᵀ)/2, without which there is no objective; an option of the code, off there;
+- steps are damped by as much as W falls short of positive semi-definite, so that the objective never increases with
+  any affinity; the fixed points are the same. Without it the published guarantee holds for `rbf` and `linear` alone;
+- iterated in float64 until the assignments stand still; in the code until the objective changes by less than 1e-8.
+
+Shapes: B images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepclust.adaptation.base import Adapter, Predict
+from deepclust.adaptation.classifier import Classifier
+from deepclust.errors import AdaptationError
+
+Affinity = Literal["knn", "rbf", "linear"]
+
+
+def affinity(features_BD: Tensor, *, kind: Affinity, neighbours: int) -> Tensor:
+    """How much images pull each other: symmetric (B, B), float64, 0 for an image with itself.
+
+    Args:
+        features_BD: Features; compared by cosine, as unit vectors.
+        kind: `knn`: 1 for the nearest ones; `rbf`: exp(−d²/2σ²) of the distance d; `linear`: the cosine.
+        neighbours: How many are nearest; for `rbf` σ is the mean distance to the last of them; of no use to `linear`.
+    """
+    unit_BD = F.normalize(features_BD.double(), dim=1)
+    product_BB = unit_BD @ unit_BD.T
+    cosines_BB = (
+        product_BB + product_BB.T
+    ) / 2  # not every processor's product of a matrix and its transpose is symmetric
+    itself_BB = torch.eye(len(unit_BD), dtype=torch.bool, device=unit_BD.device)
+    if kind == "linear" or len(unit_BD) == 1:
+        return cosines_BB.masked_fill(itself_BB, 0)
+    neighbours = min(neighbours, len(unit_BD) - 1)
+    # Stable: of equally near images the earlier one counts.
+    ranked_BB = cosines_BB.masked_fill(itself_BB, -torch.inf).sort(dim=1, descending=True, stable=True)
+    if kind == "knn":
+        nearest_BB = torch.zeros_like(cosines_BB).scatter_(1, ranked_BB.indices[:, :neighbours], 1)
+        return (nearest_BB + nearest_BB.T) / 2
+    bandwidth = (2 - 2 * ranked_BB.values[:, neighbours - 1]).clamp(min=0).sqrt().mean()
+    squares_BB = (2 - 2 * cosines_BB).clamp(min=0)
+    weights_BB = torch.exp(-squares_BB / (2 * bandwidth.square()).clamp(min=torch.finfo(torch.float64).tiny))
+    return ((weights_BB + weights_BB.T) / 2).masked_fill(itself_BB, 0)
+
+
+def objective(log_y_BC: Tensor, log_q_BC: Tensor, weights_BB: Tensor) -> Tensor:
+    """Σ_i KL(y_i ‖ q_i) − ½ Σ_ij w_ij y_i·y_j, a scalar."""
+    y_BC = log_y_BC.exp()
+    return (y_BC * (log_y_BC - log_q_BC)).sum() - (y_BC * (weights_BB @ y_BC)).sum() / 2
+
+
+def assign(logits_BC: Tensor, weights_BB: Tensor, *, tolerance: float = 1e-9, limit: int = 1000) -> Tensor:
+    """Log assignments (B, C) in float64 at which the objective is stationary, downhill from the model's prediction.
+
+    Each step minimises a bound of the objective: −½ yᵀWy is replaced by its tangent, plus c times the divergence from
+    the present assignments, where −c is W's lowest eigenvalue if that is negative; c = 0 is the published step.
+
+    Args:
+        logits_BC: The model's logits.
+        weights_BB: Symmetric affinities, float64.
+        tolerance: The largest change of an assignment at which it stands still.
+        limit: Most steps; if it is reached, the objective is lower than at the start and may fall further.
+    """
+    log_q_BC = logits_BC.double().log_softmax(dim=1)
+    damping = -torch.linalg.eigvalsh(weights_BB)[0].clamp(max=0)
+    log_y_BC = log_q_BC
+    for _ in range(limit):
+        pulled_BC = log_q_BC + weights_BB @ log_y_BC.exp()
+        new_BC = ((pulled_BC + damping * log_y_BC) / (1 + damping)).log_softmax(dim=1)
+        moved = (new_BC.exp() - log_y_BC.exp()).abs().max()
+        log_y_BC = new_BC
+        if moved < tolerance:
+            break
+    return log_y_BC
+
+
+@torch.no_grad()
+def step(images: Tensor, *, model: Classifier, kind: Affinity, neighbours: int) -> Tensor:
+    """Logits (B, C) of a batch, in the model's dtype: the logarithms of its assignments."""
+    features_BD, logits_BC = model.outputs(images)
+    return assign(logits_BC, affinity(features_BD, kind=kind, neighbours=neighbours)).to(logits_BC)
+
+
+def collect_params() -> list[nn.Parameter]:
+    """No parameter learns."""
+    return []
+
+
+def configure_model(model: Classifier) -> Classifier:
+    """Eval mode, no gradients. In place."""
+    model.eval()
+    return model.requires_grad_(False)
+
+
+def check_model(model: Classifier) -> None:
+    """Raises AdaptationError if the model has no linear head, whose input are the features that are compared."""
+    model.check_head()
+
+
+class LAME(Adapter):
+    """Lets images that look alike to the model agree on their class; made for streams of correlated labels.
+
+    A batch of one is predicted as the source model does.
+
+    Args:
+        model: The source model; copied.
+        affinity: How the pull between images depends on their features: `knn`, `rbf` or `linear`.
+        neighbours: Nearest images that pull (`knn`), or that set the bandwidth (`rbf`); None is 5, the published
+            choice, where it matters. `linear` has none.
+        episodic: As for all adapters; no batch depends on another anyway.
+        predict: As for all adapters; nothing is learnt, so both are the same.
+
+    Raises:
+        AdaptationError: If an option is out of range, or the model has no linear head.
+    """
+
+    name = "lame"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        affinity: Affinity = "knn",
+        neighbours: int | None = None,
+        episodic: bool = False,
+        predict: Predict = "before",
+    ) -> None:
+        if affinity not in get_args(Affinity):
+            raise AdaptationError(f"expected affinity to be one of {', '.join(get_args(Affinity))}; got {affinity!r}")
+        if neighbours is not None and affinity == "linear":
+            raise AdaptationError(f"affinity 'linear' has no neighbours, got {neighbours}; leave them out")
+        if neighbours is not None and neighbours < 1:
+            raise AdaptationError(f"expected neighbours of at least 1, got {neighbours}")
+        self.affinity, self.neighbours = affinity, 5 if neighbours is None else neighbours
+        super().__init__(model, episodic=episodic, predict=predict)
+
+    def _check_model(self, model: Classifier) -> None:
+        check_model(model)
+
+    def _configure(self, model: Classifier) -> Classifier:
+        return configure_model(model)
+
+    def _adapt(self, images: Tensor) -> Tensor:
+        return step(images, model=self.model, kind=self.affinity, neighbours=self.neighbours)

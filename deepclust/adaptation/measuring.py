@@ -1,0 +1,308 @@
+"""What every adapter answers on every stream, guarded and not, and the table that follows from it.
+
+Source model and `bn` are asked once a batch; guards share their answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepclust.adaptation import ADAPTERS, Classifier
+from deepclust.adaptation.adapters.bn import BN
+from deepclust.adaptation.adapters.source import Source
+from deepclust.adaptation.base import Adapter
+from deepclust.adaptation.guard import Baselines, Guard
+from deepclust.adaptation.shifts import Shift, Stream, load
+from deepclust.errors import AdaptationError
+from deepclust.evaluation import metrics
+
+COLUMNS = [
+    *("classifier", "setting", "batch_size", "shift", "severity", "adapter", "guarded", "images"),
+    *("error", "minus_source", "minus_bn", "nmi", "confidence", "entropy", "agreement", "classes_used"),
+    *("by_adapter", "by_bn", "by_source", "guard_right"),
+]
+CURVE = [
+    "classifier",
+    "setting",
+    "batch_size",
+    "shift",
+    "severity",
+    "adapter",
+    "guarded",
+    "images",
+    "error",
+    "agreement",
+]
+UNGUARDED = ("source",)  # nothing to fall back from
+
+Error = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
+
+
+@dataclass
+class Answers:
+    """What one adapter answered along a stream of M images, filled in batch by batch.
+
+    Attributes:
+        classes: (M,) predicted classes.
+        confidence: (M,) largest probability.
+        entropy: (M,) of the prediction, in nats.
+        own: (M,) classes the adapter would have answered without its guard; -1 where it had none.
+        given: (M,) whose answer was given: 0 the adapter's, 1 bn's, 2 the source model's.
+        seconds: Time it took, all in all.
+    """
+
+    classes: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    own: NDArray[np.int64]
+    given: NDArray[np.int8]
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, count: int) -> Answers:
+        """Room for `count` images."""
+        return cls(
+            np.full(count, -1, np.int64),
+            np.zeros(count),
+            np.zeros(count),
+            np.full(count, -1, np.int64),
+            np.zeros(count, np.int8),
+        )
+
+    def put(self, batch: slice, logits: Tensor, own: Tensor | None, given: int) -> None:
+        """Fill in a batch."""
+        logits = logits.double().cpu()
+        chances = logits.softmax(dim=1)
+        self.classes[batch] = logits.argmax(dim=1).numpy()
+        self.confidence[batch] = chances.amax(dim=1).numpy()
+        self.entropy[batch] = -torch.xlogy(chances, chances).sum(dim=1).numpy()
+        self.own[batch] = -1 if own is None else own.argmax(dim=1).cpu().numpy()
+        self.given[batch] = given
+
+
+@dataclass
+class Adapters:
+    """The adapters that apply to a classifier, and why the others do not.
+
+    Attributes:
+        free: By name, without a guard; `source` is always there.
+        guarded: By name.
+        baselines: What guards compare with.
+        not_applicable: Name to reason.
+    """
+
+    free: dict[str, Adapter]
+    guarded: dict[str, Guard]
+    baselines: Baselines
+    not_applicable: dict[str, str] = field(default_factory=dict)
+
+
+def make(
+    model: Classifier, options: Mapping[str, Mapping[str, Any]], source_images: Sequence[Tensor], *, guard: bool
+) -> Adapters:
+    """Make the adapters.
+
+    Args:
+        model: The classifier.
+        options: Name of each adapter to its options.
+        source_images: Batches of source images, for the guard.
+        guard: Whether to guard each one as well.
+    """
+    found = Adapters({}, {}, Baselines(model, source_images))
+    for name in dict.fromkeys(("source", *options)):
+        try:
+            found.free[name] = ADAPTERS[name](model, **options.get(name, {}))
+            if guard and name not in UNGUARDED:
+                found.guarded[name] = Guard(ADAPTERS[name](model, **options[name]), found.baselines)
+        except AdaptationError as error:
+            found.not_applicable[name] = str(error)
+            found.free.pop(name, None)
+    return found
+
+
+def follow(
+    adapters: Adapters, shifts: Sequence[Shift], stream: Stream, device: torch.device
+) -> tuple[dict[tuple[str, bool], Answers], dict[str, str]]:
+    """All adapters, begun afresh, along one stream.
+
+    Returns:
+        Name and whether guarded to the answers, and why an adapter could not go through with it. A guarded one can.
+    """
+    count = len(stream.shift)
+    failed: dict[str, str] = {}
+    answers = {(name, False): Answers.of(count) for name in adapters.free}
+    answers |= {(name, True): Answers.of(count) for name in adapters.guarded}
+    for adapter in adapters.free.values():
+        adapter.reset()
+    for guard in adapters.guarded.values():
+        guard.reset()
+    for batch in stream.batches:
+        images = load(shifts, stream, batch).to(device)
+        begin = _now(device)
+        source = adapters.baselines.source(images)
+        after_source = _now(device)
+        bn = adapters.baselines.bn(images)
+        after_bn = _now(device)
+        for name, adapter in adapters.free.items():
+            if name in failed:
+                continue
+            known, spent = None, 0.0
+            if isinstance(adapter, Source):
+                known, spent = source, after_source - begin
+            elif isinstance(adapter, BN) and not adapter.prior:
+                known, spent = bn, after_bn - after_source
+            start = _now(device)
+            try:
+                logits = adapter(images) if known is None else known
+            except AdaptationError as error:
+                failed[name] = str(error)
+                continue
+            answers[name, False].put(batch, logits, logits, 0)
+            answers[name, False].seconds += spent + _now(device) - start
+        for name, guard in adapters.guarded.items():
+            start = _now(device)
+            logits = guard.answer(images, source, bn)
+            given = ("adapter", "bn", "source").index(guard.verdict.answer)
+            answers[name, True].put(batch, logits, guard.adapted, given)
+            answers[name, True].seconds += after_bn - begin + _now(device) - start
+    return {key: value for key, value in answers.items() if key[1] or key[0] not in failed}, failed
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device is done with what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def errors(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
+    """Share of wrong classes."""
+    return float((labels != classes).mean())
+
+
+def unmatched(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
+    """Share of images outside of the class that their cluster is matched with: 1 - ACC."""
+    return 1 - metrics.matched_accuracy(labels, clusters)
+
+
+def tabulate(
+    answers: Mapping[tuple[str, bool], Answers], shifts: Sequence[Shift], stream: Stream, *, clusters: bool
+) -> list[dict[str, Any]]:
+    """One row an adapter and shift. What only labels tell is absent without them.
+
+    Args:
+        answers: Of one stream.
+        shifts: All shifts.
+        stream: The stream.
+        clusters: Whether the classes are clusters.
+    """
+    error: Error = unmatched if clusters else errors
+    truth = _labels(shifts, stream)
+    guards = {
+        name: right(found, answers["source", False], truth, stream, shifts=len(shifts))
+        for (name, guarded), found in answers.items()
+        if guarded
+    }
+    rows = []
+    for index in dict.fromkeys(stream.shift.tolist()):
+        where = np.flatnonzero(stream.shift == index)
+        shift = shifts[index]
+        labels = truth[where]
+        known = bool((labels >= 0).all())
+        source = answers["source", False].classes[where]
+        bn = answers["bn", False].classes[where] if ("bn", False) in answers else None
+        for (name, guarded), found in answers.items():
+            classes = found.classes[where]
+            row: dict[str, Any] = {"shift": shift.name, "severity": shift.severity, "adapter": name}
+            row |= {"guarded": int(guarded), "images": len(where)}
+            if known:
+                own = error(labels, classes)
+                row |= {"error": own, "minus_source": own - error(labels, source)}
+                row |= {"minus_bn": own - error(labels, bn)} if bn is not None else {}
+                row |= {"nmi": metrics.nmi(labels, classes)} if clusters else {}
+            row |= {
+                "confidence": float(found.confidence[where].mean()),
+                "entropy": float(found.entropy[where].mean()),
+                "agreement": float((classes == source).mean()),
+                "classes_used": _used(classes),
+            }
+            if guarded:
+                shares = np.bincount(found.given[where], minlength=3) / len(where)
+                row |= dict(zip(("by_adapter", "by_bn", "by_source"), shares.tolist(), strict=True))
+                row |= {"guard_right": float(guards[name][index])} if known and not clusters else {}
+            rows.append(row)
+    return rows
+
+
+def right(
+    guarded: Answers, source: Answers, labels: NDArray[np.int64], stream: Stream, *, shifts: int
+) -> NDArray[np.float64]:
+    """Of each shift, the share of images in batches where the guard is no worse than the adapter and the source model.
+
+    Where a batch holds images of several shifts, those of each are judged by themselves.
+
+    Args:
+        guarded: The guarded adapter's answers.
+        source: The source model's.
+        labels: (M,) of the images of the stream; a shift without labels has no meaning in what is returned.
+        stream: The stream.
+        shifts: Number of all shifts; one that is not in the stream is NaN.
+    """
+    number = np.repeat(np.arange(len(stream.batches)), [batch.stop - batch.start for batch in stream.batches])
+    part = number * shifts + stream.shift  # of a batch, the images of one shift
+
+    def of_parts(counted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(part[counted], minlength=len(stream.batches) * shifts)
+
+    # An adapter without an answer, a class -1, is wrong everywhere.
+    given, own, plain = (of_parts(classes != labels) for classes in (guarded.classes, guarded.own, source.classes))
+    is_good = (given <= np.minimum(own, plain))[part]
+    images = np.bincount(stream.shift, minlength=shifts)
+    share: NDArray[np.float64] = np.bincount(stream.shift[is_good], minlength=shifts) / np.where(images, images, np.nan)
+    return share
+
+
+def curve(
+    answers: Mapping[tuple[str, bool], Answers], shifts: Sequence[Shift], stream: Stream, *, clusters: bool
+) -> list[dict[str, Any]]:
+    """One row a batch and adapter; clusters have no error of a single batch, only their agreement with the source's."""
+    truth = _labels(shifts, stream)
+    rows = []
+    for batch in stream.batches:
+        index = int(stream.shift[batch.start])
+        shift = shifts[index]
+        mixed = len(set(stream.shift[batch].tolist())) > 1
+        labels = truth[batch]
+        source = answers["source", False].classes[batch]
+        for (name, guarded), found in answers.items():
+            row: dict[str, Any] = {"adapter": name, "guarded": int(guarded), "images": batch.stop}
+            row |= {"shift": "mixed" if mixed else shift.name, "severity": 0 if mixed else shift.severity}
+            row |= {"agreement": float((found.classes[batch] == source).mean())}
+            if (labels >= 0).all() and not clusters:
+                row |= {"error": errors(labels, found.classes[batch])}
+            rows.append(row)
+    return rows
+
+
+def _labels(shifts: Sequence[Shift], stream: Stream) -> NDArray[np.int64]:
+    """(M,) labels of the images of a stream."""
+    labels = np.empty(len(stream.shift), np.int64)
+    for index, shift in enumerate(shifts):
+        where = stream.shift == index
+        labels[where] = shift.labels[stream.image[where]]
+    return labels
+
+
+def _used(classes: NDArray[np.int64]) -> float:
+    """exp of the entropy of the predicted classes: how many are in use."""
+    share = np.bincount(classes) / len(classes)
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))

@@ -1,0 +1,12 @@
+"""The network before any training: the baseline that says what training adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepclust.models import encoder
+
+
+def random(*, seed: int, **options: Any) -> encoder.Encoder:
+    """The network that every trained method begins with at the same seed; see `encoder.untrained`."""
+    return encoder.untrained(seed=seed, **options)

@@ -1,0 +1,228 @@
+"""The whole pipeline: each stage of DVC's graph as a Prefect task run that waits for the stages upstream of it.
+
+python -m flows.pipeline --targets embed --override pretrain.swav.epochs=5
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import server
+from flows.stage import RETRIES, RETRY_SECONDS
+from tasks.report import summary
+from tasks.shared.operations import params, tracking
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.processes.dvc_runner import (
+    DeepclustError,
+    Outcome,
+    PreemptedStage,
+    StageError,
+    Workspace,
+    check_folders,
+    check_targets,
+)
+from tasks.shared.outputs import environment
+
+
+def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
+    return isinstance(state.data, PreemptedStage) and run.run_count <= RETRIES
+
+
+# One retry more than are granted: where none is left, Prefect logs a state of failure with an empty traceback.
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES + 1,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=_preempted,
+)
+def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool, env: dict[str, str]) -> State[Outcome]:
+    """One stage of the graph. DVC alone decides whether there is anything to do, so nothing is cached here.
+
+    A preempted stage is tried again and goes on, a failed one is not. A forced one begins anew, but only once.
+    """
+    logger = get_run_logger()
+    context = TaskRunContext.get()
+    first = context is None or context.task_run.run_count <= 1
+    if force and first:
+        env = env | {"DEEPCLUST_RESUME": "never"}
+    if unchanged:
+        return Completed(
+            name="Unchanged", message="nothing it depends on has changed", data=Outcome(stage, "unchanged", 0.0, {})
+        )
+    try:
+        outcome = workspace.run_stage(stage, on_line=logger.info, force=force, env=env)
+    except StageError as error:
+        logger.log(logging.WARNING if isinstance(error, PreemptedStage) else logging.ERROR, "%s", error)
+        return Failed(message=str(error).partition("\n")[0], data=error)
+    name = None if outcome.what == "run" else outcome.what.capitalize()
+    return Completed(name=name, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome)
+
+
+@flow(
+    name="pretrain-and-eval",
+    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=environment.parallel())),  # its type variable is unbound
+    persist_result=False,
+    validate_parameters=True,
+)
+def pretrain_and_eval(
+    targets: list[str] | None = None, overrides: list[str] | None = None, force: bool = False
+) -> State[Any]:
+    """Pretrain, embed, cluster, evaluate, adapt and compare: every stage that is not up to date.
+
+    Args:
+        targets: Stages (`embed@swav`) or groups of them (`embed`) to bring up to date with everything upstream of them;
+            all stages if there are none.
+        overrides: Edits of params.yaml that stay, such as `pretrain.swav.epochs=5`.
+        force: Run the stages even if nothing has changed.
+    """
+    logger = get_run_logger()
+    try:
+        with Workspace() as workspace:
+            return _run(workspace, targets, overrides, force)
+    except DeepclustError as error:
+        logger.error("error: %s", error)
+        return Failed(message=str(error))
+
+
+def check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
+    """Refuse what can not run, before anything is written.
+
+    Raises:
+        DeepclustError: With what was expected, what came, and the remedy.
+    """
+    values = overrides.preview(edits) if edits else params.load()
+    check_folders(values)
+    check_targets(targets or [], values)
+
+
+def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[str] | None, force: bool) -> State[Any]:
+    logger = get_run_logger()
+    check(targets, edits)
+    if edits:
+        logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
+    stages = workspace.select(targets)
+    unchanged = set() if force else workspace.unchanged()
+    logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
+    parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
+    status = "KILLED"
+    try:
+        report = _Schedule(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {}).run()
+        status = "FAILED" if report.failed else "FINISHED"
+    finally:
+        workspace.stop()
+        if parent:
+            tracking.close_pipeline(parent, status)
+    table = summary.comparison() if "report" in report.outcomes else []
+    if table:
+        create_markdown_artifact(summary.markdown(table), key="comparison", description="Encoders compared")
+    text = summary.text(stages, report, table)
+    if report.failed:
+        logger.error("\n%s", text)
+        return Failed(message="failed: " + ", ".join(report.failed))
+    logger.info("\n%s", text)
+    return Completed(message=f"{len(stages)} stages up to date")
+
+
+@dataclass
+class _Schedule:
+    """Submits each stage when everything upstream of it is done, at most `parallel()` at once.
+
+    A stage that others wait for goes first, the more of them the sooner: pretraining before anything else.
+    """
+
+    workspace: Workspace
+    stages: list[str]
+    unchanged: set[str]
+    force: bool
+    env: dict[str, str]
+    _futures: dict[str, PrefectFuture[Any]] = field(default_factory=dict)
+
+    def run(self) -> summary.Report:
+        """Run all stages; a failed one holds up only what depends on it."""
+        waiting, running, done = list(self.stages), set[str](), set[str]()
+        finished: SimpleQueue[str] = SimpleQueue()
+        report = summary.Report()
+        while waiting or running:
+            ready = [stage for stage in waiting if done.issuperset(self.workspace.graph[stage])]
+            ready.sort(key=self.workspace.waiting_for, reverse=True)
+            for stage in ready[: environment.parallel() - len(running)]:
+                waiting.remove(stage)
+                running.add(stage)
+                self._submit(stage).add_done_callback(partial(_announce, finished, stage))
+            stage = finished.get()
+            running.remove(stage)
+            done.add(stage)
+            self._note(stage, report)
+        return report
+
+    def _submit(self, stage: str) -> PrefectFuture[Any]:
+        named = run_stage.with_options(name=stage, task_run_name=stage)
+        self._futures[stage] = named.submit(
+            stage,
+            self.workspace,
+            unchanged=stage in self.unchanged,
+            force=self.force,
+            env=self.env,
+            wait_for=[self._futures[upstream] for upstream in self.workspace.graph[stage]],
+            return_state=False,
+        )
+        return self._futures[stage]
+
+    def _note(self, stage: str, report: summary.Report) -> None:
+        self._futures[stage].wait()
+        state = self._futures[stage].state
+        if state.is_completed():
+            report.outcomes[stage] = self._futures[stage].result()
+        elif state.is_failed() or state.is_crashed():
+            report.failed[stage] = str(self._futures[stage].result(raise_on_failure=False))
+        else:
+            report.held_up.append(stage)
+
+
+def _announce(finished: SimpleQueue[str], stage: str, _: PrefectFuture[Any]) -> None:
+    finished.put(stage)
+
+
+def main() -> None:
+    """Run the flow here, on an embedded server if none is configured."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
+    parser.add_argument("--targets", nargs="+", metavar="STAGE", help="stages, with everything upstream; default: all")
+    parser.add_argument("--override", nargs="+", metavar="KEY=VALUE", help="edits of params.yaml, kept")
+    parser.add_argument("--force", action="store_true", help="run unchanged stages too")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        with Workspace():  # what can be refused at once is not kept waiting for the server
+            check(arguments.targets, arguments.override)
+        try:
+            with server.configured():
+                state = pretrain_and_eval(
+                    targets=arguments.targets, overrides=arguments.override, force=arguments.force, return_state=True
+                )
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except TerminationSignal:
+            sys.exit(143)
+    sys.exit(0 if state.is_completed() else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The classifiers of an encoder that meet shifted images.
+
+linear      the encoder and the classifier of the stage `linear`
+fine_tuned  that, then the whole network trained on the labelled training images
+clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster.
+            Its logits are -‖z - c‖² / m, where m is the mean of training images' squared distances to their centroids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepclust import bundle, seeding
+from deepclust.adaptation import Classifier
+from deepclust.adaptation.fine_tuning import fine_tune
+from deepclust.errors import CheckpointError
+from deepclust.models import encoder as encoders
+from deepclust.models.devices import default_device
+from tasks.shared.operations.params import schema
+from tasks.shared.outputs import layout, prepared
+
+
+@dataclass(frozen=True)
+class Found:
+    """A classifier, or why there is none.
+
+    Attributes:
+        model: In eval mode on the device; None if there is none.
+        names: Of its classes.
+        reason: Why there is none.
+    """
+
+    model: Classifier | None
+    names: list[str]
+    reason: str = ""
+
+
+def build(kind: str, encoder: str, values: schema.Params, source_images: Sequence[Tensor]) -> Found:
+    """Load or train a classifier.
+
+    Args:
+        kind: See the head of this file.
+        encoder: Name of the encoder.
+        values: All parameters.
+        source_images: Batches (B, C, H, W) in [0, 1] of training images, without their labels, on the device.
+
+    Raises:
+        CheckpointError: If a stage's output is missing, damaged, or was made for other features.
+        TrainingError: If fine-tuning goes wrong.
+    """
+    network = encoders.load(layout.out("pretrain", encoder))
+    if kind == "clusters":
+        centroids, normalise = bundle.load_clusters(layout.out("cluster", encoder), network.feature_dim)
+        model = _placed(Classifier(_Unit(network) if normalise else network, _linear(centroids, centroids[:, 0])))
+        with torch.no_grad():
+            features = torch.cat([model.featurizer(images) for images in source_images])
+        head = nearest_centroid(centroids, features.cpu())
+        model.head.load_state_dict(head.state_dict())
+        return Found(model, [str(number) for number in range(len(centroids))])
+    folder = layout.out("linear", encoder)
+    if not (folder / bundle.CLASSIFIER).exists():
+        raise CheckpointError(f"expected a classifier in {folder}, found none; run its linear stage")
+    linear = bundle.load_classifier(folder, network.feature_dim)
+    if linear is None:
+        return Found(None, [], "no labelled training images, so there is no classifier")
+    if len(linear.classes) < 2:
+        return Found(None, [], "a single class, which no classifier can get wrong")
+    model = _placed(Classifier(network, _linear(linear.weight, linear.bias)))
+    if kind == "fine_tuned":
+        if not any(parameter.numel() for parameter in network.parameters()):
+            return Found(None, [], "the encoder has no parameters to fine-tune")
+        options = values.adapt.fine_tune
+        with seeding.seeded("fine-tune", values.seed, "network"):  # dropout, where a backbone has it
+            fine_tune(
+                model,
+                prepared.images("train"),
+                prepared.labels("train"),
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+                rate=options.rate,
+                generator=seeding.generator("fine-tune", values.seed),
+                device=default_device(),
+            )
+    return Found(model, linear.classes)
+
+
+def nearest_centroid(centroids_KD: Tensor, features_ND: Tensor) -> nn.Linear:
+    """The nearest centroid as a linear head: its logits are -‖z - c‖² / m, up to what all clusters share.
+
+    m is the mean squared distance of the given features to their nearest centroid, so the probabilities do not depend
+    on the features' scale; a fixed m would saturate or flatten them. Where every feature is a centroid, m is 1.
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # an expanded square would cancel
+    distances_NK = torch.cdist(features_ND.double(), centroids_KD.double(), compute_mode=exact)
+    mean = distances_NK.amin(dim=1).square().mean().item() or 1.0
+    return _linear(2 * centroids_KD / mean, -centroids_KD.square().sum(dim=1) / mean)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], len(weight))
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head
+
+
+def _placed(model: Classifier) -> Classifier:
+    """On the device and in eval mode; channels-last convolutions are up to three times as fast on a CPU."""
+    placed = model.to(default_device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(placed, Classifier)
+    return placed.eval().requires_grad_(False)
+
+
+class _Unit(nn.Module):
+    """An encoder whose features have length 1."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder(images), dim=1)

@@ -1,0 +1,192 @@
+"""k-means on the embeddings of one encoder: fitted on train, scored on test.
+
+python -m tasks.cluster swav
+
+Several processes fit together, each on its share of the train embeddings; the main one does everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepclust import distributed, seeding
+from deepclust.clustering import kmeans
+from deepclust.errors import ConfigError
+from deepclust.evaluation import metrics
+from deepclust.models.devices import default_device
+from tasks.cluster import gallery, prototypes
+from tasks.shared.operations.params import schema
+from tasks.shared.outputs import layout, prepared, stage
+
+MOST_AUTOMATIC_CLUSTERS = 100
+
+
+class Fit(NamedTuple):
+    """What is kept of one k-means, the same on all processes."""
+
+    centroids: Tensor
+    inertia: float
+
+
+def main() -> None:
+    """Run the stage."""
+    with stage.running("cluster") as here:
+        assert here.encoder
+        options = here.params.cluster
+        features = {split: _features(here.encoder, split) for split in layout.SPLITS}
+        count = len(features["train"])
+        primary = primary_k(options, classes=len(prepared.meta()["classes"]), images=count)
+        ks = [primary, *(k for k in options.other_k if k != primary and k <= count)]
+        if primary > count:
+            raise ConfigError(f"cluster.k: expected at most {count}, the training images; got {primary}; lower it")
+        for k in sorted(set(options.other_k) - set(ks) - {primary}):
+            print(f"{here.encoder}: k = {k} left out, there are only {count} training images")
+        fits = fit(features["train"], ks, options, here.params.seed)
+        with distributed.together():
+            if distributed.is_main():
+                _report(here, fits, features, options)
+
+
+def fit(features: Tensor, ks: list[int], options: schema.Cluster, seed: int) -> dict[int, list[Fit]]:
+    """k-means for each k with every seed, each process on its share of the features."""
+    points = _points(features[distributed.share(len(features))], options)
+    fits: dict[int, list[Fit]] = {k: [] for k in ks}
+    for k in ks:
+        for number in range(options.seeds):
+            found = kmeans.fit(points, k, seed=seeding.derive(seed, "cluster", number), iterations=options.iterations)
+            fits[k].append(Fit(found.centroids, found.inertia))
+    return fits
+
+
+def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Tensor], options: schema.Cluster) -> None:
+    """Scores, tables and pictures; those of the first k in full."""
+    assert here.encoder
+    primary = next(iter(fits))
+    splits = {split: prepared.load(split) for split in layout.SPLITS}
+    scorer = Scorer(_points(features["test"], options), splits["test"].labels, options, here.params.seed)
+    scores = {}
+    for k in fits:
+        scores[k] = scorer.mean(fits[k])
+        print(
+            f"{here.encoder}: k = {k}: "
+            + ", ".join(f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)),
+            flush=True,
+        )
+    own = prototypes.Prototypes(here.encoder, default_device())
+    assigned = {split: own.assign(features[split]) for split in layout.SPLITS}
+    here.metrics(
+        {
+            "k": primary,
+            **scores[primary],
+            "other_k": {str(k): scores[k] for k in fits if k != primary},
+            "prototypes": own.score(assigned, splits),
+        }
+    )
+    if table := prototypes.rows(assigned, splits):
+        stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
+    _write(here, _best(fits[primary]), features, splits, options)
+
+
+def primary_k(options: schema.Cluster, *, classes: int, images: int) -> int:
+    """`cluster.k`; automatic: the number of classes, without labels √(images / 2) rounded, between 2 and 100."""
+    if options.k != "auto":
+        return options.k
+    return classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
+
+
+def _features(encoder: str, split: str) -> Tensor:
+    """Memory-mapped, for copy on write because tensors are never read-only."""
+    return torch.from_numpy(np.load(layout.embeddings(encoder, split), mmap_mode="c", allow_pickle=False))
+
+
+def _points(features: Tensor, options: schema.Cluster) -> Tensor:
+    return (F.normalize(features, dim=1) if options.normalise else features).to(default_device())
+
+
+def _best(fits: list[Fit]) -> Fit:
+    return min(fits, key=lambda found: found.inertia)
+
+
+class Scorer:
+    """Scores clusterings of the test points; the distances for the silhouette are computed once."""
+
+    def __init__(self, test: Tensor, labels: np.ndarray, options: schema.Cluster, seed: int) -> None:
+        self._test = test
+        self._labels = labels
+        self._options = options
+        order = torch.randperm(len(test), generator=seeding.generator(seed, "silhouette"))
+        self._sample = order[: options.silhouette_images].numpy()
+        self._distances = metrics.distances(test.cpu().numpy()[self._sample])
+
+    def mean(self, fits: list[Fit]) -> dict[str, Any]:
+        """Mean and standard deviation of each metric over the fits, and the sizes of the best one's clusters."""
+        scores = [self._score(found.centroids) for found in fits]
+        summary: dict[str, Any] = {
+            name: {"mean": float(np.mean(values)), "std": float(np.std(values))}
+            for name in scores[0]
+            if (values := [score[name] for score in scores if name in score])
+        }
+        centroids = _best(fits).centroids
+        test_clusters, _ = kmeans.assign(self._test, centroids)
+        summary["sizes"] = torch.bincount(test_clusters, minlength=len(centroids)).tolist()
+        return summary
+
+    def _score(self, centroids: Tensor) -> dict[str, float]:
+        assigned, squared = kmeans.assign(self._test, centroids)
+        clusters = assigned.cpu().numpy()
+        known = self._labels >= 0
+        scores = {"inertia": float(squared.sum(dtype=torch.float64))}
+        silhouette = metrics.silhouette(self._distances, clusters[self._sample])
+        if silhouette is not None:
+            scores["silhouette"] = silhouette
+        if known.any():
+            scores["acc"] = metrics.matched_accuracy(self._labels[known], clusters[known])
+            scores["nmi"] = metrics.nmi(self._labels[known], clusters[known])
+            scores["ari"] = metrics.ari(self._labels[known], clusters[known])
+        return scores
+
+
+def _write(
+    here: stage.Here,
+    best: Fit,
+    features: dict[str, Tensor],
+    splits: dict[str, prepared.Split],
+    options: schema.Cluster,
+) -> None:
+    """Centroids, the table of assignments and the contact sheet."""
+    np.save(here.folder / "centroids.npy", best.centroids.cpu().numpy())
+    description = {"k": len(best.centroids), "normalise": options.normalise}
+    stage.write_text(here.folder / "cluster.json", json.dumps(description) + "\n")
+    rows: list[dict[str, Any]] = []
+    for name, split in splits.items():
+        clusters, squared = kmeans.assign(_points(features[name], options), best.centroids)
+        distances = squared.sqrt().tolist()
+        rows += (
+            {
+                "split": name,
+                "index": index,
+                "path": split.paths[index],
+                "cluster": cluster,
+                "distance": distances[index],
+            }
+            for index, cluster in enumerate(clusters.tolist())
+        )
+        if name == "test":
+            sheet = gallery.contact_sheet(
+                split.images, clusters.cpu().numpy(), np.array(distances), len(best.centroids), options.gallery_images
+            )
+            sheet.save(here.folder / "gallery.png", optimize=True)
+    stage.write_text(
+        here.folder / "assignments.csv", stage.table(rows, ["split", "index", "path", "cluster", "distance"])
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The prototypes of SwAV and DeepCluster-v2 as a clustering of their own: each image to its strongest prototype.
+
+No k-means is fitted: images that training never saw are assigned as they come, in eval mode, against unit prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deepclust.evaluation import metrics
+from deepclust.methods.parts import heads
+from tasks.shared.outputs import layout, prepared
+
+Assignments = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
+"""For each head, the strongest prototype of each image and its score."""
+COLUMNS = ["split", "index", "path", "head", "prototype", "score"]
+_ROWS = 8192  # images whose scores are held at once
+
+
+class Prototypes:
+    """What pretraining left of its prototypes; empty for an encoder without any.
+
+    Args:
+        encoder: Name of the encoder.
+        device: Where to compute.
+    """
+
+    def __init__(self, encoder: str, device: torch.device) -> None:
+        folder = layout.out("pretrain", encoder)
+        self._prototypes: dict[str, Tensor] = {}
+        if (folder / "prototypes.safetensors").exists():
+            self._head = heads.load_projection(load_file(folder / "projection.safetensors")).to(device)
+            stored = load_file(folder / "prototypes.safetensors")
+            self._prototypes = {name: stored[name].to(device) for name in sorted(stored, key=int)}
+
+    def assign(self, features: Tensor) -> Assignments:
+        """Strongest prototype of each image and its score, for each head.
+
+        Args:
+            features: The backbone's outputs (N, D), as they are; may be a memory map, which is read part by part.
+        """
+        found = {}
+        for name, rows in self._prototypes.items():
+            best = [
+                heads.prototype_scores(self._head, rows, part.to(rows.device)).max(1)
+                for part in torch.split(features, _ROWS)
+            ]
+            found[name] = (
+                torch.cat([part.indices for part in best]).cpu().numpy(),
+                torch.cat([part.values for part in best]).cpu().numpy(),
+            )
+        return found
+
+    def score(self, assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) -> dict[str, Any]:
+        """Metrics of each head's clustering of the test images.
+
+        `k`; `used`, the share of prototypes with a test image; with labels `nmi`, `ari`, and `majority`, the accuracy
+        when each prototype stands for the most frequent class among its labelled training images.
+        """
+        train, test = assigned["train"], assigned["test"]
+        scores = {}
+        for name, rows in self._prototypes.items():
+            clusters = test[name][0]
+            scores[name] = {"k": len(rows), "used": len(np.unique(clusters)) / min(len(rows), len(clusters))}
+            scores[name] |= _by_labels(
+                train[name][0], splits["train"].labels, clusters, splits["test"].labels, k=len(rows)
+            )
+        return scores
+
+
+def rows(assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) -> list[dict[str, Any]]:
+    """The table of assignments, one row an image and head."""
+    return [
+        {
+            "split": split,
+            "index": index,
+            "path": splits[split].paths[index],
+            "head": name,
+            "prototype": int(prototype),
+            "score": float(score),
+        }
+        for split in layout.SPLITS
+        for name, (clusters, scores) in assigned[split].items()
+        for index, (prototype, score) in enumerate(zip(clusters, scores, strict=True))
+    ]
+
+
+def _by_labels(
+    train_clusters: NDArray[np.int64],
+    train_labels: NDArray[np.int64],
+    test_clusters: NDArray[np.int64],
+    test_labels: NDArray[np.int64],
+    *,
+    k: int,
+) -> dict[str, float]:
+    known, taught = test_labels >= 0, train_labels >= 0
+    if not known.any() or not taught.any():
+        return {}
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    counts = np.zeros((k, classes), dtype=np.int64)
+    np.add.at(counts, (train_clusters[taught], train_labels[taught]), 1)
+    return {
+        "nmi": metrics.nmi(test_labels[known], test_clusters[known]),
+        "ari": metrics.ari(test_labels[known], test_clusters[known]),
+        "majority": float((counts.argmax(1)[test_clusters[known]] == test_labels[known]).mean()),
+    }

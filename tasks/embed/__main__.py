@@ -1,0 +1,91 @@
+"""Features of all prepared images by one encoder.
+
+python -m tasks.embed swav
+
+Several processes write a share each into one file, which is why they need a folder in common.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepclust import distributed
+from deepclust.evaluation import metrics
+from deepclust.models import encoder, features
+from deepclust.models.devices import default_device
+from tasks.shared.outputs import layout, prepared, stage
+
+
+def main() -> None:
+    """Run the stage."""
+    with stage.running("embed") as here:
+        device = default_device()
+        trained = encoder.load(layout.out("pretrain", here.encoder)).to(device)
+        # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
+        trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for split in layout.SPLITS:
+            count = embed(
+                trained,
+                prepared.images(split),
+                here.folder / f"{split}.npy",
+                batch_size=here.params.embed.batch_size,
+                device=device,
+            )
+            print(f"{here.encoder}: {count} {split} images embedded in {trained.feature_dim} dimensions", flush=True)
+        with distributed.together():
+            if distributed.is_main():
+                embedded = np.load(here.folder / f"{layout.SPLITS[-1]}.npy", mmap_mode="r", allow_pickle=False)
+                here.metrics({"dim": trained.feature_dim, "rankme": metrics.rankme(embedded)})
+
+
+def embed(
+    trained: encoder.Encoder, images: NDArray[np.uint8], path: Path, *, batch_size: int, device: torch.device
+) -> int:
+    """Write the features of images as .npy, each process its share of the rows, a batch at a time.
+
+    Returns:
+        Number of images, all processes' together.
+
+    Raises:
+        DataError: If there are no images, or a feature is not finite.
+    """
+    with distributed.together():
+        if distributed.is_main():
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(images), trained.feature_dim))
+    with distributed.together(), _File(path) as rows:
+        share = distributed.share(len(images))
+        features.extract_into(rows, trained, images, rows=share, batch_size=batch_size, device=device)
+    return len(images)
+
+
+class _File:
+    """The rows of an .npy of float32, written by plain writes.
+
+    Not through a memory map: a full disk would kill the process, and on a network file system each page that two
+    machines share would be written back whole by both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b")
+        version = np.lib.format.read_magic(self._file)
+        assert version == (1, 0)
+        shape, _, _ = np.lib.format.read_array_header_1_0(self._file)
+        self._start, self._width = self._file.tell(), 4 * shape[1]
+
+    def __setitem__(self, where: slice, rows: NDArray[np.float32]) -> None:
+        self._file.seek(self._start + where.start * self._width)
+        self._file.write(rows.astype(np.float32, order="C", copy=False).tobytes())
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+if __name__ == "__main__":
+    main()

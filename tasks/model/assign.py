@@ -1,0 +1,167 @@
+"""New images to the clusters of a trained encoder: embeddings, cluster, distance and, where there is one, class.
+
+python -m tasks.assign --encoder swav PATH [--out TABLE.csv] [--embeddings FILE.npy] [--export FOLDER [--link]]
+
+The table goes to stdout without --out; everything else is said on stderr. `--export` sorts the images into one folder a
+cluster. What is written is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepclust.errors import DataError
+from deepclust.images import decode
+from deepclust.images import find as finding
+from tasks.model import export
+from tasks.shared.operations import params
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.outputs import environment, layout, npy
+
+if TYPE_CHECKING:
+    from deepclust import bundle
+
+_CHUNK_BYTES = 1 << 26  # pixels held at once
+
+
+def main() -> None:
+    """Assign all images that can be read."""
+    arguments = _arguments()
+    with errors_as_one_line():
+        environment.prepare()
+        values = params.load()
+        values.method(arguments.encoder)
+        root, paths = find(arguments.path)
+        sorted_folder = export.SortedFolder(arguments.export, link=arguments.link) if arguments.export else None
+        from deepclust import bundle  # torch, only now: a mistake in the arguments is told at once
+
+        model = bundle.load(
+            layout.out("pretrain", arguments.encoder),
+            clusters=layout.out("cluster", arguments.encoder),
+            classifier=layout.out("linear", arguments.encoder),
+            statistics=layout.PREPARED,
+        )
+        with ExitStack() as stack:
+            out = stack.enter_context(export.whole(arguments.out)) if arguments.out else None
+            matrix = None
+            if arguments.embeddings:
+                partial = stack.enter_context(export.whole(arguments.embeddings))
+                matrix = stack.enter_context(npy.RowFile(partial, (model.encoder.feature_dim,), np.float32))
+            target = stack.enter_context(sorted_folder) if sorted_folder else None
+            file = stack.enter_context(out.open("w", encoding="utf-8", newline="")) if out else sys.stdout
+            skipped = run(model, root, paths, file, matrix, target, values.embed.batch_size, values.data.max_pixels)
+        print(f"{len(paths) - skipped} images assigned, {skipped} skipped", file=sys.stderr)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tasks.assign", description="Assign images to clusters.")
+    parser.add_argument("path", type=Path, help="an image, or a folder of images")
+    parser.add_argument("--encoder", required=True, help="an encoder of params.yaml whose clusters are made")
+    parser.add_argument("--out", type=Path, help="write the table here (CSV)")
+    parser.add_argument("--embeddings", type=Path, help="write the embeddings here (.npy), rows as in the table")
+    parser.add_argument("--export", type=Path, help="a new folder: the images, one folder a cluster")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--copy", action="store_true", help="with --export: copy the images (the default)")
+    how.add_argument("--link", action="store_true", help="with --export: symbolic links to the images")
+    arguments = parser.parse_args()
+    if (arguments.copy or arguments.link) and not arguments.export:
+        parser.error("--copy and --link say how to --export: name its folder")
+    return arguments
+
+
+def find(path: Path) -> tuple[Path, list[str]]:
+    """A folder, and the paths of images in it.
+
+    Raises:
+        DataError: If there is no image.
+    """
+    if path.is_file():
+        return path.parent, [path.name]
+    files = finding.images(path)
+    for item in files.skipped:
+        print(f"skipped {item['path']}: {item['reason']}", file=sys.stderr)
+    if not files.images:
+        raise DataError(f"expected images in {path}, found none among {files.ignored} other files; check the path")
+    return path, files.images
+
+
+def run(
+    model: bundle.Bundle,
+    root: Path,
+    paths: list[str],
+    table: TextIO,
+    matrix: npy.RowFile | None,
+    target: export.SortedFolder | None,
+    batch_size: int,
+    max_pixels: int,
+) -> int:
+    """Read, embed and assign, a chunk at a time.
+
+    Returns:
+        Number of images skipped because they can not be read; each is named on stderr.
+
+    Raises:
+        DataError: If none can be read.
+    """
+    step = max(1, min(batch_size, _CHUNK_BYTES // (model.image_size**2 * model.channels)))
+    columns = ["path", "cluster", "distance", *(["class", "probability"] if model.classes else [])]
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    done = 0
+    for names, images in read(model, root, paths, step, max_pixels):
+        found = model.assign(images)
+        for index, name in enumerate(names):
+            row = {"path": name, "cluster": found.clusters[index], "distance": f"{found.distances[index]:.6g}"}
+            if found.probabilities is not None:
+                best = int(found.probabilities[index].argmax())
+                row |= {"class": model.classes[best], "probability": f"{found.probabilities[index, best]:.6g}"}
+            writer.writerow(row)
+            if target:
+                target.add(root / name, int(found.clusters[index]), name, clusters=len(model.clusters.centroids))
+        if matrix:
+            matrix.append(found.features)
+        done += len(names)
+    if not done:
+        raise DataError(f"expected images that can be read in {root}, got none of {len(paths)}; see the reasons above")
+    return len(paths) - done
+
+
+def read(
+    model: bundle.Bundle, root: Path, paths: list[str], step: int, max_pixels: int
+) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
+    """Chunks of names and images (n, H, W, C) of the files that can be read."""
+
+    def attempt(name: str) -> NDArray[np.uint8] | str:
+        try:
+            return decode.read_image(
+                root / name,
+                image_size=model.image_size,
+                channels=model.channels,
+                resize=model.resize,
+                max_pixels=max_pixels,
+            )
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(environment.cores()) as pool:
+        for start in range(0, len(paths), step):
+            names, images = [], []
+            chunk = paths[start : start + step]
+            for name, result in zip(chunk, pool.map(attempt, chunk), strict=True):
+                if isinstance(result, str):
+                    print(f"skipped {name}: {result}", file=sys.stderr)
+                else:
+                    names.append(name)
+                    images.append(result)
+            if names:
+                yield names, np.stack(images)

@@ -1,0 +1,215 @@
+"""Register encoders as models in MLflow, once per content and data, and move the alias `champion` to the best.
+
+    python -m tasks.register [--encoder NAME]
+
+A version carries encoder, clusters and classifier, and tags for git commit, data hash, training run and the scores that
+champions are chosen by. Test labels play no part in that choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepclust.errors import DataError
+from deepclust.models import backbones
+from tasks.shared.operations import params, provenance, store, tracking
+from tasks.shared.operations.lock import locked
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.outputs import layout, prepared
+
+ALIAS = "champion"
+_CONTENT, _DATA = "content", "data.hash"
+# What the stored model needs; timm only where the encoder is one of its networks.
+_REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
+# The code that makes a prediction: stored with a version, and part of its content.
+CODE = (
+    "deepclust/bundle.py",
+    "deepclust/distributed.py",
+    "deepclust/images",
+    "deepclust/models",
+    "deepclust/seeding.py",
+    "tasks/model/mlflow_model.py",
+)
+_SILENT = ("deepclust/__init__.py", "deepclust/errors.py")  # stored too, but a remark in them makes no new version
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, as far as champions are concerned.
+
+    Attributes:
+        number: Version number.
+        data: Hash of the data it was trained on.
+        knn: Held-out kNN accuracy, or None without labels.
+        rankme: RankMe of the test embeddings, or None.
+    """
+
+    number: int
+    data: str
+    knn: float | None
+    rankme: float | None
+
+
+def champion(versions: Iterable[Version], data: str) -> Version:
+    """The best of the versions trained on this data: by held-out kNN, else RankMe; of equals, the newest.
+
+    Numbers on different data say nothing about each other, so new data has a champion of its own.
+    """
+    return max(
+        (version for version in versions if version.data == data),
+        key=lambda version: (
+            version.knn is not None,
+            version.knn if version.knn is not None else version.rankme or 0.0,
+            version.number,
+        ),
+    )
+
+
+def register(encoder: str, run_id: str | None = None) -> str:
+    """Register an encoder with its clusters and classifier, unless this content is registered for this data already.
+
+    Args:
+        encoder: Name of the encoder.
+        run_id: The run to tie the model to if the one that trained it is not known.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        DataError: If the stages before have not run.
+        TrackingError: If the store can not be reached or refuses the model.
+    """
+    name = f"deepclust-{encoder}"
+    files = _files(encoder)
+    data = provenance.data_hash() or ""
+    content = _content(files, data)
+    client, experiment = tracking.connect()
+    with locked("registry"), store.errors():
+        known = _versions(client, name)
+        if content not in known:
+            tags = {_CONTENT: content, _DATA: data, "encoder": encoder} | _scores(encoder)
+            _create(client, experiment, name, encoder, files, tags, run_id)
+            known = _versions(client, name)
+        version = known[content]
+        best = champion((_version(found) for found in known.values()), data)
+        aliases = client.get_registered_model(name).aliases
+        if str(aliases.get(ALIAS)) != str(best.number):
+            client.set_registered_model_alias(name, ALIAS, str(best.number))
+    place = ALIAS if int(version.version) == best.number else f"{ALIAS} stays version {best.number}"
+    return f"{name} version {version.version} ({place})"
+
+
+def _create(
+    client: Any,
+    experiment: str,
+    name: str,
+    encoder: str,
+    files: list[Path],
+    tags: dict[str, str],
+    run_id: str | None,
+) -> None:
+    trained = _training_run(client, experiment, encoder)
+    origin = trained.data.tags if trained else provenance.git()
+    run_id = trained.info.run_id if trained else run_id
+    tags |= {key: origin[key] for key in ("git.commit", "git.dirty") if key in origin}
+    tags |= {"run": run_id} if run_id else {}
+    classes = json.loads((layout.out("linear", encoder) / "classifier.json").read_text(encoding="utf-8"))["classes"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "files"
+        folder.mkdir()
+        for path in files:
+            shutil.copy(path, folder)
+        for source in (*CODE, *_SILENT):
+            for file in provenance.source_files(source):
+                (Path(scratch) / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(provenance.ROOT / file, Path(scratch) / file)
+        address = tracking.log_model(
+            experiment,
+            run_id,
+            code=Path(scratch) / "tasks/model/mlflow_model.py",
+            files=folder,
+            library=Path(scratch) / "deepclust",
+            requirements=_requirements(encoder),
+            labelled=bool(classes),
+            example=np.array(prepared.images("test")[:2]),
+            metadata={"classes": classes, "encoder": encoder, "data_hash": tags[_DATA]},
+        )
+    tracking.create_version(client, name, address, run_id, tags)
+
+
+def _requirements(encoder: str) -> list[str]:
+    backbone = _read(layout.out("pretrain", encoder) / "encoder.json")["backbone"]
+    packages = [*_REQUIRED, "timm"] if backbone.startswith(backbones.TIMM) else _REQUIRED
+    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in packages]
+
+
+def _files(encoder: str) -> list[Path]:
+    """Everything that a prediction depends on."""
+    pretrain, cluster, linear = (layout.out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))
+    files = [pretrain / "encoder.safetensors", pretrain / "encoder.json"]
+    files += [cluster / "centroids.npy", cluster / "cluster.json", linear / "classifier.json", layout.STATISTICS]
+    for path in files:
+        if not path.exists():
+            raise DataError(f"expected {path} to register {encoder}, found none; run `dvc repro` first")
+    optional = linear / "classifier.safetensors"
+    return [*files, optional] if optional.exists() else files
+
+
+def _content(files: Iterable[Path], data: str) -> str:
+    """What tells versions apart: files, code and data, since scores are of test images that no file holds."""
+    return hashlib.sha256(f"{data}:{provenance.file_hash(*files)}:{provenance.code_hash(*CODE)}".encode()).hexdigest()
+
+
+def _scores(encoder: str) -> dict[str, str]:
+    found = _read(layout.metrics("linear", encoder)) | _read(layout.metrics("embed", encoder))
+    return {name: repr(float(found[name])) for name in ("knn_heldout", "rankme") if found.get(name) is not None}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return value
+
+
+def _training_run(client: Any, experiment: str, encoder: str) -> Any:
+    """The latest run whose output this encoder is, or None: a cached encoder may come from another machine."""
+    output = provenance.encoder_hash(encoder)
+    wanted = f"tags.`{tracking.OUTPUT_TAG}` = '{output}' and tags.encoder = '{encoder}'"
+    found = client.search_runs([experiment], wanted, max_results=1)
+    return found[0] if found else None
+
+
+def _versions(client: Any, name: str) -> dict[str, Any]:
+    """Versions of a model by content."""
+    return {found.tags.get(_CONTENT, ""): found for found in client.search_model_versions(f"name='{name}'")}
+
+
+def _version(found: Any) -> Version:
+    scores = {key: float(found.tags[key]) for key in ("knn_heldout", "rankme") if key in found.tags}
+    return Version(int(found.version), found.tags.get(_DATA, ""), scores.get("knn_heldout"), scores.get("rankme"))
+
+
+def main() -> None:
+    """Register one encoder, or all of params.yaml."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.register", description=__doc__.partition("\n")[0])
+    parser.add_argument("--encoder", help="an encoder of params.yaml; all of its list without")
+    name = parser.parse_args().encoder
+    with errors_as_one_line():
+        values = params.load()
+        if name:
+            values.method(name)
+        if not store.enabled():
+            print(f"tracking is off ({store.SWITCH}), nothing is registered")
+            return
+        for encoder in [name] if name else list(values.encoders):
+            print(register(encoder), flush=True)

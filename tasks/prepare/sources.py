@@ -1,0 +1,241 @@
+"""Data sets by name, read from their published binary files: no pickle, no path taken from an archive."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from deepclust.errors import DataError
+from deepclust.images import decode
+from tasks.prepare import download, fashion_mnist, idx
+
+Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
+STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}
+DIGITS = [str(digit) for digit in range(10)]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set by name; what `tasks.prepare` needs of a source.
+
+    Attributes:
+        name: As in params.yaml.
+        classes: Names of the labels.
+        images: (N, H, W, C) uint8 of `train` and `test`.
+        labels: (N,) int64 of each, -1 unknown.
+        paths: `train/000017` and so on.
+        channels: The data set's own.
+        warnings: What the user should know of it.
+        skipped: `path` and `reason` of what is left out.
+        ignored: Number of files that are no images.
+    """
+
+    name: str
+    classes: list[str]
+    images: dict[str, NDArray[np.uint8]]
+    labels: dict[str, NDArray[np.int64]]
+    paths: dict[str, list[str]]
+    channels: int
+    warnings: list[str] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    ignored: int = 0
+
+    def own_size(self) -> int:
+        """The data set's own side, in pixels."""
+        return int(self.images["train"].shape[1])
+
+    def read(
+        self, split: str, index: int, *, image_size: int, channels: int, resize: decode.Resize
+    ) -> NDArray[np.uint8]:
+        """One image as (image_size, image_size, channels) uint8."""
+        pixels: NDArray[np.uint8] = self.images[split][index]
+        if pixels.shape == (image_size, image_size, channels):
+            return pixels
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+        return decode.square(image, image_size=image_size, channels=channels, resize=resize)
+
+
+def load(name: str) -> Named:
+    """Get a data set, from the cache or its publisher.
+
+    Raises:
+        DataError: If it can not be had or is damaged.
+    """
+    classes, train, test = LOADERS[name]()
+    parts = {"train": train, "test": test}
+    for split, (images, labels) in parts.items():
+        if len(images) != len(labels) or labels.min() < -1 or labels.max() >= len(classes):
+            raise DataError(
+                f"{name}: expected as many {split} labels as images ({len(images)}), all below {len(classes)}; got "
+                f"{len(labels)} up to {labels.max()}; empty {download.cache()} and run again"
+            )
+    return Named(
+        name=name,
+        classes=classes,
+        images={split: images for split, (images, _) in parts.items()},
+        labels={split: labels for split, (_, labels) in parts.items()},
+        paths={split: [f"{split}/{index:06d}" for index in range(len(images))] for split, (images, _) in parts.items()},
+        channels=train[0].shape[3],
+    )
+
+
+def _grey(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Parts:
+    return images[..., None], labels.astype(np.int64)
+
+
+def _fashion_mnist() -> tuple[list[str], Parts, Parts]:
+    arrays = fashion_mnist.load()
+    train, test = (
+        _grey(arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]) for part in ("train", "t10k")
+    )
+    return fashion_mnist.CLASSES, train, test
+
+
+def _idx(folder: str, mirrors: list[str], classes: list[str], md5: dict[str, str]) -> tuple[list[str], Parts, Parts]:
+    arrays = {}
+    for name, sum_ in md5.items():
+        urls = [f"{mirror}/{name}.gz" for mirror in mirrors]
+        arrays[name] = idx.read(download.verified(download.cache() / folder / f"{name}.gz", urls, md5=sum_))
+    train, test = (
+        _grey(arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]) for part in ("train", "t10k")
+    )
+    return classes, train, test
+
+
+def _mnist() -> tuple[list[str], Parts, Parts]:
+    mirrors = ["https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist"]
+    md5 = {
+        "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
+    }
+    return _idx("mnist", mirrors, DIGITS, md5)
+
+
+def _kmnist() -> tuple[list[str], Parts, Parts]:
+    md5 = {
+        "train-images-idx3-ubyte": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte": "7320c461ea6c1c855c0b718fb2a4b134",
+    }
+    classes = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
+    return _idx("kmnist", ["http://codh.rois.ac.jp/kmnist/dataset/kmnist"], classes, md5)
+
+
+def _archive(name: str, url: str, md5: str) -> Path:
+    return download.verified(download.cache() / name, [f"{url}/{name}"], md5=md5)
+
+
+def _members(archive: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Whole members of a tar. Raises: DataError if one is missing or the archive is damaged."""
+    wanted, found = set(names), {}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.name in wanted and (file := tar.extractfile(member)):
+                    found[member.name] = file.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{archive} is damaged ({error}); remove it and run again") from error
+    if missing := sorted(wanted - set(found)):
+        raise DataError(f"expected {', '.join(missing)} in {archive}, found none; remove it and run again")
+    return found
+
+
+def _records(content: bytes, label_bytes: int) -> Parts:
+    """CIFAR's records: labels, of which the last is the finest, then 32 x 32 red, green and blue."""
+    size = label_bytes + 3 * 32 * 32
+    if len(content) % size:
+        raise DataError(
+            f"expected records of {size} bytes, got {len(content)} bytes; empty {download.cache()} and run again"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return pixels, records[:, label_bytes - 1].astype(np.int64)
+
+
+def _cifar10() -> tuple[list[str], Parts, Parts]:
+    url, md5 = "https://www.cs.toronto.edu/~kriz", "c32a1d4ab5d03f1284b67883e8d87530"
+    folder = "cifar-10-batches-bin"
+    names = [f"{folder}/data_batch_{number}.bin" for number in range(1, 6)]
+    files = _members(
+        _archive("cifar-10-binary.tar.gz", url, md5), [*names, f"{folder}/test_batch.bin", f"{folder}/batches.meta.txt"]
+    )
+    train = _records(b"".join(files[name] for name in names), 1)
+    return files[f"{folder}/batches.meta.txt"].decode().split(), train, _records(files[f"{folder}/test_batch.bin"], 1)
+
+
+def _cifar100() -> tuple[list[str], Parts, Parts]:
+    url, md5 = "https://www.cs.toronto.edu/~kriz", "03b5dce01913d631647c71ecec9e9cb8"
+    names = [f"cifar-100-binary/{name}" for name in ("train.bin", "test.bin", "fine_label_names.txt")]
+    files = _members(_archive("cifar-100-binary.tar.gz", url, md5), names)
+    return files[names[2]].decode().split(), _records(files[names[0]], 2), _records(files[names[1]], 2)
+
+
+def _svhn() -> tuple[list[str], Parts, Parts]:
+    from scipy.io import loadmat
+
+    url = "http://ufldl.stanford.edu/housenumbers"
+    md5 = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b198d9cc73"}
+    parts = []
+    for name, sum_ in md5.items():
+        content = loadmat(download.verified(download.cache() / "svhn" / name, [f"{url}/{name}"], md5=sum_))
+        labels = content["y"].astype(np.int64).ravel() % 10  # the digit 0 is published as 10
+        parts.append((content["X"].transpose(3, 0, 1, 2), labels))
+    return DIGITS, parts[0], parts[1]
+
+
+def _stl10() -> tuple[list[str], Parts, Parts]:
+    """The 100,000 images of its unlabelled split belong to train."""
+    archive = _archive(
+        "stl10_binary.tar.gz", "http://ai.stanford.edu/~acoates/stl10", "91f7769df0f17e558f3565bffb0c7dfb"
+    )
+    names = [f"stl10_binary/{name}" for name in ("train_y.bin", "test_y.bin", "class_names.txt")]
+    small = _members(archive, names)
+    train_labels, test_labels = (np.frombuffer(small[name], np.uint8).astype(np.int64) - 1 for name in names[:2])
+    train = _stl10_images(archive, "train", ["train", "unlabeled"])
+    test = _stl10_images(archive, "test", ["test"])
+    labels = np.concatenate([train_labels, np.full(len(train) - len(train_labels), -1)])
+    return small[names[2]].decode().split(), (train, labels), (test, test_labels)
+
+
+def _stl10_images(archive: Path, split: str, parts: list[str]) -> NDArray[np.uint8]:
+    """Parts one after the other as a memory-mapped file: together they are 3 GB."""
+    target = download.cache() / f"stl10-{split}.bin"
+    size = sum(STL10_IMAGES[part] for part in parts) * 3 * 96 * 96
+    if not (target.exists() and target.stat().st_size == size):
+        print(f"unpacking {archive.name} ({split})", flush=True)
+        partial = target.with_suffix(".partial")
+        with partial.open("wb") as file:
+            for part in parts:
+                with (
+                    tarfile.open(archive) as tar,
+                    tar.extractfile(f"stl10_binary/{part}_X.bin") or io.BytesIO() as member,
+                ):
+                    shutil.copyfileobj(member, file)
+        if partial.stat().st_size != size:
+            raise DataError(f"expected {size} bytes of {split} images in {archive}, got {partial.stat().st_size}")
+        partial.replace(target)
+    columns_first = np.memmap(target, np.uint8, "r").reshape(-1, 3, 96, 96)  # as MATLAB stores them
+    return columns_first.transpose(0, 3, 2, 1)
+
+
+LOADERS: dict[str, Callable[[], tuple[list[str], Parts, Parts]]] = {
+    "FashionMNIST": _fashion_mnist,
+    "MNIST": _mnist,
+    "KMNIST": _kmnist,
+    "CIFAR10": _cifar10,
+    "CIFAR100": _cifar100,
+    "SVHN": _svhn,
+    "STL10": _stl10,
+}

@@ -1,0 +1,295 @@
+"""Compare the encoders of params.yaml: a table, pictures, and one HTML file that a browser opens offline.
+
+python -m tasks.report
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import threadpoolctl
+from numpy.typing import NDArray
+
+from deepclust.errors import DataError, TrackingError
+from tasks.model import register
+from tasks.report import adaptation_plots as adaptation
+from tasks.report import comparison, plots, prune
+from tasks.shared.operations import provenance, store
+from tasks.shared.operations.params import schema
+from tasks.shared.outputs import layout, prepared, stage
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_MAP_ITERATIONS = 500
+_MAP_DIMENSIONS = 50
+_SKIPPED_SHOWN = 200
+
+
+def main() -> None:
+    """Run the stage."""
+    with stage.running("report") as here:
+        encoders = list(here.params.encoders)
+        if left := prune.unlisted(encoders):
+            print(f"{len(left)} results are of encoders that are not listed: python -m tasks.report.prune shows them")
+        rows = comparison.collect(encoders)
+        ordered = [str(row["encoder"]) for row in rows]
+        stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
+        pictures = draw(here.folder, rows, here.params)
+        stage.write_text(here.folder / layout.REPORT.name, render(here.folder, pictures, rows, here.params))
+        numbers = {
+            f"{row['encoder']}/{name}": value for row in rows for name, value in row.items() if isinstance(value, float)
+        }
+        for run in (here.run, here.run.pipeline):
+            run.log_metrics(numbers)
+        here.run.log_artifact(here.folder / layout.REPORT.name)
+        here.run.log_artifact(here.folder / layout.COMPARISON.name)
+        if store.enabled():
+            register_all(ordered, here.run.run_id)
+        print(f"\n{comparison.comparison_text(rows)}\n", flush=True)
+        for sentence in comparison.verdict(rows):
+            print(sentence)
+
+
+def register_all(encoders: Iterable[str], run_id: str) -> None:
+    """Register models; a store that is lost is one warning, since the report is finished and worth keeping."""
+    try:
+        for encoder in encoders:
+            print(f"registered {register.register(encoder, run_id)}", flush=True)
+    except TrackingError as error:
+        print(f"warning: not all models are registered, `python -m tasks.register` does it ({error})", file=sys.stderr)
+
+
+def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dict[str, Any]:
+    """Write every picture into the folder.
+
+    Returns:
+        `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`: encoder to file name;
+        `adaptation`: encoder to the title of a group, and that to file name.
+    """
+    encoders = [str(row["encoder"]) for row in rows]
+    pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "evaluation": None}
+    pictures |= {"maps": {}, "galleries": {}, "adaptation": {}}
+    curves = {encoder: found for encoder in encoders if (found := history(encoder))}
+    if curves:
+        pictures["training"] = "training.png"
+        plots.save(plots.training(curves), folder / "training.png")
+    names = [name for name in comparison.columns(rows) if name in ("acc", "nmi", "linear", "rankme", "silhouette")]
+    names += [name for name in comparison.columns(rows) if name.startswith("knn")]
+    scores: dict[str, list[Any]] = {comparison.title(name): [row[name] for row in rows] for name in names}
+    baselines = sum(row["method"] in comparison.BASELINES for row in rows)
+    plots.save(plots.scores(encoders, scores, baselines), folder / "scores.png")
+    panels = evaluation_curves(encoders)
+    if panels:
+        pictures["evaluation"] = "evaluation.png"
+        plots.save(plots.evaluation(panels, encoders, baselines), folder / "evaluation.png")
+    chosen = choose(len(prepared.labels("test")), values.report.map_images, values.seed)
+    labels, classes = prepared.labels("test")[chosen], prepared.meta()["classes"]
+    for encoder, row in zip(encoders, rows, strict=True):
+        points = flatten(np.load(layout.embeddings(encoder, "test"), mmap_mode="r", allow_pickle=False)[chosen])
+        clusters = assignments(encoder)[chosen]
+        pictures["maps"][encoder] = f"map-{encoder}.png"
+        plots.save(
+            plots.embedding_map(points, labels, classes, clusters, int(str(row["k"]))), folder / f"map-{encoder}.png"
+        )
+        pictures["galleries"][encoder] = f"gallery-{encoder}.png"
+        shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
+        pictures["adaptation"][encoder] = draw_streams(folder, encoder, values)
+        print(f"{encoder}: pictures drawn", flush=True)
+    return pictures
+
+
+def draw_streams(folder: Path, encoder: str, values: schema.Params) -> dict[str, str]:
+    """The curves over an encoder's streams. Returns: title of a group to file name."""
+    rows = table(layout.out("adapt", encoder) / "stream.csv")
+    names = {}
+    for index, group in enumerate(adaptation.drawn(adapted_groups(encoder, values))):
+        curve = adaptation.curve(group, rows)
+        if curve:
+            names[group.title] = f"stream-{encoder}-{index}.png"
+            plots.save(plots.stream(curve), folder / names[group.title])
+    return names
+
+
+def adapted_groups(encoder: str, values: schema.Params) -> list[adaptation.Group]:
+    """What the classifiers of an encoder met."""
+    return adaptation.groups(table(layout.out("adapt", encoder) / "table.csv"), values.adapt.corruptions)
+
+
+def adapted(encoder: str, values: schema.Params, curves: dict[str, str]) -> dict[str, Any]:
+    """What the report says of an encoder's adaptation.
+
+    Args:
+        encoder: Its name.
+        values: All parameters.
+        curves: Title of a group to its picture.
+    """
+    folder = layout.out("adapt", encoder)
+    groups = adapted_groups(encoder, values)
+    first = [
+        group
+        for group in groups
+        if (group.classifier, group.batch_size) == (groups[0].classifier, groups[0].batch_size)
+    ]
+    names, means = adaptation.mean_table(groups, table(folder / "seconds.csv"))
+    with (folder / "predictions.csv").open(encoding="utf-8") as file:
+        predicted = sum(1 for _ in zip(file, range(2), strict=False)) > 1  # the rest may be long
+    shown = [
+        {
+            "title": group.title,
+            "heat": adaptation.heat_map(group),
+            "indicators": adaptation.indicators(group),
+            "curve": None if group in first else curves.get(group.title),
+        }
+        for group in groups
+    ]
+    return {
+        "groups": shown,
+        "adapters": names,
+        "means": means,
+        "curves": {group.title: curves[group.title] for group in first if group.title in curves},
+        "guard": adaptation.guard_sentence(comparison.stage_metrics("adapt", encoder).get("guard") or {}),
+        "predictions": (folder / "predictions.csv").as_posix() if predicted else None,
+        "absent": absent(encoder),
+    }
+
+
+def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
+    """What an encoder logged in training: name to steps and values, from where it was logged; empty for a baseline."""
+    rows = table(layout.out("pretrain", encoder) / "history.csv")
+    names = [name for name in rows[0] if name not in ("step", "epoch")] if rows else []
+    curves = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
+    return {name: points for name, points in curves.items() if points}
+
+
+def evaluation_curves(encoders: Iterable[str]) -> list[plots.Panel]:
+    """k-means scores over the number of clusters (ACC and NMI; without labels silhouette), kNN over the neighbours."""
+    found: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = {}
+    for encoder in encoders:
+        clusters = comparison.stage_metrics("cluster", encoder)
+        every = {int(k): scores for k, scores in [(clusters["k"], clusters), *clusters.get("other_k", {}).items()]}
+        for name in ("acc", "nmi") if "acc" in clusters else ("silhouette",):
+            points = [(k, s[name]["mean"], s[name]["std"]) for k, s in sorted(every.items()) if s.get(name)]
+            found.setdefault((comparison.title(name), "clusters k"), {})[encoder] = points
+    for encoder in encoders:
+        accuracies = comparison.stage_metrics("linear", encoder).get("all") or {}
+        named = [(name[1:].partition("_t"), value) for name, value in accuracies.items()]
+        for (neighbours, _, temperature), value in sorted(((int(k), t, tau), v) for (k, t, tau), v in named):
+            panel = found.setdefault((f"kNN, τ = {temperature}", "neighbours k"), {})
+            panel.setdefault(encoder, []).append((neighbours, value, 0.0))
+    return [plots.Panel(title, label, lines) for (title, label), lines in found.items() if any(lines.values())]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file. Raises: DataError if it is missing."""
+    if not path.exists():
+        raise DataError(f"expected a table in {path}, found none; run `dvc repro`")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def choose(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Indices of the images on the map, the same for every encoder."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+
+
+def assignments(encoder: str) -> NDArray[np.int64]:
+    """Cluster of each test image, in data-set order."""
+    path = layout.out("cluster", encoder) / "assignments.csv"
+    rows = {int(row["index"]): int(row["cluster"]) for row in table(path) if row["split"] == "test"}
+    return np.array([rows[index] for index in sorted(rows)], dtype=np.int64)
+
+
+def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """t-SNE of unit-length features (N, D) to (N, 2), from their principal components, so without any randomness.
+
+    On one thread: gradients are summed in the order in which OpenMP's threads finish, which three do not do alike.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    points = np.asarray(features, dtype=np.float64)
+    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    if min(points.shape) < 2 or points.std(axis=0).max() < 1e-9:  # a collapsed encoder has no map, and a start of 0 / 0
+        return np.zeros((len(points), 2))
+    points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    start = points[:, :2] / points[:, 0].std() * 1e-4
+    with threadpoolctl.threadpool_limits(1):
+        found: NDArray[np.float64] = TSNE(
+            init=start.astype(np.float32), perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0
+        ).fit_transform(points.astype(np.float32))
+    return found
+
+
+def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: schema.Params) -> str:
+    """The HTML, with the folder's pictures inside."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["inline"] = lambda name: (
+        "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
+    )
+    meta = prepared.meta()
+    encoders = [str(row["encoder"]) for row in rows]
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        meta=meta,
+        skipped_shown=_SKIPPED_SHOWN,
+        rows=rows,
+        columns=comparison.columns(rows),
+        mapped=min(values.report.map_images, meta["test"]["images"]),
+        baselines=comparison.BASELINES,
+        title=comparison.title,
+        shown=comparison.shown,
+        best=best(rows),
+        verdict=comparison.verdict(rows),
+        pictures=pictures,
+        adaptations={encoder: adapted(encoder, values, pictures["adaptation"][encoder]) for encoder in encoders},
+        name_of=adaptation.name_of,
+        clip=adaptation.CLIP,
+        strongest=adaptation.STRONGEST,
+        better=adaptation.BETTER,
+        worse=adaptation.WORSE,
+        # The report is an output that travels: of the folders of images, their names and not where they lie.
+        params=provenance.all_params(values)
+        | {"data.folder": named(values.data.folder), "adapt.domains": named(values.adapt.domains)},
+        neighbours=values.linear.neighbours,
+        temperatures=values.linear.temperatures,
+        seeds=values.cluster.seeds,
+        images_of_a_shift=values.adapt.images,
+        one_severity=values.adapt.severities[0] if len(values.adapt.severities) == 1 else None,
+    )
+
+
+def named(folder: str) -> str:
+    """A folder's name without its path."""
+    return Path(folder).name or folder
+
+
+def absent(encoder: str) -> list[str]:
+    """What was not measured for an encoder, and why."""
+    adapted = comparison.stage_metrics("adapt", encoder)
+    reasons = [f"{name}: {reason}" for name, reason in (adapted.get("not_applicable") or {}).items()]
+    for name, found in (("linear", comparison.stage_metrics("linear", encoder)), ("adapt", adapted)):
+        reasons += [f"{name}: {found['reason']}"] if found.get("reason") else []
+    return reasons
+
+
+def best(rows: list[comparison.Row]) -> dict[str, float]:
+    """The best value of each column, to be marked; errors are best when small."""
+    found = {}
+    for name in comparison.columns(rows):
+        numbers = [float(value) for row in rows if isinstance(value := row[name], (int, float))]
+        if name not in ("encoder", "method", "k") and len(numbers) > 1:
+            found[name] = min(numbers) if comparison.small_is_good(name) else max(numbers)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The comparison table: its columns, its rows from the metrics files, its file and its text.
+
+Reading and printing it needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import DataError
+from tasks.shared.outputs import layout
+
+BASELINES = ("pixels", "random")
+Row = dict[str, str | float | None]
+_TITLES = {
+    "acc": "k-means ACC",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "silhouette": "silhouette",
+    "linear": "linear",
+    "rankme": "RankMe",
+    "clean": "clean error",
+    "guard_worst": "worst guarded - source",
+}
+_ADAPTERS = ("source", "bn", "tsd")  # those with a column; the report has all
+
+
+def title(column: str) -> str:
+    """A column as a heading: `knn20` is `kNN 20`, `error_tsd` is `tsd error`."""
+    if column.startswith("knn"):
+        return f"kNN {column[3:]}"
+    return f"{column[6:]} error" if column.startswith("error_") else _TITLES.get(column, column)
+
+
+def stage_metrics(stage: str, encoder: str) -> dict[str, Any]:
+    """A stage's metrics file. Raises: DataError if it is missing."""
+    path = layout.metrics(stage, encoder)
+    if not path.exists():
+        raise DataError(f"expected metrics in {path}, found none; run `dvc repro {stage}@{encoder}`")
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def collect(encoders: Sequence[str]) -> list[Row]:
+    """One row an encoder, baselines first; what was not measured is None.
+
+    Raises:
+        DataError: If a stage has not run.
+    """
+    rows = [_row(encoder) for encoder in encoders]
+    rows.sort(key=lambda row: BASELINES.index(str(row["method"])) if row["method"] in BASELINES else len(BASELINES))
+    # Every row has the columns of all, in the order of the row that has most: an adapter may not apply to an encoder.
+    columns = sorted((list(row) for row in rows), key=len)[-1:] + [list(row) for row in rows]
+    names = list(dict.fromkeys(name for each in columns for name in each))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _row(encoder: str) -> Row:
+    clusters = stage_metrics("cluster", encoder)
+    linear = stage_metrics("linear", encoder)
+    row: Row = {"encoder": encoder, "method": stage_metrics("pretrain", encoder)["method"], "k": clusters["k"]}
+    for name in ("acc", "nmi", "ari", "silhouette"):
+        score = clusters.get(name) or {}
+        row |= {name: score.get("mean"), f"{name}_std": score.get("std")}
+    row |= _neighbours(linear.get("all") or {})
+    row |= {"linear": linear.get("linear"), "rankme": stage_metrics("embed", encoder).get("rankme")}
+    adapted = stage_metrics("adapt", encoder)
+    errors, guard = adapted.get("errors") or {}, adapted.get("guard") or {}
+    row |= {"clean": adapted.get("clean")} | {f"error_{name}": errors[name] for name in _ADAPTERS if name in errors}
+    return row | {"guard_worst": guard.get("worst_setting")}
+
+
+def _neighbours(scores: Mapping[str, float]) -> Row:
+    """kNN of every k at one temperature: .07, the field's own, where it was measured."""
+    if not scores:
+        return {"knn20": None, "knn200": None}
+    temperatures = [key.partition("_t")[2] for key in scores]
+    chosen = "0.07" if "0.07" in temperatures else temperatures[0]
+    return {
+        f"knn{key.partition('_t')[0][1:]}": value for key, value in scores.items() if key.partition("_t")[2] == chosen
+    }
+
+
+def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
+    """Rows of comparison.csv. Raises: DataError if there is none."""
+    if not path.exists():
+        raise DataError(f"expected the comparison in {path}, found none; run `dvc repro report`")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def shown(row: Mapping[str, Any], column: str) -> str:
+    """A cell as it is printed: `.646 ± .012`, without the deviation where there is none; blank if absent."""
+    value = row.get(column)
+    if value is None or value == "":
+        return ""
+    if column in ("encoder", "method", "k"):
+        return str(value)
+    if column == "guard_worst":
+        return f"{float(value):+.3f}"
+    text = f"{float(value):.1f}" if column == "rankme" else _fraction(value)
+    spread = row.get(f"{column}_std")
+    return f"{text} ± {_fraction(spread)}" if spread not in (None, "") else text
+
+
+def _fraction(value: Any) -> str:
+    text = f"{float(value):.3f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns worth showing: no empty ones, no deviations (they stand beside their means), no repeated names."""
+    names = [name for name in rows[0] if not name.endswith("_std")] if rows else []
+    if all(row.get("method") == row["encoder"] for row in rows):
+        names = [name for name in names if name != "method"]
+    return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+
+
+def small_is_good(column: str) -> bool:
+    """Whether the best value of a column is the smallest one."""
+    return column in ("clean", "guard_worst") or column.startswith("error_")
+
+
+def comparison_text(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """The table for a terminal; what is wider than it goes on below, errors under shifts first of all.
+
+    Args:
+        rows: Of the comparison.
+        width: Characters of a line.
+    """
+    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in columns(rows)}
+    widths = {name: max(map(len, column)) for name, column in cells.items()}
+    if not rows:
+        return "no encoders"
+    head, *others = cells
+    fits = sum(widths.values()) + 2 * len(others) <= width
+    parts: list[list[str]] = [[head]]
+    for name in others:
+        full = sum(widths[each] + 2 for each in parts[-1]) + widths[name] > width
+        if len(parts[-1]) > 1 and (full or (name == "clean" and not fits)):
+            parts.append([head])
+        parts[-1].append(name)
+    return "\n\n".join(_block(cells, widths, names) for names in parts)
+
+
+def _block(cells: Mapping[str, Sequence[str]], widths: Mapping[str, int], names: Sequence[str]) -> str:
+    """Columns as text, the first one to the left."""
+    aligned = [
+        [cell.rjust(widths[name]) if index else cell.ljust(widths[name]) for cell in cells[name]]
+        for index, name in enumerate(names)
+    ]
+    lines = ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in Markdown."""
+    names = columns(rows)
+    lines = [[title(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
+    lines += [[shown(row, name) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "no encoders"
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """In words, in which of ACC, NMI, kNN and linear accuracy a method beats the baselines, and in which not."""
+    scores = [name for name in columns(rows) if name in ("acc", "nmi", "linear") or name.startswith("knn")]
+    found = {str(row["method"]): row for row in rows if row["method"] in BASELINES}
+    trained = [row for row in rows if row["method"] not in BASELINES]
+    if not trained:
+        return ["There are only baselines here."]
+    if not scores:
+        return ["No test image has a label: accuracies are absent, and whether a method works is for the eye to tell."]
+    sentences = [
+        f"The baseline {name} is not in `encoders`: nothing is compared with it."
+        for name in BASELINES
+        if name not in found
+    ]
+    return sentences + [_judged(row, found, scores) for row in trained if found]
+
+
+def _judged(row: Row, found: Mapping[str, Row], scores: Sequence[str]) -> str:
+    """One method against the baselines, score by score."""
+    won, lost = [], []
+    for score in scores:
+        measured = {name: base for name, base in found.items() if None not in (row.get(score), base.get(score))}
+        ahead = {name: _number(row, score) - _number(base, score) for name, base in measured.items()}
+        behind = [name for name, lead in ahead.items() if lead <= 0]
+        if behind:
+            against = " and ".join(f"{shown(found[name], score)} of {name}" for name in behind)
+            lost.append(f"{title(score)} ({shown(row, score)} against {against})")
+        elif ahead:
+            spread = max(_number(each, f"{score}_std") for each in (row, *measured.values()))
+            close = " (by less than the deviation over seeds)" if min(ahead.values()) <= spread and spread else ""
+            won.append(title(score) + close)
+    if not won and not lost:
+        return f"{row['encoder']} has no score in common with the baselines."
+    if not won:
+        return f"{row['encoder']} does NOT beat the baselines in {_listed(lost)}: it is not working on this data."
+    sentence = f"{row['encoder']} beats {_listed(list(found))} in {_listed(won)}"
+    return f"{sentence}, but NOT in {_listed(lost)}." if lost else f"{sentence}."
+
+
+def _number(row: Row, name: str) -> float:
+    return float(row.get(name) or 0.0)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

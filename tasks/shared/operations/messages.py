@@ -1,0 +1,26 @@
+"""What a user is told: one line in place of a traceback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deepclust.errors import DeepclustError, PreemptedError
+from tasks.shared.operations.processes import launcher, preemption
+
+
+@contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """Turn a user's mistake into one line and status 2, a preemption into one line and the signal's status."""
+    try:
+        yield
+    except PreemptedError as error:
+        launcher.end(preemption.status(), f"preempted: {error}", error)
+    except DeepclustError as error:
+        launcher.end(2, f"error: {error}", error)
+    except OSError as error:
+        if error.errno is None or os.environ.get("DEEPCLUST_TRACEBACK"):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        launcher.end(2, f"error: {error.strerror}{where}; free or mend it and run again", error)

@@ -1,0 +1,132 @@
+"""What follows a training run: probe, watchdog, and the encoder of the last good epoch for the case that it fails.
+
+An observer: it writes to MLflow, to the terminal and under state/, and can stop a run, but never changes an output.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepclust.errors import TrainingError
+from deepclust.evaluation import watchdog
+from deepclust.methods import Method
+from deepclust.models import encoder
+from deepclust.training import loop
+from tasks.shared.operations.observers import probe
+from tasks.shared.outputs import layout, stage
+
+_RUN = "run"  # file beside the encoder that is kept: whose it is
+
+
+class Watch:
+    """Follows the run of one stage.
+
+    Args:
+        here: The stage.
+        method: The method in training.
+        trained: The encoder around its backbone.
+        images: (N, H, W, C) uint8, what it is trained on.
+        normalise: What comes between crops and network.
+        device: Where both are.
+        run: Name of the run.
+        fresh: Whether it begins, rather than going on.
+    """
+
+    def __init__(
+        self,
+        here: stage.Here,
+        method: Method,
+        trained: encoder.Encoder,
+        images: NDArray[np.uint8],
+        *,
+        normalise: loop.Normalise,
+        device: torch.device,
+        run: str,
+        fresh: bool,
+    ) -> None:
+        assert here.encoder
+        self._here = here
+        self._trained = trained
+        self._dog = watchdog.Watchdog(method, images, normalise=normalise, device=device, seed=here.params.seed)
+        self._probe = probe.Probe(here.run, trained, device)
+        self._folder = layout.last_good(here.encoder)
+        self._run = run
+        self._good = 0
+        self._logged: list[tuple[loop.Epoch, dict[str, float]]] = []
+        if fresh:
+            self.clear()
+
+    def step(self, done: loop.Step) -> None:
+        """Take note of an update."""
+        self._dog.step(done)
+
+    def epoch(self, done: loop.Epoch, means: dict[str, float]) -> None:
+        """Log an epoch with the means over its steps; say, or stop, what is wrong with it.
+
+        Raises:
+            TrainingError: If something is, and params.yaml says `watchdog: stop`.
+        """
+        report = self._dog.epoch(done)
+        for alarm in report.alarms:
+            print(f"warning: epoch {done.epoch + 1}: {alarm.message}", file=sys.stderr, flush=True)
+        self._logged.append((done, self._probe(done, means | report.indicators)))
+        if not report.alarms:
+            self._keep(done.epoch + 1)
+            return
+        self._here.run.set_tags({"watchdog": ", ".join(alarm.symptom for alarm in report.alarms)})
+        if self._here.params.pretrain.watchdog == "stop":
+            raise TrainingError(f"stopped by the watchdog after epoch {done.epoch + 1}: {report.alarms[0].message}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen and logged."""
+        logged = [[asdict(done), values] for done, values in self._logged]
+        return {"dog": self._dog.state_dict(), "good": self._good, "logged": logged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the epochs so far are logged again, into the run of this attempt."""
+        self._dog.load_state_dict(state["dog"])
+        self._good = state["good"] if self._is_ours() else 0
+        self._logged = [(loop.Epoch(**done), values) for done, values in state["logged"]]
+        for done, values in self._logged:
+            self._here.run.log_metrics(values, step=done.epoch + 1)
+
+    def _is_ours(self) -> bool:
+        """Whether the encoder that is kept is of this run, and not of another one in between."""
+        try:
+            return (self._folder / _RUN).read_text(encoding="utf-8") == self._run
+        except OSError:
+            return False
+
+    def kept(self) -> str:
+        """Where the last good encoder is."""
+        if not self._good:
+            return "no epoch was good, so no encoder is kept"
+        return f"the encoder after epoch {self._good} is kept in {self._folder}"
+
+    def clear(self) -> None:
+        """Forget what was kept: a new run begins, or this one has ended well."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep(self, epochs: int) -> None:
+        partial, old = (self._folder.with_name(f".{self._folder.name}.{name}") for name in ("partial", "old"))
+        try:
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir(parents=True)
+            encoder.save(self._trained, partial, epochs=epochs)
+            (partial / _RUN).write_text(self._run, encoding="utf-8")
+            if self._folder.exists():
+                self._folder.rename(old)
+            partial.rename(self._folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:  # a net for the case of a fall is not worth a training run
+            print(f"warning: the encoder of epoch {epochs} could not be kept ({error})", file=sys.stderr, flush=True)
+            return
+        self._good = epochs

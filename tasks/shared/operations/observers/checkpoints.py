@@ -1,0 +1,145 @@
+"""The state of an unfinished pretraining run, under state/: whose it is, whether to go on from it, and its end.
+
+A folder is named after a fingerprint of all that defines a run, so no run goes on from another one's state. Decides how
+a run gets to its end, never what it writes there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from deepclust import distributed
+from deepclust.errors import CheckpointError, ConfigError
+from deepclust.training import checkpoint, resume
+from tasks.shared.operations import provenance
+from tasks.shared.operations.processes import launcher
+from tasks.shared.outputs import layout, prepared, stage
+
+MODES = ("auto", "require", "never")
+_MODE = "DEEPCLUST_RESUME"  # takes the place of pretrain.resume
+_STALE_SECONDS = 60  # that a network file system may be behind
+_OBSERVERS = ("deepclust/evaluation/watchdog.py", "tasks/shared/operations/observers/callbacks.py")
+_KEPT = 3  # unfinished runs of an encoder; older ones are removed
+
+
+class Run:
+    """The saved state of this run of `pretrain`.
+
+    Args:
+        here: The stage.
+
+    Raises:
+        CheckpointError: If the run is required to go on and there is nothing to go on from, or all of it is damaged.
+        ConfigError: If the environment asks for a mode that does not exist.
+    """
+
+    def __init__(self, here: stage.Here) -> None:
+        assert here.encoder
+        self._settings = here.params.pretrain.checkpoint
+        parts = fingerprint(here)
+        self._all = layout.runs(here.encoder)
+        self._folder = self._all / _sha(parts)[:12]
+        self._store = checkpoint.Store(self._folder, fingerprint=parts, keep=self._settings.keep)
+        mode = os.environ.get(_MODE) or here.params.pretrain.resume
+        if mode not in MODES:
+            raise ConfigError(f"{_MODE}: expected one of {', '.join(MODES)}; got {mode!r}; mend or unset it")
+        with launcher.together():
+            if launcher.is_main():
+                if mode == "never":
+                    self._store.clear()
+                self._remove_old()
+        launcher.note_begun()
+        self._found = self._newest()
+        if mode == "require" and self._found is None:
+            raise CheckpointError(self._nothing(parts))
+        self.step = self._found.step if self._found else 0
+        """Updates made so far."""
+
+    def saving(self, parts: Mapping[str, resume.Stateful], *, stop: Callable[[], int]) -> resume.Saving:
+        """What the training loop needs of it, with what else belongs to the state."""
+        return resume.Saving(
+            store=self._store,
+            found=self._take,
+            every_steps=self._settings.every_steps,
+            every_seconds=self._settings.every_seconds,
+            parts=parts,
+            stop=lambda: bool(stop()),
+        )
+
+    @property
+    def name(self) -> str:
+        """What tells this run from all others of its encoder."""
+        return self._folder.name
+
+    def clear(self) -> None:
+        """Forget the run: it has ended well, so what cannot be removed is only said."""
+        try:
+            self._store.clear()
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _newest(self) -> checkpoint.Saved | None:
+        """What the main process finds. Another machine may see a shared folder as it was a while ago."""
+        found = self._store.newest()
+        step = int(distributed.broadcast(torch.tensor(found.step if found else 0)))
+        deadline = time.monotonic() + _STALE_SECONDS
+        while (found.step if found else 0) != step and time.monotonic() < deadline:
+            time.sleep(1)
+            found = self._store.newest()
+        return found  # if it is still another one, restoring it is refused
+
+    def _take(self) -> checkpoint.Saved | None:
+        found, self._found = self._found, None  # it may be as large as the model
+        return found
+
+    def _others(self) -> list[Path]:
+        """Folders of other unfinished runs of this encoder, the newest first."""
+        folders = [path for path in self._all.glob("[!.]*") if path.is_dir() and path != self._folder]
+        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def _remove_old(self) -> None:
+        """A folder that is half removed is not taken for a damaged state: it has another name by then."""
+        for path in self._others()[_KEPT - 1 :]:
+            path.rename(path.with_name(f".{path.name}"))
+        for path in self._all.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _nothing(self, parts: Mapping[str, str]) -> str:
+        """Why there is nothing to go on from, by the newest unfinished run that there is."""
+        advice = "set pretrain.resume to auto to begin anew"
+        for other in self._others():
+            try:
+                checkpoint.Store(other, fingerprint=parts, keep=1).newest()
+            except CheckpointError as error:
+                return f"{error}; or {advice}"
+        return f"expected a state to go on from in {self._folder}, found none; {advice}"
+
+
+def fingerprint(here: stage.Here) -> dict[str, str]:
+    """All that defines a run of `pretrain`, in named parts."""
+    assert here.encoder
+    section = here.params.method(here.encoder)
+    shared = here.params.pretrain.shared
+    parameters = {"seed": here.params.seed, "shared": shared.model_dump(), "section": section.model_dump()}
+    return {
+        "method": section.method,
+        "parameters": _sha(parameters),
+        "data": _sha([prepared.meta()["content_hash"], prepared.statistics()]),
+        # The observers' state is saved too, so they have to be able to read it.
+        "code": provenance.code_hash(*provenance.code_deps("pretrain", section.method), *_OBSERVERS),
+    }
+
+
+def _sha(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

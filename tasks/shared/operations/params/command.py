@@ -1,0 +1,39 @@
+"""Checks params.yaml, or changes it by a recipe, or brings an earlier one to the keys of today.
+
+python -m tasks.params check
+python -m tasks.params apply recipes/cifar10-resnet18.yaml
+python -m tasks.params migrate [recipe.yaml …]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tasks.shared.operations import params
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.params import migration, overrides
+from tasks.shared.outputs import layout
+
+
+def main() -> None:
+    """Do what the command line says, and show what changed as a diff."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.params", description="Check or change params.yaml.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="say whether params.yaml is valid")
+    recipe = commands.add_parser("apply", help="change params.yaml as a recipe says, and show what changed")
+    recipe.add_argument("recipe", type=Path, help="such as recipes/cifar10-resnet18.yaml")
+    earlier = commands.add_parser("migrate", help="bring an earlier params.yaml, or recipes, to the keys of today")
+    earlier.add_argument("files", nargs="*", type=Path, default=[layout.PARAMS], help="params.yaml by default")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        if arguments.command == "apply":
+            print(overrides.apply_recipe(arguments.recipe) or f"{layout.PARAMS} says so already", end="\n")
+        elif arguments.command == "migrate":
+            for file in arguments.files:
+                lines, difference = migration.migrate(file)
+                print(*(lines or [f"{file} is of today already"]), sep="\n")
+                print(difference, end="")
+        else:
+            params.load()
+            print(f"{layout.PARAMS} is valid")

@@ -1,0 +1,68 @@
+"""Earlier parameter files brought to the keys of today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.shared.operations.params import overrides
+
+# Keys that are new, with the value that comes nearest to what was done before.
+_NEW: dict[str, Any] = {
+    "cluster.engine": "faiss",
+    "pretrain.pcl.kmeans_engine": "faiss",
+    "pretrain.deepcluster_v2.kmeans_engine": "faiss",
+}
+
+
+def migrate(path: Path) -> tuple[list[str], str]:
+    """Rewrite a parameter file or a recipe in place, whole or not at all.
+
+    Returns:
+        One line for each key that has moved or is new, and the change as a unified diff.
+
+    Raises:
+        ConfigError: If the file is missing, is no YAML, or is invalid for another reason.
+    """
+    lines: list[str] = []
+
+    def change(document: Any) -> None:
+        # A recipe states some sections only, and gets no keys that it did not have.
+        whole = "seed" in document and "data" in document
+        for step in _STEPS:
+            lines.extend(step(document, whole))
+
+    difference = overrides.rewrite(path, change)
+    return lines, difference
+
+
+def _encoders(document: Any, whole: bool) -> Iterator[str]:
+    if isinstance(document.get("encoders"), list):
+        stated = {name for name in document["encoders"] if "method" in (document.get("pretrain", {}).get(name) or {})}
+        overrides.name_methods(document, None)
+        yield "encoders: now a mapping of each encoder to its method"
+        for name in sorted(stated):
+            yield f"pretrain.{name}.method: now encoders.{name}"
+
+
+def _new_keys(document: Any, whole: bool) -> Iterator[str]:
+    for dotted, value in _NEW.items() if whole else ():
+        *parents, last = dotted.split(".")
+        section = document
+        for part in parents:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last not in section:
+            section[last] = value
+            yield f"{dotted}: new, {value}"
+    if whole:
+        methods = document.get("encoders")
+        for name, method in methods.items() if isinstance(methods, dict) else ():
+            section = document.get("pretrain", {}).get(name)
+            template = f"pretrain.{method}.kmeans_engine"
+            if template in _NEW and isinstance(section, dict) and "kmeans_engine" not in section:
+                section["kmeans_engine"] = _NEW[template]
+                yield f"pretrain.{name}.kmeans_engine: new, {_NEW[template]}"
+
+
+_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _new_keys)

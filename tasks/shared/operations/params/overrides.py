@@ -1,0 +1,230 @@
+"""Edits of params.yaml that keep its comments, order and layout.
+
+    python -m tasks.overrides pretrain.swav.epochs=5 'encoders=[pixels, swav]'
+
+An edit is checked as a whole before anything is written, is written whole or not at all, is shown as a diff, and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
+
+from deepclust.errors import ConfigError
+from tasks.shared.operations import params
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.params.schema import Params
+from tasks.shared.outputs import layout
+
+
+def apply(overrides: Sequence[str], path: Path = layout.PARAMS) -> str:
+    """Write overrides such as `pretrain.swav.epochs=5` into a parameter file.
+
+    Values are YAML, so `[pixels, swav]` is a list and `auto` a word. A list is replaced as a whole; `encoders` may be a
+    list of names, whose methods are those that they had, or their own names.
+
+    Returns:
+        The change as a unified diff, empty if the values stood there already.
+
+    Raises:
+        ConfigError: If an override has no `=`, names an unknown parameter, or makes the file invalid; the file stays
+            as it was then.
+    """
+    return _edit(path, lambda document: _set_all(document, overrides), write=True)[0]
+
+
+def preview(overrides: Sequence[str], path: Path = layout.PARAMS) -> Params:
+    """The parameters as `apply` would write them. Raises: ConfigError as `apply`; the file stays as it is."""
+    values = _edit(path, lambda document: _set_all(document, overrides), write=False)[1]
+    assert values
+    return values
+
+
+def apply_recipe(recipe: Path, path: Path = layout.PARAMS) -> str:
+    """Write a recipe over a parameter file: a YAML file with some of its keys, the rest stays.
+
+    A list is replaced as a whole, and so is a mapping whose `name` changes: an optimiser takes none of another's
+    options with it.
+
+    Returns:
+        The change as a unified diff, empty if the values stood there already.
+
+    Raises:
+        ConfigError: If the recipe can not be read, names an unknown parameter, or makes the file invalid; the file
+            stays as it was then.
+    """
+    if not recipe.is_file():
+        known = ", ".join(sorted(str(file) for file in recipe.parent.glob("*.yaml"))) or "none there"
+        raise ConfigError(f"expected a recipe in {recipe}, found none; there are: {known}")
+    changes = params.read(recipe)
+    try:
+        return _edit(path, lambda document: _merge(document, changes), write=True)[0]
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _merge(document: Any, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        old = document.get(key)
+        same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name"))
+        if same_kind:
+            _merge(old, value)
+        elif old != value:
+            document[key] = _styled(value)
+
+
+def _styled(value: Any) -> Any:
+    """A plain value laid out as params.yaml does it: in one line, but for a list of mappings, one a line."""
+    if isinstance(value, dict):
+        mapping = CommentedMap({key: _styled(item) for key, item in value.items()})
+        mapping.fa.set_flow_style()
+        return mapping
+    if isinstance(value, list):
+        items = CommentedSeq(map(_styled, value))
+        if not any(isinstance(item, dict) for item in value):
+            items.fa.set_flow_style()
+        return items
+    return value
+
+
+def _set_all(document: Any, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        _set(document, override)
+
+
+def name_methods(document: Any, earlier: Any) -> None:
+    """Turn a list of encoders into a mapping of each to its method, in place.
+
+    Args:
+        document: The parameters.
+        earlier: The encoders before the change, whose methods stay.
+    """
+    names = document.get("encoders")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return  # validation says what is wrong
+    known = earlier if isinstance(earlier, dict) else {}
+    sections = document.get("pretrain", {})
+    methods = {}
+    for name in names:
+        section = sections.get(name)
+        stated = section.pop("method", None) if isinstance(section, dict) else None
+        methods[name] = stated or known.get(name, name)
+    document["encoders"] = _styled(methods)
+
+
+def rewrite(path: Path, change: Callable[[Any], None]) -> str:
+    """Change a parameter file, or a recipe, in place; the change as a unified diff, empty if there is none.
+
+    Raises:
+        ConfigError: If a file with all sections is invalid afterwards; it stays as it was then.
+    """
+    return _edit(path, change, write=True, whole="seed" in params.read(path))[0]
+
+
+def _edit(path: Path, change: Callable[[Any], None], *, write: bool, whole: bool = True) -> tuple[str, Params | None]:
+    """The change as a diff, and the parameters after it; everything is checked before anything is written."""
+    params.read(path)  # a missing or broken file is reported in the usual words
+    before = path.read_text(encoding="utf-8")
+    yaml = _round_trip()
+    document = yaml.load(before)
+    earlier = document.get("encoders")
+    change(document)
+    name_methods(document, earlier)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    after = _with_old_gaps(before, text.getvalue())
+    difference = "".join(
+        difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, path.name, n=1)
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(after, encoding="utf-8")
+        values = params.load(partial) if whole else None
+        if write and difference:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return difference, values
+
+
+def _with_old_gaps(before: str, after: str) -> str:
+    """Comments as far behind their values as they were; ruamel.yaml keeps their columns instead."""
+    old, new = before.splitlines(True), after.splitlines(True)
+    for kind, low, high, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "replace" and high - low == stop - start:
+            for index, line in zip(range(start, stop), old[low:high], strict=True):
+                comment = re.search(r"(\s+)(#.*\n?)$", line)
+                if comment and new[index].endswith(comment[2]):
+                    new[index] = new[index].removesuffix(comment[2]).rstrip() + comment[0]
+    return "".join(new)
+
+
+def _round_trip() -> YAML:
+    """A YAML reader and writer that leaves every line as it is that it need not change."""
+    yaml = YAML(typ="rt")  # keeps comments, and constructs no Python objects
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
+
+
+def _set(document: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted:
+        raise ConfigError(f"expected an override like pretrain.swav.epochs=5, got {override!r}")
+    try:
+        value = _round_trip().load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
+    *parents, last = dotted.split(".")
+    here = document
+    for depth, part in enumerate(parents):
+        here = _child(here, part, ".".join(parents[: depth + 1]))
+    if isinstance(here, list):
+        _child(here, last, dotted)
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
+        here[last] = value
+    else:
+        raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
+
+
+def _child(parent: Any, part: str, dotted: str) -> Any:
+    """The value below `parent`; a part of digits counts the items of a list from 0."""
+    if isinstance(parent, list):
+        if part.isdigit() and int(part) < len(parent):
+            return parent[int(part)]
+        raise ConfigError(f"{dotted}: expected an item from 0 to {len(parent) - 1}, got {part!r}")
+    if isinstance(parent, dict) and part in parent:
+        return parent[part]
+    near = difflib.get_close_matches(part, list(parent) if isinstance(parent, dict) else [], n=1, cutoff=0.5)
+    raise ConfigError(f"{dotted}: unknown parameter" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def main() -> None:
+    """Change params.yaml from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.overrides",
+        description="Change params.yaml in place, keeping its comments; print the change as a diff.",
+        epilog="example: python -m tasks.overrides pretrain.swav.epochs=5 'encoders=[pixels, swav]'",
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="dotted path and YAML value; lists as a whole"
+    )
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        print(apply(arguments.overrides) or f"{layout.PARAMS} says so already", end="\n")

@@ -1,0 +1,327 @@
+"""Running stages through DVC, which holds the graph and decides what has changed. The only place that imports it.
+
+with Workspace() as workspace:
+    for stage in workspace.select(["embed@swav"]):
+        workspace.run_stage(stage, on_line=print)
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from deepclust.errors import DeepclustError as DeepclustError
+from deepclust.errors import StageError as StageError
+from tasks.shared.operations import params
+from tasks.shared.operations.params import schema
+from tasks.shared.operations.processes import children
+from tasks.shared.outputs import layout
+
+LOCK = layout.STATE / "flow.lock"
+TAIL = 20  # lines of a failed stage's output that are shown
+_DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+# What DVC says if another DVC process holds its lock for the repository, or for one of the stage's files.
+_LOCKED = ("Unable to acquire lock. Most likely another DVC process is running", "' is busy, it is being blocked by:")
+# What DVC advises after each stage; noise in a log of thirty.
+_ADVICE = (
+    "To track the changes with git, run:",
+    "git add ",
+    "To enable auto staging, run:",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+    "Updating lock file",
+)
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0)  # seconds before each further attempt
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a stage.
+
+    Attributes:
+        stage: Name as in DVC, such as `embed@swav`.
+        what: `run`, `unchanged`, or `restored` where DVC had the result of an earlier run in its cache.
+        seconds: Wall-clock time.
+        metrics: The stage's metrics, empty if it has none.
+    """
+
+    stage: str
+    what: str
+    seconds: float
+    metrics: dict[str, Any]
+
+
+class PreemptedStage(StageError):
+    """A stage was told to stop by somebody else than this flow; started again, it goes on."""
+
+
+class Workspace:
+    """The repository in the current folder, with the one flow that may run in it at a time.
+
+    Leaving the context ends every process that was started in it.
+
+    Args:
+        grace: Seconds a stage has to end after it was told to.
+        alone: Refuse to share the workspace with another flow. A flow that runs one stage for another one shares it.
+    """
+
+    def __init__(self, *, grace: float = children.GRACE, alone: bool = True) -> None:
+        self._grace = grace
+        self._alone = alone
+        self._children = children.Children(grace=grace)
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Workspace:
+        """Lock the workspace.
+
+        Raises:
+            StageError: If another flow runs in it, or is still being stopped.
+        """
+        if not self._alone:
+            return self
+        LOCK.parent.mkdir(parents=True, exist_ok=True)
+        lock = LOCK.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
+            raise StageError(
+                f"expected to be the only flow in {Path.cwd()}, but one already runs there (process {holder}); "
+                "wait for it or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+        # The supervisors hold the lock too: after a SIGKILL to the flow nobody else begins until its stages are gone.
+        self._children = children.Children(grace=self._grace, hold=[lock.fileno()])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._children.stop()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def stop(self) -> None:
+        """End every running stage; none can be started afterwards."""
+        self._children.stop()
+
+    @cached_property
+    def graph(self) -> dict[str, tuple[str, ...]]:
+        """Each stage with the stages it directly depends on, upstream first.
+
+        Raises:
+            StageError: If DVC can not read the workspace.
+        """
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        try:
+            with Repo() as repo:
+                index = repo.index
+                stages = [stage for stage in index.stages if not stage.is_data_source]
+                edges = {
+                    stage.addressing: tuple(
+                        sorted(other.addressing for other in index.graph.successors(stage) if not other.is_data_source)
+                    )
+                    for stage in stages
+                }
+        except DvcException as error:
+            raise StageError(f"DVC can not read the pipeline in {Path.cwd()}: {_in_one_line(error)}") from error
+        return {stage: edges[stage] for stage in TopologicalSorter(edges).static_order()}
+
+    def select(self, targets: Sequence[str] | None = None) -> list[str]:
+        """The targets with everything upstream of them, upstream first; all stages if there are none.
+
+        A target is a stage (`embed@swav`) or a group of stages (`embed`).
+
+        Raises:
+            StageError: If a target is unknown.
+        """
+        if not targets:
+            return list(self.graph)
+        wanted: set[str] = set()
+        waiting = [stage for target in targets for stage in self._members(target)]
+        while waiting:
+            stage = waiting.pop()
+            if stage not in wanted:
+                wanted.add(stage)
+                waiting.extend(self.graph[stage])
+        return [stage for stage in self.graph if stage in wanted]
+
+    def one(self, name: str) -> str:
+        """The name, if it is a single stage's. Raises: StageError if it is not."""
+        if self._members(name) != [name]:
+            raise StageError(f"expected a single stage, got {name!r}; name one of {', '.join(self._members(name))}")
+        return name
+
+    def _members(self, target: str) -> list[str]:
+        return _members(target, list(self.graph))
+
+    def waiting_for(self, stage: str) -> int:
+        """How many stages directly or indirectly depend on this one."""
+        found: set[str] = {stage}
+        for other, upstream in self.graph.items():
+            if found.intersection(upstream):
+                found.add(other)
+        return len(found) - 1
+
+    def unchanged(self) -> set[str]:
+        """The stages that need not run: nothing they depend on has changed, nor has anything upstream of them.
+
+        Raises:
+            StageError: If DVC fails.
+        """
+        for pause in (*_WAITS, None):
+            status, out, error = self._children.run([*_DVC, "status", "--json"])
+            if status == 0:
+                break
+            if pause is None or not any(sign in error for sign in _LOCKED):
+                raise StageError(f"`dvc status` failed: {' '.join(error.split())}")
+            time.sleep(pause)
+        changed = set(json.loads(out))
+        for stage, upstream in self.graph.items():
+            if changed.intersection(upstream):
+                changed.add(stage)
+        return set(self.graph) - changed
+
+    def run_stage(
+        self,
+        stage: str,
+        *,
+        on_line: Callable[[str], None],
+        force: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> Outcome:
+        """Run one stage by `dvc repro --single-item`, unless DVC finds that nothing has changed.
+
+        Args:
+            stage: A stage of `graph`; those upstream of it must be up to date.
+            on_line: Receives each line of output as it comes.
+            force: Run even if nothing has changed.
+            env: Added to the stage's environment.
+
+        Raises:
+            PreemptedStage: If the stage was told to stop and left its marker.
+            StageError: If the stage fails, with its own error and the tail of its output.
+        """
+        name, _, encoder = stage.partition("@")
+        marker = layout.preempted(name, encoder or None)
+        marker.unlink(missing_ok=True)  # a stage that can not even start would leave an old one
+        begin = time.monotonic()
+        command = [*_DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+        for pause in (*_WAITS, None):
+            tail: deque[str] = deque(maxlen=200)
+
+            def note(line: str, tail: deque[str] = tail) -> None:
+                if not line.lstrip().startswith(_ADVICE):
+                    tail.append(line)
+                    on_line(line)
+
+            status = self._children.stream(command, note, env=env)
+            if status == 0:
+                return Outcome(stage, _what(stage, tail), time.monotonic() - begin, metrics(stage))
+            if pause is None or not _locked(tail):
+                break
+            on_line(f"another DVC process holds the lock; trying again in {pause:g} s")
+            time.sleep(pause)
+        if self._children.stopped:
+            raise StageError(f"{stage} was stopped")
+        if marker.exists():
+            raise PreemptedStage(f"{stage} was preempted: it was told to stop, and goes on when it is run again")
+        raise StageError(_failure(stage, status, list(tail)))
+
+
+def check_targets(targets: Sequence[str], values: schema.Params) -> None:
+    """Refuse targets that are no stages of dvc.yaml with these parameters, which need not be written yet.
+
+    Raises:
+        StageError: Naming the stages that there are.
+    """
+    stages = []
+    for name, stated in params.read(Path("dvc.yaml"))["stages"].items():
+        stages += [f"{name}@{encoder}" for encoder in values.encoders] if "foreach" in stated else [name]
+    for target in targets:
+        _members(target, stages)
+
+
+def _members(target: str, stages: Sequence[str]) -> list[str]:
+    members = [stage for stage in stages if target in (stage, stage.partition("@")[0])]
+    if not members:
+        groups = {stage.partition("@")[0] for stage in stages}
+        near = difflib.get_close_matches(target, sorted({*stages, *groups}), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise StageError(f"expected a stage ({', '.join(stages)}), got {target!r}{hint}")
+    return members
+
+
+def check_folders(values: schema.Params) -> None:
+    """Refuse folders of images that DVC can not follow; of its own it says only that a dep is missing.
+
+    Raises:
+        StageError: If one begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
+    """
+    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
+    _check_folder("adapt.domains", values.adapt.domains, read=True)
+
+
+def _check_folder(name: str, folder: str, *, read: bool) -> None:
+    if folder.startswith("~"):
+        raise StageError(
+            f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
+            f"{name}=/absolute/path"
+        )
+    if read and not Path(folder).exists():
+        raise StageError(
+            f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
+            f"name another one: {name}=path/to/images"
+        )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def _locked(tail: Sequence[str]) -> bool:
+    return any(line.startswith("ERROR: ") and sign in line for line in tail for sign in _LOCKED)
+
+
+def _what(stage: str, tail: Sequence[str]) -> str:
+    if f"Stage '{stage}' didn't change, skipping" in tail:
+        return "unchanged"
+    return "restored" if any(line.startswith(f"Stage '{stage}' is cached - skipping run") for line in tail) else "run"
+
+
+def _failure(stage: str, status: int, tail: list[str]) -> str:
+    """The stage's own error in the first line, then the end of its output."""
+    own = [line for line in tail if line.startswith("error: ")]
+    if not own:
+        own = [line.removeprefix("ERROR: ") for line in tail if line.startswith("ERROR: ")] or [f"exit status {status}"]
+    return "\n".join([f"{stage} failed: {own[-1].removeprefix('error: ')}", *(f"  | {line}" for line in tail[-TAIL:])])
+
+
+def metrics(stage: str) -> dict[str, Any]:
+    """The metrics that a stage (`cluster@swav`) wrote, empty if there are none."""
+    name, _, encoder = stage.partition("@")
+    try:
+        found: dict[str, Any] = json.loads(layout.metrics(name, encoder or None).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found

@@ -1,0 +1,258 @@
+"""Several processes for one stage: torchrun starts them, and starts them again when one is lost.
+
+    PET_NPROC_PER_NODE=2 python -m tasks.pretrain swav
+
+becomes torchrun's launcher, with `-m tasks.pretrain swav` as its program. No exit status gets through torchrun, which
+also takes every status but 0 for a loss. So a process that ends on purpose, because all is done, by a user's mistake or
+by a preemption, leaves an outcome in a file and exits with 0 (tasks/worker.py); the launcher reads it, says its line
+and exits with its status.
+
+torchrun also starts a healthy group again when a machine comes, by the SIGTERM that a preemption is told by. The
+launcher knows the difference: after a preemption no group begins.
+
+Decides where a stage runs and how it ends, never what it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deepclust.errors import ConfigError, DeepclustError, StageError
+from tasks.shared.operations.processes import children, worker
+from tasks.shared.operations.processes.worker import end, is_main, is_worker, joined, note_begun, together
+from tasks.shared.outputs import environment
+
+__all__ = ["end", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
+
+STAGES = ("pretrain", "embed", "cluster")  # those that know how to share their work
+JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
+RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
+PORT = 29400  # torchrun's own default
+_MET = "SimpleElasticAgent._rendezvous.success"  # torchrun's metric between the end of a group and the next one's begin
+
+
+def wanted(stage: str) -> bool:
+    """Whether this process is to become the launcher of several."""
+    several = _several("PET_NPROC_PER_NODE") or _several("PET_NNODES")
+    return stage in STAGES and several and not is_worker()
+
+
+def _several(variable: str) -> bool:
+    return os.environ.get(variable, "").strip() not in ("", "1", "1:1")
+
+
+def start(module: str, arguments: Sequence[str]) -> int:
+    """Run a module in several processes; the exit status, after one line on stderr if it is not 0.
+
+    Args:
+        module: As after `python -m`.
+        arguments: What follows it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def stop(number: int, _: object) -> None:
+        raise SignalException("told to stop", signal.Signals(number))
+
+    logging.disable(logging.CRITICAL)  # torchrun's tables; what matters of them is said below
+    for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers of the same kind
+        signal.signal(number, stop)
+    with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
+        os.environ[worker.OUTCOME] = str(Path(folder) / "outcome")
+        finished, ended = _finished(), threading.Event()
+        threading.Thread(target=_end_after_outcome, args=(finished, ended), daemon=True).start()
+        status, line, told = 0, "", False
+        try:
+            _torchrun(module, arguments)
+        except SignalException as signalled:
+            status, told = 128 + signalled.sigval, not ended.is_set()
+        except DeepclustError as error:
+            status, line = 2, f"error: {error}"
+        finally:
+            _kill_what_is_left()
+        found = worker.outcome()
+    if found and not (found.weak and told):
+        status, line, _ = found
+    if line:
+        print(line, file=sys.stderr)
+    return status
+
+
+def _torchrun(module: str, arguments: Sequence[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousError,
+        RendezvousTimeoutError,
+    )
+    from torch.distributed.launcher.api import elastic_launch
+
+    config, command, rest = _configuration(module, arguments)
+    patience = int(config.rdzv_configs["join_timeout"])
+    where = f"{config.min_nodes} machines at {config.rdzv_endpoint}"
+    given_up = begin = time.monotonic()
+    while True:
+        try:
+            elastic_launch(config, command)(*rest)
+            return
+        except RendezvousConnectionError as error:
+            if (found := worker.outcome()) and not found.status:
+                return
+            # One attempt takes as long as the store's time-out; what lasted longer was a run that was cut off.
+            if time.monotonic() - begin > 60 + patience:
+                given_up = time.monotonic()
+            if config.rdzv_endpoint == "localhost:0" or time.monotonic() - given_up > patience:
+                raise StageError(
+                    f"expected to meet {where}, but nobody answers there; start the same line on that machine, open "
+                    "the port, or mend PET_RDZV_ENDPOINT"
+                ) from error
+            begin = time.monotonic()
+            time.sleep(1)
+        except RendezvousTimeoutError as error:
+            raise StageError(
+                f"expected {where} within {patience} s, fewer came; start the same line on the others, mend "
+                f"PET_NNODES, or wait longer: PET_RDZV_CONF=join_timeout={2 * patience}"
+            ) from error
+        except RendezvousClosedError as error:
+            raise StageError(
+                f"expected to meet {where}, but the run has ended there; its message says why, run again on all"
+            ) from error
+        except RendezvousError as error:
+            raise StageError(f"expected to meet {where}, got: {worker.in_one_line(error)}; run again") from error
+        except ChildFailedError as error:
+            first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+            how = f"signal {-first.exitcode}" if first.exitcode < 0 else f"status {first.exitcode}"
+            raise StageError(
+                f"expected the processes to finish, but process {first.local_rank} of this machine ended by {how} "
+                f"after {config.max_restarts} restarts; see above, mend it and run again"
+            ) from error
+
+
+def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, list[str]]:
+    """What torchrun makes of the `PET_*` variables and of our defaults: configuration, program and its arguments.
+
+    Raises:
+        ConfigError: If they make no sense.
+    """
+    import torch
+    from torch.distributed import run
+
+    parser: Any = run.get_args_parser()
+    parser.error = _refuse
+    options = ["--module", *_rendezvous(f"{module}-{'-'.join(arguments)}")]
+    if not os.environ.get("PET_MAX_RESTARTS"):
+        options.append(f"--max-restarts={RESTARTS}")
+    try:
+        config, command, rest = run.config_from_args(parser.parse_args([*options, module, *arguments]))
+        int(config.rdzv_configs["join_timeout"])
+    except (ValueError, RuntimeError, AssertionError) as error:
+        _refuse(worker.in_one_line(error))
+    processes, gpus = config.nproc_per_node, torch.cuda.device_count()
+    if processes < 1 or (gpus and processes > gpus):
+        raise ConfigError(
+            f"PET_NPROC_PER_NODE: expected {f'1 to {gpus}' if gpus else '1 or more'} processes, got {processes}; "
+            + ("set it to `gpu`, or CUDA_VISIBLE_DEVICES= to compute on the CPU" if gpus else "mend or unset it")
+        )
+    # torchrun's own store outlives a restart, with the addresses of the dead, where gloo then looks for the living.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # host names that can not be looked up
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the number of threads, which libraries read when loading
+    environment.prepare()
+    return config, command, rest
+
+
+def _rendezvous(name: str) -> list[str]:
+    """Where the processes meet: on a free port of this machine, or where the user says.
+
+    Each stage has an identity of its own there, so that two at once are not taken for one run.
+    """
+    said = os.environ.get
+    if (backend := said("PET_RDZV_BACKEND") or "c10d") != "c10d":
+        raise ConfigError(f"PET_RDZV_BACKEND: expected c10d, got {backend}; mend or unset it")
+    conf = f"join_timeout={JOIN_SECONDS}"
+    endpoint = said("PET_RDZV_ENDPOINT", "")
+    if not endpoint and said("PET_MASTER_ADDR") and _several("PET_NNODES"):
+        endpoint = f"{said('PET_MASTER_ADDR')}:{said('PET_MASTER_PORT') or PORT}"
+        if said("PET_NODE_RANK"):
+            conf += f",is_host={int(said('PET_NODE_RANK') == '0')}"
+    if not endpoint and _several("PET_NNODES"):
+        raise ConfigError(
+            f"PET_RDZV_ENDPOINT: expected host:port of the first machine where PET_NNODES={said('PET_NNODES')}, got "
+            f"nothing; set it to the same value on all of them, such as PET_RDZV_ENDPOINT=10.0.0.1:{PORT}"
+        )
+    if said("PET_RDZV_CONF"):
+        conf += f",{said('PET_RDZV_CONF')}"
+    options = ["--rdzv-backend=c10d", f"--rdzv-conf={conf}"]
+    if endpoint:
+        return [*options, f"--rdzv-endpoint={endpoint}", f"--rdzv-id={said('PET_RDZV_ID') or 'deepclust'}-{name}"]
+    options += [] if said("PET_LOCAL_ADDR") else ["--local-addr=localhost"]
+    return [*options, "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+
+
+def _refuse(message: str) -> NoReturn:
+    settings = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("PET_"))
+    raise ConfigError(
+        f"expected PET_* variables that torchrun understands, got {settings}: {message}; mend or unset them"
+    )
+
+
+def _finished() -> threading.Event:
+    """Follow what torchrun says of the groups of this process; the event is set once one has finished."""
+    from torch.distributed.elastic.metrics import api
+
+    finished = threading.Event()
+
+    class Follower(api.MetricHandler):
+        def emit(self, metric_data: api.MetricData) -> None:
+            if metric_data.name == _MET:
+                finished.clear()
+                worker.forget_preemption()
+            elif metric_data.name.endswith(".succeeded"):
+                finished.set()
+
+    api.configure(Follower())
+    return finished
+
+
+def _end_after_outcome(finished: threading.Event, ended: threading.Event) -> None:
+    """Stop the processes that wait for one that ended on purpose, which they may do until a collective's time-out.
+
+    Also torchrun, when it waits for other machines whose processes were told to stop: it would for five minutes. Not
+    while it waits for the machines of a new group, nor after the work is done.
+
+    Args:
+        finished: Whether torchrun only waits for other machines.
+        ended: Set before the signal.
+    """
+    import psutil
+
+    while True:
+        found = worker.outcome()
+        if found and found.status:
+            time.sleep(children.GRACE)
+            waited_for = finished.is_set() or not found.preempted or psutil.Process().children()
+            if waited_for and worker.outcome() == found:
+                break
+        time.sleep(0.5)
+    ended.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _kill_what_is_left() -> None:
+    """After a second signal torchrun no longer waits for its processes."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()

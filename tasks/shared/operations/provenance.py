@@ -1,0 +1,158 @@
+"""What ties a run to its origin: git commit, data hash and parameters, as MLflow's tags and params want them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.shared.operations.params import read
+from tasks.shared.operations.params.schema import Params
+from tasks.shared.outputs import layout
+
+ROOT = Path(__file__).resolve().parents[3]
+# What the pipeline itself writes into git: a run in progress does not make the code "dirty".
+_WRITTEN = (":!dvc.lock", f":!{layout.METRICS}", f":!{layout.PLOTS}", f":!{layout.PARAMS}")
+_SEEDED = ("prepare", "cluster", "adapt")
+
+
+def stage_name(stage: str, encoder: str | None) -> str:
+    """The stage as DVC names it: `embed@swav`, `report`."""
+    return f"{stage}@{encoder}" if encoder else stage
+
+
+def git() -> dict[str, str]:
+    """The commit and whether tracked code differs from it; empty outside a git repository."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
+    return {"mlflow.source.git.commit": commit, "git.commit": commit, "git.dirty": "true" if changed else "false"}
+
+
+def _git(*arguments: str) -> str | None:
+    # Without optional locks, `git status` can not get into the way of a user's commit.
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def code_deps(stage: str, method: str) -> list[str]:
+    """The files and folders of ours that a stage of dvc.yaml depends on, relative to the repository's root.
+
+    Args:
+        stage: Name without its encoder.
+        method: Of the encoder, which takes the place of `${item}`.
+    """
+    stated = read(ROOT / "dvc.yaml")["stages"][stage]
+    deps = stated.get("do", stated)["deps"]
+    ours = [dep.replace("${item}", method) for dep in deps if dep.startswith(("tasks/", "deepclust/"))]
+    return sorted(ours)
+
+
+def code_hash(*paths: str) -> str:
+    """SHA-256 of the names and contents of files and of all files of ours in folders.
+
+    Args:
+        paths: Relative to the repository's root.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        for file in source_files(path):
+            content = (ROOT / file).read_bytes()
+            found.update(f"{file} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def source_files(path: str) -> list[str]:
+    """A file itself, or the files of a folder in order, without Python's caches; relative to the repository's root."""
+    place = ROOT / path
+    if place.is_file():
+        return [path]
+    files = (file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
+
+
+def data_hash() -> str | None:
+    """Content hash of the prepared data, or None before anything is prepared."""
+    try:
+        value = json.loads(layout.META.read_text(encoding="utf-8")).get("content_hash")
+    except (OSError, ValueError):
+        return None
+    return str(value) if value else None
+
+
+def data_tags() -> dict[str, str]:
+    """The tag that ties a run to its data; empty before anything is prepared."""
+    value = data_hash()
+    return {"data.hash": value} if value else {}
+
+
+def file_hash(*paths: Path) -> str:
+    """SHA-256 over the names and bytes of files; a missing file counts as absent, not as empty."""
+    total = hashlib.sha256()
+    for path in paths:
+        present = path.is_file()
+        total.update(f"{path.name}:{present}:".encode())
+        if present:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def encoder_hash(encoder: str) -> str:
+    """Content of a trained encoder: what ties a model to the run that trained it."""
+    folder = layout.out("pretrain", encoder)
+    return file_hash(folder / "encoder.safetensors", folder / "encoder.json")
+
+
+def pipeline_key() -> str:
+    """What groups runs under one parent: the commit and the parameters' text."""
+    text = layout.PARAMS.read_bytes() if layout.PARAMS.exists() else b""
+    commit = git().get("git.commit", "")
+    return hashlib.sha256(commit.encode() + b"\0" + text).hexdigest()[:16]
+
+
+def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, str]:
+    """A stage's parameters, flat; without the section's own name, so that methods line up in a comparison."""
+    if stage == "pretrain":
+        assert encoder
+        own = params.method(encoder).model_dump(mode="json")
+        return flatten({"seed": params.seed} | params.pretrain.shared.model_dump(mode="json") | own)
+    everything = params.model_dump(mode="json")
+    if stage == "report":
+        return flatten({"seed": params.seed, "encoders": everything["encoders"]} | everything["report"])
+    seed = {"seed": params.seed} if stage in _SEEDED else {}
+    return flatten(seed | everything["data" if stage == "prepare" else stage])
+
+
+def all_params(params: Params) -> dict[str, str]:
+    """Every parameter with its dotted path in params.yaml; of the encoders, those that run."""
+    everything = params.model_dump(mode="json")
+    sections = everything["pretrain"].pop("encoders")
+    everything["pretrain"] |= {name: sections[name] for name in params.encoders}
+    return flatten(everything)
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, str]:
+    """Nested mappings and lists of mappings to dotted names; other lists as JSON."""
+    return dict(_flat(values, ""))
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{name}.{index}")
+    elif isinstance(value, (list, tuple)):
+        yield name, json.dumps(list(value))
+    else:
+        yield name, str(value)

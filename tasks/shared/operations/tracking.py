@@ -1,0 +1,340 @@
+"""The one door to MLflow: a run for each stage, all under one parent per pipeline run.
+
+    with tracking.stage_run("embed", "swav", params) as run:
+        run.log_metrics({"rankme": 41.7})
+
+`DEEPCLUST_TRACKING=off` switches it off. `MLFLOW_TRACKING_URI` names a server; without it, runs go to `mlflow.db` and
+`mlartifacts/` of the workspace. MLflow is imported late, because that alone takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import PreemptedError, TrackingError
+from tasks.shared.operations import provenance, store
+from tasks.shared.operations.lock import locked
+from tasks.shared.operations.params import load as load_params
+from tasks.shared.operations.params.schema import Params
+from tasks.shared.operations.processes.signals import TERMINATED, sigterm_exits
+from tasks.shared.outputs import environment
+
+PARENT = "DEEPCLUST_PARENT_RUN"
+EXPERIMENT = "deepclust"
+OUTPUT_TAG = "deepclust.output"  # hash of the encoder that a run trained
+_KEY_TAG = "deepclust.pipeline"
+_BATCH = {"metrics": 1000, "params": 100}  # what one request of MLflow's protocol may carry
+_SAMPLE_SECONDS = 10
+
+
+class Run:
+    """A run in MLflow.
+
+    The server was reached when the run began. If it fails later, that is said once on stderr and the stage goes on: its
+    results are files, and hours of training are not lost to a log.
+
+    Attributes:
+        run_id: MLflow's id.
+        pipeline: The parent run that groups a pipeline run's stages.
+    """
+
+    def __init__(self, client: Any, run_id: str, pipeline: Run | None = None) -> None:
+        self._client = client
+        self._warned = False
+        self.run_id = run_id
+        self.pipeline = pipeline or self
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters, once per name."""
+        from mlflow.entities import Param
+
+        items = [Param(name, str(value)[:6000]) for name, value in values.items()]
+        self._batches("params", items)
+
+    def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
+        """Log numbers in one request; None, NaN and infinities are left out."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        self._batches(
+            "metrics", [Metric(name, value, now, step or 0) for name, value in numbers.items() if math.isfinite(value)]
+        )
+
+    def log_artifact(self, path: Path | str) -> None:
+        """Copy a file to the run."""
+        self._send(lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def set_tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags, replacing those of the same name."""
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, str(value)[:5000]) for name, value in values.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, tags=tags))
+
+    def finish(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self._send(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _batches(self, kind: str, items: list[Any]) -> None:
+        for start in range(0, len(items), _BATCH[kind]):
+            part = items[start : start + _BATCH[kind]]
+            self._send(lambda part=part: self._client.log_batch(self.run_id, **{kind: part}))  # type: ignore[misc]
+
+    def _send(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not store.failed(error):
+                raise
+            if not self._warned:
+                print(f"warning: tracking stopped working, the stage goes on ({store.line(error)})", file=sys.stderr)
+            self._warned = True
+
+
+class NullRun(Run):
+    """A run that keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "")
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
+        """Do nothing."""
+
+    def log_artifact(self, path: Path | str) -> None:
+        """Do nothing."""
+
+    def set_tags(self, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self, status: str) -> None:
+        """Do nothing."""
+
+
+def open_pipeline() -> str:
+    """Begin a pipeline run and return its id, for `DEEPCLUST_PARENT_RUN` of its stages; empty if tracking is off.
+
+    Raises:
+        ConfigError: If params.yaml is not valid.
+        TrackingError: If the store can not be reached.
+    """
+    if not store.enabled():
+        return ""
+    client, experiment = connect()
+    return _create_parent(client, experiment, load_params())
+
+
+def close_pipeline(run_id: str, status: str) -> None:
+    """End a pipeline run as FINISHED, FAILED or KILLED.
+
+    A store that can not be reached any more is a warning: what became of the stages matters more than its record.
+    """
+    if not store.enabled() or not run_id:
+        return
+    try:
+        Run(connect()[0], run_id).finish(status)
+    except TrackingError as error:
+        print(f"warning: run {run_id} stays open in MLflow ({error})", file=sys.stderr)
+
+
+@contextmanager
+def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
+    """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED if it was told to stop.
+
+    Raises:
+        TrackingError: If the store can not be reached or the parent run is not there.
+    """
+    if not store.enabled():
+        yield NullRun()
+        return
+    with sigterm_exits():
+        run, owned = _begin(stage, encoder, params)
+        status = "FAILED"
+        try:
+            with _system_metrics(run):
+                yield run
+            status = "FINISHED"
+        except (KeyboardInterrupt, PreemptedError):
+            status = "KILLED"
+            raise
+        except SystemExit as stop:
+            status = "KILLED" if stop.code == TERMINATED else "FAILED" if stop.code else "FINISHED"
+            raise
+        except BaseException as error:
+            run.set_tags({"error": store.line(error)})
+            raise
+        finally:
+            if stage == "prepare":  # its hash exists only now
+                run.set_tags(provenance.data_tags())
+            if stage == "pretrain" and encoder and status == "FINISHED":
+                run.set_tags({OUTPUT_TAG: provenance.encoder_hash(encoder)})
+            run.finish(status)
+            if owned:
+                run.pipeline.finish(status)
+
+
+def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Run, bool]:
+    """The stage's run, and whether its parent is ours to end (nobody else does under plain `dvc repro`)."""
+    client, experiment = connect()
+    name = provenance.stage_name(stage, encoder)
+    parent = os.environ.get(PARENT)
+    owned = not parent
+    with store.errors():
+        parent = parent or _derived_parent(client, experiment, params)
+        if not owned:
+            client.get_run(parent)  # a wrong id would hide the run from the UI's tree
+        tags = {"mlflow.parentRunId": parent, "dvc.stage": name, "stage": stage, **_source(f"tasks.{stage}")}
+        tags |= {"encoder": encoder} if encoder else {}
+        tags |= provenance.data_tags() if stage != "prepare" else {}
+        created = client.create_run(experiment, run_name=name, tags=tags)
+    run = Run(client, created.info.run_id, Run(client, parent))
+    run.log_params(provenance.stage_params(stage, encoder, params))
+    return run, owned
+
+
+def _derived_parent(client: Any, experiment: str, params: Params) -> str:
+    """The parent of all stages that run in this state of the workspace, created by whoever comes first."""
+    key = provenance.pipeline_key()
+    with locked("tracking"):
+        found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+            return str(found[0].info.run_id)
+        return _create_parent(client, experiment, params, {_KEY_TAG: key})
+
+
+def _create_parent(client: Any, experiment: str, params: Params, tags: Mapping[str, str] | None = None) -> str:
+    with store.errors():
+        own = {**_source("deepclust pipeline"), **provenance.data_tags(), **(tags or {})}
+        name = f"pipeline {own.get('git.commit', '')[:8]}".strip()
+        run = Run(client, client.create_run(experiment, run_name=name, tags=own).info.run_id)
+    run.log_params(provenance.all_params(params))
+    return run.run_id
+
+
+def _source(name: str) -> dict[str, str]:
+    return {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", **provenance.git()}
+
+
+def connect() -> tuple[Any, str]:
+    """A client of the store, which exists and answers, and the id of the experiment.
+
+    Raises:
+        TrackingError: In one line, within seconds.
+    """
+    environment.prepare()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    with ExitStack() as stack:
+        stack.enter_context(store.errors())
+        if store.is_file():  # several processes that migrate a fresh file at once break it
+            stack.enter_context(locked("tracking-store"))
+        stack.enter_context(store.impatient())
+        # MLflow installs handlers of its own on import; its migration notes would drown a stage's output.
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        mlflow.set_tracking_uri(store.uri())
+        client = mlflow.MlflowClient(tracking_uri=store.uri())
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI takes it for GenAI traces otherwise
+            return client, str(client.create_experiment(name, artifact_location=place, tags=kind))
+        return client, str(experiment.experiment_id)
+
+
+def log_model(
+    experiment: str,
+    run_id: str | None,
+    *,
+    code: Path,
+    files: Path,
+    library: Path,
+    requirements: list[str],
+    labelled: bool,
+    example: Any,
+    metadata: Mapping[str, Any],
+) -> str:
+    """Store a model that is defined by a source file, and return its address.
+
+    Args:
+        experiment: The experiment that the model belongs to.
+        run_id: The run that the model belongs to, if any.
+        code: The source file.
+        files: Folder of what the code reads.
+        library: Package that the code imports, stored beside it.
+        requirements: Pinned packages; inferring them would run the model in a new process, for a minute.
+        labelled: Whether the model also gives classes.
+        example: Images (n, height, width, channels) uint8.
+        metadata: What else to keep.
+
+    Raises:
+        TrackingError: If the store refuses it.
+    """
+    with store.errors():
+        import mlflow
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import ColSpec, Schema, TensorSpec
+        from mlflow.types.schema import Array
+
+        outputs = [ColSpec(Array("float"), "embedding"), ColSpec("long", "cluster"), ColSpec("float", "distance")]
+        if labelled:
+            outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
+            outputs += [ColSpec(Array("float"), "probabilities")]
+        mlflow.set_experiment(experiment_id=experiment)
+        images = TensorSpec(example.dtype, (-1, -1, -1, -1))
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            python_model=str(code),
+            artifacts={"files": str(files)},
+            code_paths=[str(library)],
+            pip_requirements=requirements,
+            signature=ModelSignature(inputs=Schema([images]), outputs=Schema(outputs)),
+            input_example=example,
+            metadata=dict(metadata),
+        )
+        return str(info.model_uri)
+
+
+def create_version(client: Any, name: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> None:
+    """Make a stored model the next version of a registered one, which is created if need be."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    client.create_model_version(name, address, run_id, dict(tags), model_id=address.rpartition("/")[2])
+
+
+@contextmanager
+def _system_metrics(run: Run) -> Iterator[None]:
+    """Processor, memory, disk, network and GPU of the machine, sampled while the body runs and once at its end."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run.run_id, sampling_interval=_SAMPLE_SECONDS, tracking_uri=store.uri())
+    monitor.start()
+    try:
+        yield
+    finally:
+        # The monitor publishes after a whole interval only: a short stage would have no numbers at all.
+        monitor.finish()
+        monitor.collect_metrics()
+        run.log_metrics({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})

@@ -1,0 +1,79 @@
+"""What every process of the pipeline sets before it works: thread counts, and telemetry off.
+
+How many threads a stage computes with changes the last bits of its results, so it is a function of the machine alone:
+the flow runs `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too. The
+processes of one stage share them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from threadpoolctl import threadpool_limits
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel() -> int:
+    """Stages that the flow runs at once: `DEEPCLUST_PARALLEL`, else two where there are two cores."""
+    return _count("DEEPCLUST_PARALLEL", "stages at once") or min(2, cores())
+
+
+def threads() -> int:
+    """Threads a process of a stage computes with: its part of the stage's, at least one.
+
+    The stage's are `DEEPCLUST_THREADS`, else the cores shared among the parallel stages.
+    """
+    stage = _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
+    return max(1, stage // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, on this machine
+
+
+def collective_seconds() -> int:
+    """How long a process waits for the others of its run: `DEEPCLUST_COLLECTIVE_SECONDS`, else five minutes."""
+    return _count("DEEPCLUST_COLLECTIVE_SECONDS", "seconds") or 300
+
+
+def _count(variable: str, what: str) -> int | None:
+    """A number of at least one from the environment, or None where it is not set.
+
+    Anything else ends the process here, as one line with status 2: the flows ask while they are imported, where no
+    caller could turn an exception into that.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    print(
+        f"error: expected {variable} to be a number of {what}, 1 or more; got {text!r}; mend or unset it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+def prepare() -> None:
+    """Set the thread counts and switch telemetry off, for libraries imported later and for child processes."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in _THREADS:
+        os.environ[name] = str(threads())
+
+
+def limit_threads() -> None:
+    """Bring the libraries that are already loaded to the thread count: they read the environment only when loading."""
+    threadpool_limits(threads())
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads())

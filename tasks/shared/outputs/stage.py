@@ -1,0 +1,179 @@
+"""The shell around a stage: its arguments, parameters, run in MLflow, atomic outputs and one-line errors.
+
+    with stage.running("embed") as here:
+        np.save(here.folder / "train.npy", features)
+
+writes artifacts/embed/<encoder>/train.npy, whole or not at all. Of several processes (tasks/launch.py) each runs the
+body, and the main one alone tracks, writes and commits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import PreemptedError
+from tasks.shared.operations import params, tracking
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.params import schema
+from tasks.shared.operations.processes import launcher, signals
+from tasks.shared.outputs import environment, layout
+
+
+@dataclass
+class Here:
+    """What a running stage works with.
+
+    Attributes:
+        stage: Name of the stage.
+        encoder: Name of the encoder, or None for a stage that runs once.
+        params: All parameters.
+        folder: Where to write; becomes the stage's output folder when the stage succeeds.
+        run: The stage's run in MLflow, on the main process.
+    """
+
+    stage: str
+    encoder: str | None
+    params: schema.Params
+    folder: Path
+    run: tracking.Run
+    _files: dict[Path, str] = field(default_factory=dict)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """Write the stage's metrics file and log its numbers to MLflow. Nested mappings are joined by dots there."""
+        text = json.dumps(_rounded(values), indent=2, ensure_ascii=False) + "\n"
+        self._files[layout.metrics(self.stage, self.encoder)] = text
+        self.run.log_metrics(dict(_flat(values)))
+
+    def curve(self, rows: Iterable[Mapping[str, Any]], columns: list[str]) -> None:
+        """Write the stage's curve as CSV, for `dvc plots`."""
+        assert self.encoder
+        self._files[layout.curve(self.stage, self.encoder)] = table(rows, columns)
+
+    def commit(self) -> None:
+        """Put everything in its place. What may find the disk full comes before anything old is replaced."""
+        target = layout.out(self.stage, self.encoder)
+        partials = {path: _partial(path) for path in self._files}
+        try:
+            for path, text in self._files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partials[path].write_text(text, encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            self.folder.replace(target)
+            for path, partial in partials.items():
+                partial.replace(path)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: enough for any metric, and short in a diff."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + key, float(value)
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+    """Rows as CSV text; floats with six significant digits."""
+    from io import StringIO
+
+    text = StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def running(stage: str) -> Iterator[Here]:
+    """Run the body as the stage; see the head of this file.
+
+    A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
+    one line on stderr, SIGTERM with status 143; nothing of the stage's outputs is left behind then. A run that saved
+    its state before it stopped (PreemptedError) says so in one line, status 143 or 130. Any other exception is a bug
+    and keeps its traceback.
+    """
+    per_encoder = stage not in ("prepare", "report")
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
+    if per_encoder:
+        parser.add_argument("encoder", help="an encoder of params.yaml")
+    arguments = parser.parse_args()
+    encoder: str | None = arguments.encoder if per_encoder else None
+    if launcher.wanted(stage):
+        with _marked_if_told_to_stop(layout.preempted(stage, encoder)):
+            sys.exit(launcher.start(f"tasks.{stage}", sys.argv[1:]))
+    with errors_as_one_line(), signals.sigterm_exits():
+        environment.prepare()
+        environment.limit_threads()
+        with launcher.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:
+            values = params.load()
+            if encoder is not None:
+                values.method(encoder)
+            partial = _partial(layout.out(stage, encoder))
+            with launcher.together():
+                if launcher.is_main():
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+                run = stack.enter_context(tracking.stage_run(stage, encoder, values))
+            here = Here(stage, encoder, values, partial, run)
+            yield here
+            with launcher.together():
+                if launcher.is_main():
+                    here.commit()
+
+
+@contextmanager
+def _marked_if_told_to_stop(marker: Path) -> Iterator[None]:
+    """Leave a marker if the body is told to stop: no exit status gets through DVC.
+
+    A process among several does not know whether torchrun ends it because another one is lost: its launcher does.
+    """
+    if not launcher.is_main():
+        yield
+        return
+    marker.unlink(missing_ok=True)
+    try:
+        yield
+    except (PreemptedError, KeyboardInterrupt, SystemExit) as end:
+        told = not isinstance(end, SystemExit) or end.code in (signals.TERMINATED, 128 + signal.SIGINT)
+        if isinstance(end, PreemptedError) or (told and not launcher.is_worker()):
+            with suppress(OSError):  # on a full disk the stage counts as failed
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+        raise

@@ -1,0 +1,192 @@
+"""Fine-tuning against AdamW written out in float64, and what it never touches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepclust.adaptation import fine_tuning
+from deepclust.errors import DataError, TrainingError
+
+CPU = torch.device("cpu")
+CLASSES, SIDE = 3, 4
+DECAY = 0.5  # enough to be seen in a few steps
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def data(count: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose class is which column is bright."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, count)
+    images = random.integers(0, 120, (count, SIDE, SIDE, 1))
+    images[np.arange(count), :, labels] += 130
+    return images.astype(np.uint8), labels
+
+
+def linear(seed: int = 0) -> nn.Sequential:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, CLASSES))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def tune(model: nn.Module, images: np.ndarray, labels: np.ndarray, **changes: Any) -> nn.Module:
+    options = {"epochs": 2, "batch_size": 8, "rate": 0.01, "device": CPU} | changes
+    generator = torch.Generator().manual_seed(options.pop("seed", 7))
+    fine_tuning.fine_tune(model, images, labels, generator=generator, **options)
+    return model
+
+
+def by_hand(
+    model: nn.Sequential, images: np.ndarray, labels: np.ndarray, *, epochs: int, batch_size: int, rate: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax regression by AdamW (arXiv 1711.05101, algorithm 2) in float64, its gradient by hand."""
+    generator = torch.Generator().manual_seed(7)
+    weight, bias = (parameter.detach().double().numpy().copy() for parameter in model[1].parameters())
+    values = [weight, bias]
+    first, second = ([np.zeros_like(value) for value in values] for _ in range(2))
+    batches = len(labels) // batch_size
+    step = 0
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), generator=generator).numpy()
+        for number in range(batches):
+            rows = order[number * batch_size : (number + 1) * batch_size]
+            points = images[rows].reshape(batch_size, -1).astype(np.float64) / 255
+            scores = np.exp(points @ weight.T + bias)
+            error = (scores / scores.sum(1, keepdims=True) - np.eye(CLASSES)[labels[rows]]) / batch_size
+            now = rate * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
+            step += 1
+            for place, gradient in enumerate((error.T @ points, error.sum(0))):
+                values[place] *= 1 - now * DECAY
+                first[place] = BETAS[0] * first[place] + (1 - BETAS[0]) * gradient
+                second[place] = BETAS[1] * second[place] + (1 - BETAS[1]) * gradient**2
+                corrected = first[place] / (1 - BETAS[0] ** step), second[place] / (1 - BETAS[1] ** step)
+                values[place] -= now * corrected[0] / (np.sqrt(corrected[1]) + EPSILON)
+    return weight, bias
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(1, 30), (3, 8)])
+def test_the_steps_are_adamw_on_the_cross_entropy_with_a_cosine_schedule(
+    monkeypatch: pytest.MonkeyPatch, epochs: int, batch_size: int
+) -> None:
+    monkeypatch.setattr(fine_tuning, "WEIGHT_DECAY", DECAY)
+    images, labels = data()
+    weight, bias = by_hand(linear(), images, labels, epochs=epochs, batch_size=batch_size, rate=0.01)
+    model = tune(linear(), images, labels, epochs=epochs, batch_size=batch_size)
+    np.testing.assert_allclose(model[1].weight, weight, atol=1e-5)
+    np.testing.assert_allclose(model[1].bias, bias, atol=1e-5)
+
+
+class Noting(nn.Module):
+    """A model that notes the first pixel of every image it sees in training, by which images can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = linear()
+        self.seen: list[list[int]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert self.training
+        self.seen.append((images[:, 0, 0, 3] * 255).round().int().tolist())
+        return self.model(images)
+
+
+def test_unlabelled_images_are_never_seen_and_the_others_once_an_epoch_in_the_generators_order() -> None:
+    images, labels = data(24)
+    images[:, 0, 3, 0] = np.arange(24)
+    labels[::4] = -1
+    known = np.flatnonzero(labels >= 0)
+    model = Noting()
+    tune(model, images, labels, epochs=2, batch_size=6)
+    generator = torch.Generator().manual_seed(7)
+    expected = []
+    for _ in range(2):
+        order = known[torch.randperm(18, generator=generator).numpy()]
+        expected += [sorted(order[start : start + 6].tolist()) for start in range(0, 18, 6)]
+    assert [sorted(batch) for batch in model.seen] == expected
+    assert expected[0] != expected[3]
+
+
+def test_unlabelled_images_change_nothing() -> None:
+    images, labels = data(20)
+    alone = tune(linear(), images, labels)
+    mixed = np.concatenate([images, 255 - images[:5]]), np.concatenate([labels, np.full(5, -1)])
+    assert torch.equal(tune(linear(), *mixed)[1].weight, alone[1].weight)
+
+
+def test_the_order_is_the_generators() -> None:
+    images, labels = data()
+    one, same, other = (tune(linear(), images, labels, seed=seed)[1].weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_every_parameter_learns_and_the_model_ends_in_eval_mode_without_gradients() -> None:
+    images, labels = data()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, CLASSES))
+    model.eval().requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tune(model, images, labels)
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_error_on_separable_images_falls_to_nothing() -> None:
+    images, labels = data(60)
+    model = linear(seed=3)
+    points = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    wrong = (model(points).argmax(1).numpy() != labels).mean()
+    tune(model, images, labels, epochs=20, rate=0.05)
+    assert wrong > 0.3
+    assert (model(points).argmax(1).numpy() != labels).mean() == 0
+    assert F.cross_entropy(model(points), torch.from_numpy(labels)) < 0.2
+
+
+def test_more_images_a_batch_than_there_are_takes_them_all() -> None:
+    images, labels = data(10)
+    assert torch.equal(
+        tune(linear(), images, labels, batch_size=99)[1].weight, tune(linear(), images, labels, batch_size=10)[1].weight
+    )
+
+
+class Broken(nn.Module):
+    """Logits that are not finite from a call on, or finite ones with an infinite gradient."""
+
+    def __init__(self, call: int, how: str) -> None:
+        super().__init__()
+        self.model, self.left, self.how = linear(), call, how
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.model(images)
+        self.last = [parameter.detach().clone() for parameter in self.parameters()]
+        self.left -= 1
+        if self.left >= 0:
+            return logits
+        return logits * math.nan if self.how == "loss" else logits + (logits * 0).abs().sqrt()
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("call", [0, 5])  # 5 is the last of six steps
+def test_what_is_not_finite_stops_before_the_step(how: str, call: int) -> None:
+    images, labels = data()
+    model = Broken(call, how)
+    with pytest.raises(TrainingError, match=rf"fine-tuning: the {how} of step {call} is .*; lower the rate \(0.01\)"):
+        tune(model, images, labels)
+    assert all(torch.equal(now, last) for now, last in zip(model.parameters(), model.last, strict=True))
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_one_labelled_image_is_too_few(known: int) -> None:
+    images, labels = data(10)
+    labels[known:] = -1
+    with pytest.raises(DataError, match=f"expected at least two labelled images to fine-tune on, got {known}"):
+        tune(linear(), images, labels)

@@ -1,0 +1,375 @@
+"""What adapters answer, against each one asked on its own; the table, against numbers by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deepclust.adaptation import ADAPTERS, BN, Adapter, Tent, measuring, shifts
+from deepclust.adaptation.base import Predict
+from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.guard import Baselines, Guard, Verdict
+from deepclust.errors import AdaptationError
+from deepclust.models.features import to_float
+from tests.tasks import shift_workspace
+
+CPU = torch.device("cpu")
+Key = tuple[str, bool]
+
+
+def shift(labels: Sequence[int], name: str = "contrast", severity: int = 5) -> shifts.Shift:
+    count = len(labels)
+    images = np.zeros((count, 8, 8, 1), np.uint8)
+    return shifts.Shift(name, severity, images, np.array(labels), [str(number) for number in range(count)])
+
+
+def stream(pairs: Sequence[tuple[int, int]], sizes: Sequence[int]) -> shifts.Stream:
+    ends = np.cumsum(sizes).tolist()
+    batches = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    found = np.array(pairs)
+    return shifts.Stream(found[:, 0], found[:, 1], batches)
+
+
+def logits(classes: Sequence[int], confidence: float) -> Tensor:
+    """Logits of 3 classes whose softmax is the confidence at the class, and the rest in equal parts."""
+    chances = torch.full((len(classes), 3), (1 - confidence) / 2, dtype=torch.float64)
+    chances[range(len(classes)), list(classes)] = confidence
+    return chances.log()
+
+
+def answers(
+    classes: Sequence[int], confidence: float = 0.8, own: Sequence[int] = (), given: int = 0
+) -> measuring.Answers:
+    found = measuring.Answers.of(len(classes))
+    found.put(slice(0, len(classes)), logits(classes, confidence), logits(own, 0.5) if own else None, given)
+    return found
+
+
+# Five images of one labelled shift, four of one without labels.
+LABELS = [0, 1, 2, 0, 1]
+SHIFTS = [shift(LABELS), shift([-1] * 4, "sketch", 0)]
+STREAM = stream([(0, row) for row in range(5)] + [(1, row) for row in range(4)], [5, 4])
+MADE: dict[Key, measuring.Answers] = {
+    ("source", False): answers([0, 1, 2, 1, 0, 0, 0, 1, 2]),  # 2 of 5 wrong
+    ("bn", False): answers([0, 1, 2, 0, 0, 0, 0, 0, 0], 0.6),  # 1 of 5 wrong
+    ("tent", False): answers([0, 0, 0, 0, 0, 0, 1, 1, 2], 0.9),  # 3 of 5 wrong
+    ("tent", True): answers([0, 1, 2, 0, 1, 0, 0, 1, 2], 0.9, own=[0, 0, 0, 0, 0, 0, 1, 1, 2]),
+}
+
+
+def rows(clusters: bool = False) -> dict[tuple[str, str, int], dict[str, Any]]:
+    found = measuring.tabulate(MADE, SHIFTS, STREAM, clusters=clusters)
+    assert all(set(row) <= set(measuring.COLUMNS) for row in found)
+    return {(row["shift"], row["adapter"], row["guarded"]): row for row in found}
+
+
+def test_errors_and_their_differences_are_those_of_each_shift() -> None:
+    found = rows()
+    assert len(found) == 2 * len(MADE)
+    expected = {("source", 0): 0.4, ("bn", 0): 0.2, ("tent", 0): 0.6, ("tent", 1): 0.0}
+    for (name, guarded), error in expected.items():
+        row = found["contrast", name, guarded]
+        assert row["error"] == pytest.approx(error)
+        assert row["minus_source"] == pytest.approx(error - 0.4)
+        assert row["minus_bn"] == pytest.approx(error - 0.2)
+        assert (row["severity"], row["images"]) == (5, 5)
+    assert not {"error", "minus_source", "minus_bn", "guard_right", "nmi"} & found["sketch", "tent", 1].keys()
+    assert found["sketch", "tent", 1]["images"] == 4
+
+
+def test_without_bn_there_is_no_difference_to_it() -> None:
+    made = {key: value for key, value in MADE.items() if key[0] != "bn"}
+    found = measuring.tabulate(made, SHIFTS, STREAM, clusters=False)
+    assert len(found) == 6
+    assert not any("minus_bn" in row for row in found)
+
+
+def test_indicators_need_no_labels() -> None:
+    found = rows()
+    assert found["sketch", "bn", 0]["agreement"] == 0.5  # with 0 0 1 2 of the source model
+    assert found["contrast", "bn", 0]["agreement"] == pytest.approx(0.8)
+    assert found["sketch", "source", 0]["agreement"] == 1.0
+    assert found["sketch", "bn", 0]["confidence"] == pytest.approx(0.6)
+    entropy = -(0.6 * np.log(0.6) + 2 * 0.2 * np.log(0.2))
+    assert found["sketch", "bn", 0]["entropy"] == pytest.approx(entropy)
+    assert found["sketch", "bn", 0]["classes_used"] == pytest.approx(1)
+    halves = np.exp(-(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25)))
+    assert found["sketch", "source", 0]["classes_used"] == pytest.approx(halves)
+
+
+def test_clusters_are_matched_with_classes_and_have_no_guard_that_is_right() -> None:
+    found = rows(clusters=True)
+    # tent says 0 alone, so its cluster is matched with class 0 or 1, two images each; source: 0 1 2 1 0 for 0 1 2 0 1.
+    assert found["contrast", "tent", 0]["error"] == pytest.approx(0.6)
+    assert found["contrast", "tent", 0]["nmi"] == 0
+    assert found["contrast", "source", 0]["error"] == pytest.approx(0.4)
+    assert found["contrast", "tent", 1]["error"] == 0
+    assert found["contrast", "tent", 1]["nmi"] == pytest.approx(1)
+    assert found["contrast", "tent", 1]["minus_source"] == pytest.approx(-0.4)
+    assert not any("guard_right" in row for row in found.values())
+    permuted = MADE | {("tent", False): answers([2, 0, 1, 2, 0, 0, 0, 0, 0])}
+    (row,) = (
+        row
+        for row in measuring.tabulate(permuted, SHIFTS, STREAM, clusters=True)
+        if (row["shift"], row["adapter"], row["guarded"]) == ("contrast", "tent", 0)
+    )
+    assert row["error"] == 0
+
+
+def test_a_guard_is_right_where_its_batch_is_no_worse_than_both_of_its_choices_even_where_batches_span_shifts() -> None:
+    """Two shifts of class 0 alone in three batches; a 1 is wrong.
+
+    batch    shift 0: source, own, given     shift 1: source, own, given
+    0 to 4   1 0,     0 0,   1 0   not       0 1,     1 1,   0 1   right
+    4 to 7   1,       no own, 1    right     0 0,     no own, 0 0  right
+    7 to 9   0 1,     0 0,   0 0   right
+    """
+    both = [shift([0, 0, 0, 0, 0]), shift([0, 0, 0, 0], "sketch", 0)]
+    order = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (0, 3), (0, 4)]
+    met = stream(order, [4, 3, 2])
+    source, own, given = [1, 0, 0, 1, 1, 0, 0, 0, 1], [0, 1, 0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0, 0, 0, 0]
+    guarded = measuring.Answers.of(9)
+    whose = (2, 2, 0)
+    for batch, answer in zip(met.batches, whose, strict=True):
+        no_own = batch.start == 4
+        guarded.put(batch, logits(given[batch], 0.7), None if no_own else logits(own[batch], 0.7), answer)
+    made: dict[Key, measuring.Answers] = {("source", False): answers(source), ("tent", True): guarded}
+    found = {
+        row["shift"]: row for row in measuring.tabulate(made, both, met, clusters=False) if row["adapter"] == "tent"
+    }
+    assert found["contrast"]["guard_right"] == pytest.approx(3 / 5)
+    assert found["sketch"]["guard_right"] == 1
+    shares = {name: [row[f"by_{answer}"] for answer in ("adapter", "bn", "source")] for name, row in found.items()}
+    assert shares == {"contrast": pytest.approx([2 / 5, 0, 3 / 5]), "sketch": pytest.approx([0, 0, 1])}
+
+
+class Counted(list[slice]):
+    """Batches that count how often they are gone through."""
+
+    rounds = 0
+
+    def __iter__(self) -> Iterator[slice]:
+        self.rounds += 1
+        return super().__iter__()
+
+
+def test_a_guard_is_judged_on_many_mixed_shifts_as_batch_by_batch_and_in_one_go() -> None:
+    random = np.random.default_rng(3)
+    count, size, batch_size = 12, 20, 9
+    many = [shift(random.integers(0, 3, size).tolist(), f"shift{number}") for number in range(count)]
+    pairs = random.permutation([(index, row) for index in range(count) for row in range(size)])
+    met = shifts.Stream(pairs[:, 0], pairs[:, 1], Counted(shifts.cuts(len(pairs), batch_size)))
+    truth = np.array([many[index].labels[row] for index, row in pairs])
+
+    def erring(share: float) -> list[int]:
+        return np.where(random.random(len(truth)) < share, (truth + 1) % 3, truth).tolist()
+
+    source, own, given = erring(0.5), erring(0.5), erring(0.4)
+    made: dict[Key, measuring.Answers] = {("source", False): answers(source)}
+    made |= {(name, True): answers(given, own=own) for name in ("bn", "tent", "t3a")}
+    found = measuring.tabulate(made, many, met, clusters=False)
+    assert met.batches.rounds <= 2 * len(made), "not once a shift"
+    expected = []
+    for index in range(count):
+        good = 0
+        for start in range(0, len(truth), batch_size):
+            rows = [row for row in range(start, min(start + batch_size, len(truth))) if pairs[row, 0] == index]
+            wrong = [sum(classes[row] != truth[row] for row in rows) for classes in (given, own, source)]
+            good += len(rows) * (wrong[0] <= min(wrong[1:]))
+        expected.append(good / size)
+    assert 0 < min(expected) < max(expected) < 1
+    for name in ("bn", "tent", "t3a"):
+        rights = {row["shift"]: row["guard_right"] for row in found if row["adapter"] == name}
+        assert [rights[f"shift{index}"] for index in range(count)] == pytest.approx(expected)
+
+
+def test_the_curve_has_each_batch_and_calls_those_of_several_shifts_mixed() -> None:
+    met = stream([(0, 0), (0, 1), (0, 2), (1, 0), (0, 3), (0, 4)], [2, 2, 2])
+    made = {("source", False): answers([0, 1, 2, 0, 1, 0]), ("bn", False): answers([0, 0, 2, 1, 0, 1])}
+    found = measuring.curve(made, SHIFTS, met, clusters=False)
+    assert all(set(row) <= set(measuring.CURVE) for row in found)
+    bn = [row for row in found if row["adapter"] == "bn"]
+    assert [(row["shift"], row["severity"], row["images"]) for row in bn] == [
+        *(("contrast", 5, 2), ("mixed", 0, 4), ("contrast", 5, 6))
+    ]
+    assert [row.get("error") for row in bn] == [0.5, None, 0.0]
+    assert [row["agreement"] for row in bn] == [0.5, 0.5, 0.0]
+    assert not any("error" in row for row in measuring.curve(made, SHIFTS, met, clusters=True))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bn": {},
+    "tent": {"rate": 0.01},
+    "t3a": {"filter_k": 5},
+    "tsd": {"rate": 0.01},
+    "lame": {"affinity": "knn", "neighbours": 3},
+    "rotta": {"rate": 0.01, "memory_size": 8, "update_frequency": 8, "seed": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Classifier:
+    return shift_workspace.classifier_of("small")
+
+
+@pytest.fixture(scope="module")
+def met() -> list[shifts.Shift]:
+    images, labels = shift_workspace.images_and_labels(40, seed=1)
+    dark = (images * 0.3).astype(np.uint8)
+    paths = [str(row) for row in range(40)]
+    return [shifts.Shift("clean", 0, images, labels, paths), shifts.Shift("dark", 1, dark, labels, paths)]
+
+
+def source_images() -> list[Tensor]:
+    return [to_float(torch.from_numpy(shift_workspace.images_and_labels(96, seed=0)[0]))]
+
+
+@pytest.mark.parametrize("prior", [0.0, 8.0])
+def test_every_answer_is_that_of_the_adapter_and_of_its_guard_asked_alone(
+    model: Classifier, met: list[shifts.Shift], prior: float
+) -> None:
+    options = {"bn": {"prior": prior}, "tent": {"rate": 0.01}, "t3a": {}}
+    all_given = set()
+    adapters = measuring.make(model, options, source_images(), guard=True)
+    assert list(adapters.free) == ["source", *options]
+    assert list(adapters.guarded) == list(options)
+    for setting in ("reset", "continual"):
+        for each in shifts.streams(met, setting, batch_size=16, seed=0):
+            found, failed = measuring.follow(adapters, met, each, CPU)
+            assert failed == {}
+            batches = [shifts.load(met, each, batch) for batch in each.batches]
+            for name in adapters.free:
+                alone = ADAPTERS[name](model, **options.get(name, {}))
+                expected = torch.cat([alone(images) for images in batches])
+                assert found[name, False].classes.tolist() == expected.argmax(1).tolist()
+                chances = expected.double().softmax(1)
+                np.testing.assert_allclose(found[name, False].confidence, chances.amax(1), atol=1e-6)
+                np.testing.assert_allclose(found[name, False].entropy, -(chances * chances.log()).nansum(1), atol=1e-5)
+            for name in options:
+                guard = Guard(ADAPTERS[name](model, **options[name]), Baselines(model, source_images()))
+                given, whose = [], []
+                for images in batches:
+                    given.append(guard(images).argmax(1))
+                    whose += [("adapter", "bn", "source").index(guard.verdict.answer)] * len(images)
+                assert found[name, True].classes.tolist() == torch.cat(given).tolist()
+                assert found[name, True].given.tolist() == whose
+                all_given |= set(whose)
+    assert all_given == {0, 2}
+
+
+def test_whose_answer_was_given_is_noted_for_each_batch(
+    model: Classifier, met: list[shifts.Shift], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = measuring.make(model, {"tent": {"rate": 0.01}}, source_images(), guard=True)
+    verdicts = iter(("bn", "adapter", "source"))
+    one, two = logits([1] * 14, 0.6).float(), logits([2] * 14, 0.9).float()
+
+    def answer(guard: Guard, images: Tensor, source: Tensor, bn: Tensor) -> Tensor:
+        guard.verdict, guard.adapted = Verdict(next(verdicts), ""), one[: len(images)]
+        return two[: len(images)]
+
+    monkeypatch.setattr(Guard, "answer", answer)
+    (first, _) = shifts.streams(met, "reset", batch_size=14, seed=0)
+    found = measuring.follow(adapters, met, first, CPU)[0]["tent", True]
+    assert found.given.tolist() == [1] * 14 + [0] * 14 + [2] * 12
+    assert found.own.tolist() == [1] * 40
+    assert found.classes.tolist() == [2] * 40
+    np.testing.assert_allclose(found.confidence, 0.9, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was(model: Classifier, met: list[shifts.Shift]) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapters = measuring.make(model, OPTIONS, source_images(), guard=True)
+    measuring.follow(adapters, met, shifts.streams(met, "reset", batch_size=20, seed=0)[0], CPU)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Failing(Adapter):
+    """Answers as the source model does, but fails at its second batch."""
+
+    name = "failing"
+
+    def __init__(self, model: Classifier, *, episodic: bool = False, predict: Predict = "before") -> None:
+        self.met = 0
+        super().__init__(model, episodic=episodic, predict=predict)
+
+    def _configure(self, model: Classifier) -> Classifier:
+        return model
+
+    def _adapt(self, images: Tensor) -> Tensor:
+        self.met += 1
+        if self.met == 2:
+            raise AdaptationError("expected a first batch, got a second; stop earlier")
+        with torch.no_grad():
+            found: Tensor = self.model(images)
+        return found
+
+
+def test_an_adapter_that_fails_is_absent_with_its_reason_and_its_guarded_twin_goes_on_as_the_source_model(
+    model: Classifier, met: list[shifts.Shift], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ADAPTERS, "failing", Failing)
+    adapters = measuring.make(model, {"failing": {}}, source_images(), guard=True)
+    (first, _) = shifts.streams(met, "reset", batch_size=10, seed=0)
+    found, failed = measuring.follow(adapters, met, first, CPU)
+    assert failed == {"failing": "expected a first batch, got a second; stop earlier"}
+    assert set(found) == {("source", False), ("failing", True)}
+    guarded = found["failing", True]
+    assert np.array_equal(guarded.classes, found["source", False].classes)
+    assert guarded.given.tolist() == [0] * 10 + [2] * 10 + [0] * 20
+    assert guarded.own[10:20].tolist() == [-1] * 10
+    assert (guarded.own[:10] >= 0).all()
+
+
+def test_an_adapter_that_does_not_fit_is_absent_in_both_forms_with_its_reason() -> None:
+    pixels = shift_workspace.classifier_of("pixels")
+    adapters = measuring.make(pixels, OPTIONS, source_images(), guard=True)
+    assert list(adapters.free) == ["source", "t3a", "lame"]
+    assert list(adapters.guarded) == ["t3a", "lame"]
+    assert set(adapters.not_applicable) == {"bn", "tent", "tsd", "rotta"}
+    assert "BatchNorm" in adapters.not_applicable["bn"]
+
+
+def test_without_a_guard_there_are_no_guarded_ones(model: Classifier) -> None:
+    adapters = measuring.make(model, OPTIONS, source_images(), guard=False)
+    assert list(adapters.free) == ["source", *OPTIONS]
+    assert adapters.guarded == {}
+
+
+def test_source_has_its_options_too_and_is_made_once(model: Classifier) -> None:
+    adapters = measuring.make(model, {"bn": {}, "source": {}}, source_images(), guard=True)
+    assert list(adapters.free) == ["source", "bn"]
+    assert list(adapters.guarded) == ["bn"]
+
+
+def test_each_adapter_pays_for_its_own_calls_and_a_guarded_one_for_those_it_compares_with(
+    model: Classifier, met: list[shifts.Shift], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = measuring.make(model, {"bn": {}, "tent": {"rate": 0.01}}, source_images(), guard=True)
+    asked: list[str] = []
+
+    clock = 0.0
+
+    def slow(name: str, seconds: float, call: Any) -> Any:
+        def wrapped(*given: Any) -> Any:
+            nonlocal clock
+            asked.append(name)
+            clock += seconds
+            return call(*given)
+
+        return wrapped
+
+    monkeypatch.setattr(measuring, "_now", lambda device: clock)
+    monkeypatch.setattr(Tent, "_adapt", slow("tent", 1, Tent._adapt))
+    monkeypatch.setattr(BN, "_adapt", slow("bn", 10, BN._adapt))
+    monkeypatch.setattr(adapters.baselines, "source", slow("source", 100, adapters.baselines.source))
+    (first, _) = shifts.streams(met, "reset", batch_size=20, seed=0)
+    found, _ = measuring.follow(adapters, met, first, CPU)
+    assert asked == ["source", "bn", "tent", "tent"] * 2, "the guard and bn itself share bn's answer"
+    expected = {("source", False): 100, ("bn", False): 10, ("tent", False): 1, ("bn", True): 110, ("tent", True): 111}
+    assert {key: each.seconds for key, each in found.items()} == {key: 2 * each for key, each in expected.items()}

@@ -1,0 +1,176 @@
+"""Shifts and the orders in which they are met: nothing is lost, nothing depends on how it is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust import seeding
+from deepclust.adaptation import shifts
+from deepclust.corruptions import corrupt
+
+CLASSES = 3
+
+
+def shift(
+    name: str = "clean", severity: int = 0, count: int = 23, seed: int = 0, labelled: bool = True
+) -> shifts.Shift:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, count) if labelled else np.full(count, -1)
+    images = random.integers(0, 256, (count, 8, 8, 1)).astype(np.uint8)
+    return shifts.Shift(name, severity, images, labels, [f"{name}/{number}" for number in range(count)])
+
+
+def several() -> list[shifts.Shift]:
+    return [shift(), shift("contrast", 5), shift("sketch", 0, count=11, seed=1), shift("loose", 0, 7, labelled=False)]
+
+
+def pairs(stream: shifts.Stream) -> list[tuple[int, int]]:
+    return list(zip(stream.shift.tolist(), stream.image.tolist(), strict=True))
+
+
+def everything(found: list[shifts.Shift]) -> list[tuple[int, int]]:
+    return [(index, row) for index, each in enumerate(found) for row in range(len(each.images))]
+
+
+@pytest.mark.parametrize("setting", ["reset", "continual", "mixed"])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 1000])
+def test_every_image_of_every_shift_is_met_exactly_once(setting: str, batch_size: int) -> None:
+    found = several()
+    met = shifts.streams(found, setting, batch_size=batch_size, seed=3)
+    assert sorted(pair for stream in met for pair in pairs(stream)) == everything(found)
+    for stream in met:
+        rows = [row for batch in stream.batches for row in range(batch.start, batch.stop)]
+        assert rows == list(range(len(stream.shift)))
+
+
+def test_reset_is_a_stream_a_shift_and_continual_the_same_images_in_one() -> None:
+    found = several()
+    reset = shifts.streams(found, "reset", batch_size=4, seed=0)
+    assert [set(stream.shift.tolist()) for stream in reset] == [{0}, {1}, {2}, {3}]
+    (continual,) = shifts.streams(found, "continual", batch_size=4, seed=0)
+    assert pairs(continual) == [pair for stream in reset for pair in pairs(stream)] == everything(found)
+
+
+def test_mixed_is_a_seeded_order_in_which_batches_hold_several_shifts() -> None:
+    found = several()
+    (one,), (same,), (other,) = (shifts.streams(found, "mixed", batch_size=16, seed=seed) for seed in (5, 5, 6))
+    assert pairs(one) == pairs(same)
+    assert pairs(one) != pairs(other)
+    assert all(len(set(one.shift[batch].tolist())) >= 3 for batch in one.batches)
+
+
+def test_correlated_is_sorted_by_class_and_leaves_out_what_has_unlabelled_images() -> None:
+    found = several()
+    found[2].labels[4] = -1
+    met = shifts.streams(found, "correlated", batch_size=4, seed=0)
+    assert [set(stream.shift.tolist()) for stream in met] == [{0}, {1}]
+    for stream in met:
+        labels = found[0].labels[stream.image]
+        assert sorted(stream.image.tolist()) == list(range(23))
+        assert (np.diff(labels) >= 0).all()
+        for label in range(CLASSES):  # within a class the order is the random one of all streams
+            assert (np.diff(stream.image[labels == label]) > 0).all()
+    assert shifts.streams(found[2:], "correlated", batch_size=4, seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [
+        (8, 4, [4, 4]),
+        (9, 4, [4, 5]),
+        (10, 4, [4, 4, 2]),
+        (3, 2, [3]),
+        (1, 4, [1]),
+        (3, 1, [1, 1, 1]),
+        (5, 9, [5]),
+        (0, 4, []),
+    ],
+)
+def test_a_last_image_on_its_own_joins_the_batch_before(count: int, batch_size: int, sizes: list[int]) -> None:
+    cuts = shifts.cuts(count, batch_size)
+    assert [cut.stop - cut.start for cut in cuts] == sizes
+    assert [row for cut in cuts for row in range(cut.start, cut.stop)] == list(range(count))
+
+
+@pytest.mark.parametrize("corruption", ["gaussian_noise", "gaussian_blur", "rotation", "glass_blur", "snow"])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_the_kept_images_are_all_corrupted_at_once_and_rounded_to_8_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str, chunk: int
+) -> None:
+    monkeypatch.setattr(shifts, "_CHUNK", chunk)
+    clean = shift()
+    found = shifts.corrupted(clean, corruption, 4, seed=2, file=tmp_path / "images")
+    whole = torch.from_numpy(clean.images[..., 0] / 255).float()[:, None]
+    expected = corrupt(whole, corruption, 4, generator=seeding.generator("adapt", 2, corruption))
+    assert np.array_equal(found.images[..., 0], np.rint(expected[:, 0].numpy() * np.float32(255)).astype(np.uint8))
+    assert found.images.shape == clean.images.shape
+    assert found.images.dtype == np.uint8
+    assert (found.name, found.severity) == (corruption, 4)
+    assert found.labels is clean.labels
+    assert found.paths is clean.paths
+
+
+def test_the_file_never_has_a_hole_into_which_a_full_disk_would_let_nothing_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is full, writing into a hole of a memory map kills the process, and at the end is an OSError."""
+    clean, file, sizes = shift(count=400), tmp_path / "images", []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(file.stat().st_size)
+        return corrupt(*arguments, **options)
+
+    monkeypatch.setattr(shifts, "corrupt", watched)
+    monkeypatch.setattr(shifts, "_CHUNK", 100)
+    shifts.corrupted(clean, "contrast", 5, seed=0, file=file)
+    assert len(sizes) == 4
+    assert all(size <= before * 100 * 64 for before, size in enumerate(sizes))
+    with pytest.raises(OSError, match="No space left on device"):
+        shifts.corrupted(clean, "contrast", 5, seed=0, file=Path("/dev/full"))
+
+
+def test_severities_share_their_random_numbers_and_corruptions_do_not(tmp_path: Path) -> None:
+    grey = shifts.Shift("clean", 0, np.full((5, 8, 8, 1), 128, np.uint8), np.zeros(5, np.int64), [""] * 5)
+    weak, strong = (
+        shifts.corrupted(grey, "gaussian_noise", severity, seed=0, file=tmp_path / f"{severity}").images.astype(int)
+        for severity in (1, 5)
+    )
+    # The same draw at σ .04 and .10, each rounded to a 255th.
+    np.testing.assert_allclose((strong - 128) * 0.4, weak - 128, atol=0.5 + 0.4 * 0.5 + 1e-4)
+    assert weak.std() > 5
+    other = shifts.corrupted(grey, "gaussian_noise", 5, seed=1, file=tmp_path / "other").images
+    assert not np.array_equal(other, strong)
+
+
+def test_batches_are_the_images_of_their_shifts_in_order_as_floats() -> None:
+    found = several()
+    (stream,) = shifts.streams(found, "mixed", batch_size=10, seed=0)
+    batch = stream.batches[1]
+    images = shifts.load(found, stream, batch)
+    assert images.shape == (10, 1, 8, 8)
+    for image, (index, row) in zip(images, pairs(stream)[10:20], strict=True):
+        np.testing.assert_allclose(image[0].numpy(), found[index].images[row, :, :, 0] / 255, atol=1e-7)
+
+
+def test_the_choice_is_seeded_takes_labelled_images_alone_and_goes_on_with_more() -> None:
+    labels = np.random.default_rng(0).integers(0, CLASSES, 61)
+    labels[::3] = -1
+    chosen, same, other = (shifts.choose(labels, count=30, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(chosen, same)
+    assert not np.array_equal(chosen, other)
+    assert len(chosen) == 30
+    assert (labels[chosen] >= 0).all()
+    everything = shifts.choose(labels, count=1000, seed=0)
+    assert sorted(everything.tolist()) == np.flatnonzero(labels >= 0).tolist()
+    assert np.array_equal(everything[:30], chosen)
+    assert everything.tolist() != sorted(everything.tolist())
+
+
+def test_without_any_label_all_images_can_be_chosen() -> None:
+    assert sorted(shifts.choose(np.full(9, -1), count=20, seed=0).tolist()) == list(range(9))
+    assert len(shifts.choose(np.full(9, -1), count=4, seed=0)) == 4

@@ -1,0 +1,181 @@
+"""Runs that are broken on purpose are caught within two epochs and named rightly; healthy ones raise no alarm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepclust import seeding
+from deepclust.evaluation import watchdog
+from deepclust.methods import METHODS, method_class, simsiam
+from deepclust.models import backbones
+from deepclust.training import loop, optim, views
+
+CPU = torch.device("cpu")
+SIZE = 16
+BATCH = 20  # 60 steps an epoch: after two, every rule has had the patience it asks for
+_MOCO: dict[str, Any] = {
+    "hidden_dim": 64, "dim": 32, "key_momentum": 0.99, "queue_length": 400, "temperature": 0.1, "key_groups": 4,
+}  # fmt: skip
+# The defaults of the parameters' files, with sizes for 1,200 images of six kinds.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swav": {
+        "hidden_dim": 64, "dim": 32, "prototypes": [20], "temperature": 0.1, "epsilon": 0.05, "sinkhorn_iterations": 3,
+        "assign_crops": [0, 1], "freeze_prototypes_steps": 0, "hard_assignment_steps": 0, "queue_length": 0,
+        "queue_start_epoch": 0,
+    },
+    "deepcluster_v2": {
+        "hidden_dim": 64, "dim": 32, "prototypes": [20], "temperature": 0.1, "assign_crops": [0, 1],
+        "kmeans_iterations": 10, "kmeans_restarts": 1,
+    },
+    "moco": _MOCO,
+    "pcl": _MOCO | {
+        "clusters": [60, 120], "negatives": 20, "warmup_epochs": 1, "kmeans_iterations": 10, "kmeans_restarts": 1,
+        "kmeans_every": 1, "kmeans_warm_start": False, "spherical": False,
+    },
+    "simsiam": {
+        "hidden_dim": 128, "dim": 128, "projector_layers": 2, "predictor_dim": 32, "constant_predictor_rate": True,
+        "zero_init_residual": False,
+    },
+}  # fmt: skip
+RATES = {"swav": 0.4, "deepcluster_v2": 0.4, "moco": 0.2, "pcl": 0.2, "simsiam": 0.2}
+COLOUR = views.Colour(
+    flip=0.5, jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.0
+)  # fmt: skip
+
+
+def drawings(count: int = 1200) -> NDArray[np.uint8]:
+    """Discs, rings, bars, crosses, and gratings of two directions; place, size, contrast and noise are random."""
+    generator = np.random.default_rng(0)
+    kind = generator.integers(0, 6, (count, 1, 1))
+    y, x = np.mgrid[:SIZE, :SIZE][:, None]
+    dy = y - generator.uniform(5, 10, (count, 1, 1))
+    dx = x - generator.uniform(5, 10, (count, 1, 1))
+    size = generator.uniform(2.5, 5, (count, 1, 1))
+    radius = np.hypot(dy, dx)
+    wave = 2 * np.pi / generator.uniform(3, 6, (count, 1, 1))
+    shapes = [
+        radius < size,
+        np.abs(radius - size) < 1,
+        (np.abs(dy) < 1.5) & (np.abs(dx) < 1.5 * size),
+        ((np.abs(dy) < 1) | (np.abs(dx) < 1)) & (radius < 1.5 * size),
+        0.5 + 0.5 * np.sin(wave * dx),
+        0.5 + 0.5 * np.sin(wave * (dx + dy)),
+    ]
+    drawn = np.choose(kind, shapes) * generator.uniform(100, 200, (count, 1, 1))
+    drawn += generator.uniform(0, 40, (count, 1, 1)) + generator.normal(0, 6, (count, SIZE, SIZE))
+    return drawn.clip(0, 255).astype(np.uint8)[..., None]
+
+
+def watched(
+    name: str, images: NDArray[np.uint8], *, rate: float | None = None, schedule_warmup: int = 0, **changes: Any
+) -> list[watchdog.Report]:
+    """The reports on two epochs; `changes` are to the method's options."""
+    with seeding.seeded(0):
+        backbone, dim = backbones.build("small", channels=1, image_size=SIZE)
+        method = method_class(name)(backbone, dim, **(OPTIONS[name] | changes))
+    method.to(memory_format=torch.channels_last)
+    large = views.Crop(count=2, size=SIZE, scale=(0.4, 1.0), ratio=(1.0, 1.0))
+    small = views.Crop(count=2, size=9, scale=(0.1, 0.4), ratio=(1.0, 1.0))
+    recipe = loop.Recipe(
+        epochs=2,
+        batch_size=BATCH,
+        accumulate=1,
+        precision="float32",
+        optimiser=optim.Optimiser(
+            name="sgd",
+            rate=RATES[name] if rate is None else rate,
+            weight_decay=5e-4,
+            decay_norm_and_bias=True,
+            clip_norm=None,
+            warmup_epochs=schedule_warmup,
+            final_rate=0.001,
+            options={"momentum": 0.9},
+        ),
+        crops=[large, small] if name in ("swav", "deepcluster_v2") else [large],
+        colour=COLOUR,
+        seed=0,
+    )
+    mean, std = float(images.mean() / 255), float(max(images.std() / 255, 1e-3))
+
+    def normalise(batch: Tensor) -> Tensor:
+        return (batch - mean) / std
+
+    watch = watchdog.Watchdog(method, images, normalise=normalise, device=CPU, seed=0)
+    reports: list[watchdog.Report] = []
+    loop.train(
+        method,
+        images,
+        recipe,
+        normalise=normalise,
+        device=CPU,
+        on_step=watch.step,
+        on_epoch=lambda done: reports.append(watch.epoch(done)),
+    )
+    return reports
+
+
+def first_symptoms(reports: list[watchdog.Report]) -> list[str]:
+    """The first alarm of each epoch that has one."""
+    return [report.alarms[0].symptom for report in reports if report.alarms]
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_healthy_run_raises_no_alarm(name: str) -> None:
+    reports = watched(name, drawings())
+    assert [alarm.message for report in reports for alarm in report.alarms] == []
+
+
+def test_a_warm_up_in_which_nothing_is_learnt_yet_raises_no_alarm() -> None:
+    reports = watched("swav", drawings(), schedule_warmup=200)
+    assert reports[-1].indicators["loss_to_chance"] > 1 - watchdog.LOSS_FROM_CHANCE
+    assert [alarm.message for report in reports for alarm in report.alarms] == []
+
+
+def test_an_epsilon_too_large_is_named_by_its_uniform_codes() -> None:
+    reports = watched("swav", drawings(), epsilon=1.0)
+    assert [alarm.symptom for alarm in reports[-1].alarms] == ["prototype collapse", "loss at ln K"]
+    assert "lower epsilon" in reports[-1].alarms[0].message
+
+
+def test_hard_codes_of_free_prototypes_are_learnt_and_no_collapse() -> None:
+    # The original overflows below epsilon .0113. In the log domain such codes are nearly one-hot, and still balanced.
+    reports = watched("swav", drawings(), epsilon=1e-3, freeze_prototypes_steps=0)
+    assert [alarm.message for report in reports for alarm in report.alarms] == []
+    assert reports[-1].indicators["code_entropy"] < 0.2
+    assert reports[-1].indicators["loss_to_chance"] < 0.8
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_rate_100_times_too_large_is_named_diverging(name: str) -> None:
+    # The stated rates are for 256 images; batches of 20 would scale them down to what the nets here can stand.
+    reports = watched(name, drawings(), rate=100 * RATES[name] * 256 / BATCH)
+    assert first_symptoms(reports)[0] == "diverging", [report.indicators["weight_growth"] for report in reports]
+
+
+def test_simsiam_without_its_stop_gradient_is_named_a_representation_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_stop_gradient(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+        return -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+
+    monkeypatch.setattr(simsiam, "symmetric_loss", without_stop_gradient)
+    reports = watched("simsiam", drawings())
+    assert first_symptoms(reports)[-1] == "representation collapse"
+    assert "stop-gradient" in reports[-1].alarms[0].message
+
+
+@pytest.mark.parametrize("name", ["swav", "pcl", "simsiam"])
+@pytest.mark.parametrize("what", ["one image", "flat colours"])
+def test_constant_images_are_named_before_what_follows_from_them(name: str, what: str) -> None:
+    count = 6 * BATCH
+    images = drawings(1).repeat(count, axis=0)
+    if what == "flat colours":
+        images = np.zeros_like(images) + np.random.default_rng(0).integers(0, 256, (count, 1, 1, 1), dtype=np.uint8)
+    # PCL stays in its warm-up: there are fewer different images than clusters.
+    changes = {"warmup_epochs": 2} if name == "pcl" else {}
+    assert first_symptoms(watched(name, images, **changes)) == ["constant images"] * 2

@@ -1,0 +1,72 @@
+"""kNN against a loop in float64, the linear classifier against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from deepclust.errors import DataError
+from deepclust.evaluation import probing
+
+
+def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
+    return centres[labels] + torch.randn(count, 6, generator=generator), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.1), (20, 0.001)])
+def test_knn_equals_a_loop_in_float64(k: int, temperature: float) -> None:
+    bank, labels = data(100, 0)
+    queries, _ = data(30, 1)
+    found = probing.knn(bank, labels, queries, classes=3, neighbours=[k], temperatures=[temperature])[k, temperature]
+    b = bank.double().numpy()
+    for query, predicted in zip(queries.double().numpy(), found.tolist(), strict=True):
+        cosine = b @ query / np.linalg.norm(b, axis=1) / np.linalg.norm(query)
+        votes = np.zeros(3)
+        for index in np.argsort(-cosine)[:k]:
+            votes[labels[index]] += np.exp((cosine[index] - cosine.max()) / temperature)
+        assert predicted == votes.argmax()
+
+
+def test_knn_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, labels = data(100, 0)
+    queries, _ = data(30, 1)
+    options = {"classes": 3, "neighbours": [3, 500], "temperatures": [0.07]}
+    whole = probing.knn(bank, labels, queries, **options)
+    monkeypatch.setattr(probing, "_CHUNK", 7)
+    parts = probing.knn(bank, labels, queries, **options)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_the_linear_classifier_reaches_scikit_learns_objective() -> None:
+    features, labels = data(300, 0)
+    features = features * torch.tensor([1, 10, 0.1, 1, 5, 1]) + 3
+    decay = 1e-2
+    (found,) = probing.fit_linear(features, labels, classes=3, weight_decays=[decay], iterations=300)
+    standard = ((features - features.mean(0)) / features.std(0, correction=0)).double().numpy()
+    expected = LogisticRegression(C=1 / (decay * 300), tol=1e-10, max_iter=2000).fit(standard, labels.numpy())
+    ours = torch.softmax((features.double() @ found.weight.double().T + found.bias.double()), 1).numpy()
+    np.testing.assert_allclose(ours, expected.predict_proba(standard), atol=2e-3)
+
+
+def test_classifiers_come_in_the_order_of_their_weight_decays() -> None:
+    features, labels = data(200, 0)
+    small, large = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-4, 1.0], iterations=200)
+    assert small.weight.norm() > 3 * large.weight.norm()
+
+
+def test_a_feature_that_never_varies_gets_no_weight() -> None:
+    features, labels = data(100, 0)
+    features[:, 2] = 4.0
+    (found,) = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-3], iterations=50)
+    assert torch.isfinite(found.weight).all()
+    assert (found.weight[:, 2] == 0).all()
+
+
+def test_no_labels_are_refused() -> None:
+    with pytest.raises(DataError, match="labelled"):
+        probing.fit_linear(
+            torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), classes=2, weight_decays=[1.0], iterations=1
+        )

@@ -1,0 +1,281 @@
+"""What the watchdog measures, when it speaks, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from deepclust import seeding
+from deepclust.evaluation import metrics, watchdog
+from deepclust.methods.parts.base import Method
+from deepclust.models.features import to_float
+from deepclust.training import loop
+from tests.deepclust import test_training
+
+CPU = torch.device("cpu")
+
+
+class Embedding(Method):
+    """A backbone with what an observer could disturb: batch normalisation, dropout, and one part in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.backbone = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 12)
+        )
+        with torch.no_grad():
+            for parameter in self.backbone.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def loss(
+        self, views: list[Tensor], indices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        raise AssertionError("the watchdog asks for no loss")
+
+
+def images(count: int = 40) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
+
+
+def watch(method: Method, given: NDArray[np.uint8] | None = None, seed: int = 0) -> watchdog.Watchdog:
+    return watchdog.Watchdog(
+        method, images() if given is None else given, normalise=lambda x: x - 0.5, device=CPU, seed=seed
+    )
+
+
+def step(number: int, *, rate: float = 0.1, loss: float = 1.0, norm: float = 1.0, **logged: float) -> loop.Step:
+    return loop.Step(number, 0, loss, rate, norm, logged)
+
+
+def report(steps: Sequence[loop.Step], given: NDArray[np.uint8] | None = None) -> watchdog.Report:
+    dog = watch(Embedding(), given)
+    for done in steps:
+        dog.step(done)
+    return dog.epoch(loop.Epoch(0, 1.0, 0.0, 40))
+
+
+def symptoms(found: watchdog.Report) -> list[str]:
+    return [alarm.symptom for alarm in found.alarms]
+
+
+@pytest.mark.parametrize("name", ["swav", "pcl", "simsiam"])
+def test_training_is_bit_for_bit_the_same_with_and_without_it(name: str) -> None:
+    alone, watched = test_training.build(name), test_training.build(name)
+    given = test_training.images()
+    dog = watchdog.Watchdog(watched, given, normalise=lambda x: x - 0.5, device=CPU, seed=0)
+    before = torch.random.get_rng_state()
+    reports: list[watchdog.Report] = []
+    steps: list[loop.Step] = []
+
+    def on_step(done: loop.Step) -> None:
+        steps.append(done)
+        dog.step(done)
+
+    loop.train(
+        watched,
+        given,
+        test_training.recipe(),
+        normalise=lambda x: x - 0.5,
+        device=CPU,
+        on_step=on_step,
+        on_epoch=lambda done: reports.append(dog.epoch(done)),
+    )
+    assert steps == test_training.run(alone)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[key]), key
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [done.epoch for done in reports] == [0, 1]
+
+
+def test_modes_statistics_gradients_and_generators_are_what_they_were() -> None:
+    method = Embedding().train()
+    method.backbone[3].eval()
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    modes = [module.training for module in method.modules()]
+    before, before_numpy = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    watch(method).epoch(loop.Epoch(0, 1.0, 0.0, 40))
+    assert [module.training for module in method.modules()] == modes
+    assert all(torch.equal(state[name], value) for name, value in method.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in method.parameters())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(5, ["representation collapse"]), (12, [])])
+def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim: int, expected: list[str]) -> None:
+    method = Embedding()
+    with seeding.seeded(0):
+        method.backbone[4] = nn.Linear(12, dim)  # type: ignore[operator]
+    found = watch(method).epoch(loop.Epoch(0, 1.0, 0.0, 40))
+    assert 3 < found.indicators["rankme"] < dim
+    assert symptoms(found) == expected
+
+
+def test_rankme_is_that_of_the_features_in_eval_mode() -> None:
+    method = Embedding()
+    found = watch(method).epoch(loop.Epoch(0, 1.0, 0.0, 40))
+    method.eval()
+    with torch.no_grad():
+        rows = method.backbone(to_float(torch.from_numpy(images())) - 0.5)
+    assert found.indicators["rankme"] == pytest.approx(metrics.rankme(rows.numpy()), rel=1e-5)
+
+
+def test_the_sample_is_bounded_and_its_seed_decides_it() -> None:
+    many = images(watchdog.SAMPLE + 100)
+    method = Embedding()
+
+    def rank(seed: int) -> float:
+        return watch(method, many, seed).epoch(loop.Epoch(0, 1.0, 0.0, 40)).indicators["rankme"]
+
+    seen: list[int] = []
+    handle = method.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    first = rank(0)
+    handle.remove()
+    assert sum(seen) == watchdog.SAMPLE
+    assert rank(0) == first
+    assert rank(1) != first
+
+
+def test_numbers_of_the_steps_are_means_over_the_last_ones_of_the_epoch() -> None:
+    dog = watch(Embedding())
+    for n in range(watchdog.RECENT + 30):
+        dog.step(step(n, loss=float(n), norm=2.0 * n, embedding_spread=0.5))
+    indicators = dog.epoch(loop.Epoch(0, 1.0, 0.0, 40)).indicators
+    expected = 30 + (watchdog.RECENT - 1) / 2
+    assert indicators["loss"] == pytest.approx(expected)
+    assert indicators["gradient_norm"] == pytest.approx(2 * expected)
+    assert indicators["embedding_spread"] == pytest.approx(0.5)
+    dog.step(step(200, loss=7.0))
+    assert dog.epoch(loop.Epoch(1, 1.0, 0.0, 40)).indicators["loss"] == 7.0
+
+
+def test_weight_growth_is_the_geometric_mean_over_the_matrices_since_the_last_epoch() -> None:
+    method = Embedding()
+    dog = watch(method)
+    with torch.no_grad():
+        method.backbone[1].weight.mul_(9.0)
+        method.backbone[2].weight.mul_(100.0)
+    assert dog.epoch(loop.Epoch(0, 1.0, 0.0, 40)).indicators["weight_growth"] == pytest.approx(3.0)
+    assert dog.epoch(loop.Epoch(1, 1.0, 0.0, 40)).indicators["weight_growth"] == pytest.approx(1.0)
+
+
+def test_weights_that_are_frozen_for_a_while_are_measured_all_the_same() -> None:
+    method = Embedding()
+    dog = watch(method)
+    method.backbone[1].requires_grad_(False)
+    assert dog.epoch(loop.Epoch(0, 1.0, 0.0, 40)).indicators["weight_growth"] == pytest.approx(1.0)
+
+
+def test_features_that_are_not_finite_are_reported_and_no_rank_with_them() -> None:
+    method = Embedding()
+    dog = watch(method)
+    with torch.no_grad():
+        method.backbone[1].weight[0, 0] = math.nan
+    found = dog.epoch(loop.Epoch(0, 1.0, 0.0, 40))
+    assert symptoms(found)[0] == "non-finite"
+    assert "rankme" not in found.indicators
+
+
+@pytest.mark.parametrize(("skipped", "expected"), [(4, []), (6, ["non-finite"])])
+def test_a_few_updates_that_fp16_leaves_out_are_no_alarm_and_most_are(skipped: int, expected: list[str]) -> None:
+    found = report([step(n, norm=math.inf if n < skipped else 1.0) for n in range(10)])
+    assert found.indicators["non_finite_steps"] == skipped / 10
+    assert found.indicators["gradient_norm"] == 1.0
+    assert symptoms(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "indicator", "what"),
+    [
+        (np.repeat(images(1), 40, axis=0), "image_variation", "alike"),
+        (
+            np.arange(40, dtype=np.uint8).repeat(64).reshape(40, 8, 8, 1) * 6,
+            "flat_images",
+            "one flat colour",
+        ),
+    ],
+)
+def test_images_that_do_not_vary_are_told_apart(given: NDArray[np.uint8], indicator: str, what: str) -> None:
+    found = report([step(0)], given)
+    assert (found.alarms[0].symptom, found.alarms[0].indicator) == ("constant images", indicator)
+    assert what in found.alarms[0].message
+
+
+@pytest.mark.parametrize(
+    ("logged", "expected"),
+    [
+        ({"loss_to_chance": 0.7, "embedding_spread": 0.97, "prototypes_used": 0.8, "code_entropy": 0.5}, []),
+        ({"loss_to_chance": 0.999}, ["loss at ln K"]),
+        ({"prototypes_used": 0.05}, ["prototype collapse"]),
+        ({"code_entropy": 0.999}, ["prototype collapse"]),
+        ({"embedding_spread": 0.01}, ["representation collapse"]),
+        (
+            {"embedding_spread": 0.01, "code_entropy": 1.0, "loss_to_chance": 1.0},
+            ["representation collapse", "prototype collapse", "loss at ln K"],
+        ),
+    ],
+)
+def test_a_symptom_is_named_and_the_root_cause_comes_first(logged: dict[str, float], expected: list[str]) -> None:
+    assert symptoms(report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)])) == expected
+
+
+def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger() -> None:
+    for start, later, expected in [
+        (1.0, 1.3, ["diverging"]),
+        (0.5, 1.1, []),
+        (1.3, 1.4, []),
+        (1.3, 2.0, ["diverging"]),
+    ]:
+        steps = [step(0, loss_to_chance=start), *(step(n, loss_to_chance=later) for n in range(1, 80))]
+        found = report(steps)
+        assert found.indicators["loss_rise"] == pytest.approx(later / max(1.0, start))
+        assert symptoms(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("swav", "lower epsilon (0.03), freeze"), ("moco", "lower optimiser.rate or lengthen")]
+)
+def test_an_alarm_is_one_line_with_symptom_number_and_the_methods_remedy(name: str, remedy: str) -> None:
+    dog = watch(test_training.build(name), test_training.images())
+    for n in range(watchdog.PATIENCE + 1):
+        dog.step(step(n, loss_to_chance=0.999))
+    (alarm,) = dog.epoch(loop.Epoch(0, 1.0, 0.0, 40)).alarms
+    assert alarm.indicator == "loss_from_chance"
+    assert alarm.value == pytest.approx(0.001)
+    assert alarm.threshold == watchdog.LOSS_FROM_CHANCE
+    assert alarm.message.startswith(f"loss at ln K: loss_from_chance 0.001, below 0.01; {remedy}")
+    assert "\n" not in alarm.message
+
+
+def test_a_loss_at_chance_is_judged_after_the_warm_up_only() -> None:
+    dog = watch(Embedding())
+    total = watchdog.PATIENCE + 100
+    for n in range(total):
+        dog.step(step(n, rate=0.001 * (n + 1), loss_to_chance=1.0, code_entropy=1.0))
+    assert symptoms(dog.epoch(loop.Epoch(0, 1.0, 0.0, 40))) == []
+    for n in range(watchdog.PATIENCE):
+        dog.step(step(total + n, rate=0.001 * total, loss_to_chance=1.0))
+    assert symptoms(dog.epoch(loop.Epoch(1, 1.0, 0.0, 40))) == ["loss at ln K"]
+
+
+def test_a_loss_that_passes_through_chance_does_not_stay_there() -> None:
+    falling = np.linspace(1.1, 0.9, watchdog.RECENT)
+    started = [step(n, loss_to_chance=0.9) for n in range(watchdog.PATIENCE)]
+    found = report([*started, *(step(n, loss_to_chance=float(value)) for n, value in enumerate(falling))])
+    assert found.indicators["loss_to_chance"] == pytest.approx(1.0)
+    assert found.indicators["loss_from_chance"] == pytest.approx(0.05, abs=0.005)
+    assert symptoms(found) == []
+
+
+@pytest.mark.parametrize(("name", "expected"), [("simsiam", ["representation collapse"]), ("swav", [])])
+def test_the_spread_of_simsiams_normalised_embeddings_is_held_to_more(name: str, expected: list[str]) -> None:
+    dog = watch(test_training.build(name), test_training.images())
+    dog.step(step(0, embedding_spread=0.6))
+    assert symptoms(dog.epoch(loop.Epoch(0, 1.0, 0.0, 40))) == expected

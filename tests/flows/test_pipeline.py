@@ -1,0 +1,243 @@
+"""The flow: DVC's graph as task runs, and what it leaves behind, which is nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed
+
+import flows.pipeline as module
+from flows.pipeline import pretrain_and_eval
+from tasks.report import comparison, summary
+from tasks.shared.operations import tracking
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.processes.dvc_runner import Workspace
+from tests import pipelines
+from tests.flows.conftest import preempt
+from tests.paths import ROOT
+from tests.pipelines import eventually, within
+
+
+def _task_runs(state: State, expected: int) -> dict[str, str]:
+    """Names and states of a flow run's task runs, as the server knows them a moment later."""
+    run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    found: dict[str, str] = {}
+
+    def complete() -> bool:
+        with get_client(sync_client=True) as client:
+            runs = client.read_task_runs(flow_run_filter=run)
+        found.update({each.name: each.state_name or "" for each in runs})
+        return len(found) >= expected and not {"Pending", "Running"}.intersection(found.values())
+
+    eventually(complete, 20)
+    return found
+
+
+def _start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.pipeline", *arguments]
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_each_stage_is_a_task_run_and_a_second_run_starts_no_process(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened, closed = [], []
+    monkeypatch.setattr(tracking, "open_pipeline", lambda: opened.append(True) or "parent")
+    monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
+    (root / "stage.sh").write_text("echo $1 $DEEPCLUST_PARENT_RUN >>parents\n" + (root / "stage.sh").read_text())
+    state = pretrain_and_eval(return_state=True)
+    assert state.is_completed()
+    assert _task_runs(state, 4) == dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed")
+    assert pipelines.ran(root)[0] == "prepare"
+    assert sorted(pipelines.ran(root)[1:3]) == ["pixels", "random"]
+    assert pipelines.ran(root)[3:] == ["report"]
+    assert {line.split()[1] for line in (root / "parents").read_text().splitlines()} == {"parent"}
+    assert (opened, closed) == ([True], [("parent", "FINISHED")])
+    assert comparison.comparison_text(comparison.read()) in caplog.text
+
+    monkeypatch.setattr(Workspace, "run_stage", lambda *_, **__: pytest.fail("a process was started"))
+    again = pretrain_and_eval(return_state=True)
+    assert set(_task_runs(again, 4).values()) == {"Unchanged"}
+    assert len(opened) == 1
+
+
+def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "broken").touch()
+    preempt(root, times=0)
+    state = pretrain_and_eval(return_state=True)
+    assert state.is_failed()
+    assert state.message == "failed: embed@random"
+    states = {"prepare": "Completed", "embed@pixels": "Completed", "embed@random": "Failed", "report": "NotReady"}
+    assert _task_runs(state, 4) == states
+    assert "report" not in pipelines.ran(root)
+    assert pipelines.ran(root).count("random") == 1, "what fails is not tried again"
+    summary_text = next(record.message for record in caplog.records if record.message.startswith("\nstage"))
+    assert "embed@random failed: expected a whole, got a hole; mend it\n  | " in summary_text
+    assert "not run, because a stage upstream failed: report" in summary_text
+    assert "Traceback" not in caplog.text
+    assert "NoneType" not in caplog.text
+
+
+def test_a_preempted_stage_is_tried_again_and_begins_anew_only_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
+    preempt(root, times=2)
+    state = pretrain_and_eval(targets=["prepare"], force=True, return_state=True)
+    assert state.is_completed()
+    assert pipelines.ran(root) == ["prepare"] * 3
+    assert (root / "resumes").read_text() == "prepare never\nprepare auto\nprepare auto\n"
+    assert _task_runs(state, 1) == {"prepare": "Completed"}
+    assert "prepare was preempted: it was told to stop, and goes on when it is run again" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_stage_that_is_preempted_again_and_again_fails_in_the_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
+    monkeypatch.setattr(module, "RETRIES", 1)
+    preempt(root, times=9)
+    state = pretrain_and_eval(targets=["prepare"], return_state=True)
+    assert state.is_failed()
+    assert pipelines.ran(root) == ["prepare"] * 2
+    assert "NoneType" not in caplog.text
+
+
+def test_a_stage_is_not_tried_again_while_its_flow_is_stopped(root: Path) -> None:
+    (root / "slow").touch()
+    preempt(root, times=0)
+    flow = _start(root, "--targets", "prepare")
+    assert eventually((root / "state/asleep").exists, 60)
+    (root / "state/prepare").mkdir()
+    (root / "state/prepare/preempted").touch()  # as a stage does that the flow ends
+    flow.terminate()
+    flow.communicate(timeout=30)
+    assert pipelines.ran(root) == ["prepare"]
+
+
+def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = pretrain_and_eval(targets=["embed@pixels"], overrides=["seed=5"], return_state=True)
+    assert state.is_completed()
+    assert pipelines.ran(root) == ["prepare", "pixels"]
+    assert "seed: 5\n" in (root / "params.yaml").read_text()
+    assert "-seed: 0\n+seed: 5\n" in caplog.text
+    assert pretrain_and_eval(targets=["prepare"], force=True, return_state=True).is_completed()
+    assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["embd"]}, "got 'embd'; did you mean embed?"),
+        ({"overrides": ["sed=5"]}, "sed: unknown parameter; did you mean seed?"),
+        (
+            {"overrides": ["data.source=folder", "data.folder=nowhere"]},
+            "create it, or name another one: data.folder=path/to/images",
+        ),
+        ({"overrides": ["adapt.domains=nowhere"]}, "create it, or name another one: adapt.domains=path/to/images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_runs(
+    root: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, list[str]], message: str
+) -> None:
+    state = pretrain_and_eval(**arguments, return_state=True)  # type: ignore[call-overload]
+    assert state.is_failed()
+    assert (state.message or "").endswith(message)
+    assert "Traceback" not in caplog.text
+    assert pipelines.ran(root) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_ended_flow_leaves_no_process_behind(root: Path, number: signal.Signals) -> None:
+    (root / "slow").touch()
+    flow = _start(root, "--targets", "prepare")
+    assert eventually((root / "state/asleep").exists, 60)
+    flow.send_signal(number)
+    begin = time.monotonic()
+    flow.communicate()
+    assert eventually(lambda: not within(root), 10)
+    assert time.monotonic() - begin < 30
+    assert flow.returncode == {signal.SIGTERM: -15, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert not (root / "artifacts/prepare").exists()
+
+
+def test_a_second_flow_is_refused_at_once_in_one_line(root: Path) -> None:
+    with Workspace():
+        second = _start(root)
+        output, _ = second.communicate()
+    assert second.returncode == 2
+    assert output.count("\n") == 1
+    assert f"one already runs there (process {os.getpid()})" in output
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[dict[str, object]]]:
+    """The exit status of the command, and what it called the flow with."""
+    calls: list[dict[str, object]] = []
+
+    def called(**values: object) -> State:
+        calls.append(values)
+        return Completed()
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_and_eval", *arguments])
+    monkeypatch.setattr(module, "pretrain_and_eval", called)
+    monkeypatch.setattr(called, "description", "", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, calls
+
+
+def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
+    status, calls = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
+    assert status == 0
+    assert calls[0]["targets"] == ["embed@swav"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "remedy"), [("nowhere", "create it, or name"), ("~/x", "write it out, without `~`: data.folder=/")]
+)
+def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, remedy: str
+) -> None:
+    overrides.apply(["data.source=folder", f"data.folder={folder}"])
+    assert _main(monkeypatch) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.folder: expected a ")
+    assert remedy in error
+    assert error.count("\n") == 1
+    (root / "nowhere").mkdir()
+    assert _main(monkeypatch)[0] == (0 if folder == "nowhere" else 2)
+
+
+def test_a_summary_aligns_stages_and_shows_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "comparison.csv").write_text("encoder,acc,acc_std\npixels,0.646,0.0123\nrandom,,\n")
+    rows = summary.comparison(tmp_path / "comparison.csv")
+    assert summary.markdown(rows).splitlines()[2:] == ["| pixels | .646 ± .012 |", "| random |  |"]
+    assert summary.aligned([["a", "n"], ["bcd", "10"]]) == "a     n\nbcd  10"
+    assert comparison.comparison_text(rows) in summary.text([], summary.Report(), rows)
+    assert summary.comparison(tmp_path / "none.csv") == []
+
+
+def test_the_command_for_mlflows_ui_names_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert " ui --backend-store-uri sqlite:///" in summary.mlflow_ui()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
+    assert summary.mlflow_ui() == "http://127.0.0.1:5001"

@@ -1,0 +1,115 @@
+"""Registration: once per content, and champions that only the better can replace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.model import register
+from tasks.model.register import Version, champion
+from tasks.shared.operations import params, tracking
+from tasks.shared.outputs import layout
+from tests.tasks import fake_workspace
+
+
+def version(number: int, knn: float | None = None, rankme: float | None = None, data: str = "d") -> Version:
+    return Version(number, data, knn, rankme)
+
+
+@pytest.mark.parametrize(
+    ("versions", "best"),
+    [
+        ([version(1, knn=0.8), version(2, knn=0.7)], 1),
+        ([version(1, knn=0.8), version(2, knn=0.9)], 2),
+        ([version(1, knn=0.8, rankme=9), version(2, knn=0.81, rankme=5)], 2),  # RankMe only where there are no labels
+        ([version(1, rankme=9), version(2, rankme=5)], 1),
+        ([version(1, knn=0.8), version(2, knn=0.8)], 2),  # the newest of equals
+        ([version(1, knn=0.9, data="old"), version(2, knn=0.5)], 2),  # other data says nothing
+    ],
+)
+def test_the_champion_is_the_better_on_the_same_data(versions: list[Version], best: int) -> None:
+    assert champion(versions, "d").number == best
+    assert champion(versions[::-1], "d").number == best
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Inside a workspace with results of one encoder."""
+    root = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, root))
+        patch.delenv(tracking.PARENT, raising=False)
+        fake_workspace.build(root, ["swav"])
+        yield tracking.connect()[0]
+
+
+def retrain(knn: float) -> None:
+    """Another classifier with another held-out accuracy."""
+    folder = layout.out("linear", "swav")
+    description = json.loads((folder / "classifier.json").read_text())
+    fake_workspace.write(folder / "classifier.json", description | {"weight_decay": knn})
+    metrics = json.loads(layout.metrics("linear", "swav").read_text())
+    fake_workspace.write(layout.metrics("linear", "swav"), metrics | {"knn_heldout": knn})
+
+
+def test_a_version_per_content_and_an_alias_that_moves_to_the_better_only(client: Any) -> None:
+    with tracking.stage_run("pretrain", "swav", params.load()) as trained:
+        pass
+    retrain(0.80)
+    assert register.register("swav") == "deepclust-swav version 1 (champion)"
+    assert register.register("swav") == "deepclust-swav version 1 (champion)"
+    first = client.get_model_version("deepclust-swav", "1")
+    assert first.run_id == trained.run_id
+    assert first.tags["run"] == trained.run_id
+    assert first.tags["data.hash"] == "data-1"
+    assert first.tags["knn_heldout"] == "0.8"
+    retrain(0.70)
+    assert register.register("swav") == "deepclust-swav version 2 (champion stays version 1)"
+    retrain(0.90)
+    assert register.register("swav") == "deepclust-swav version 3 (champion)"
+    retrain(0.70)
+    assert register.register("swav") == "deepclust-swav version 2 (champion stays version 3)"
+    assert len(client.search_model_versions("name='deepclust-swav'")) == 3
+    meta = json.loads(layout.META.read_text())
+    fake_workspace.write(layout.META, meta | {"content_hash": "data-2"})
+    assert register.register("swav") == "deepclust-swav version 4 (champion)", "only test images changed"
+    retrain(0.10)
+    assert register.register("swav") == "deepclust-swav version 5 (champion stays version 4)"
+    assert client.get_model_version_by_alias("deepclust-swav", register.ALIAS).version in (4, "4")
+
+
+@pytest.mark.parametrize(("backbone", "needed"), [("resnet18", False), ("timm/test_vit", True)])
+def test_a_stored_model_asks_for_timm_where_it_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, needed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_workspace.write(layout.out("pretrain", "any") / "encoder.json", {"backbone": backbone})
+    found = [line.partition("==")[0] for line in register._requirements("any")]
+    assert ("timm" in found) == needed
+    assert {"torch", "safetensors"}.issubset(found)
+
+
+def test_an_encoder_that_has_not_run_is_named(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["register", "--encoder", "pcl"])
+    with pytest.raises(SystemExit) as stopped:
+        register.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "artifacts/pretrain/pcl/encoder.safetensors to register pcl" in error
+
+
+def test_nothing_is_registered_while_tracking_is_off(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(tracking.store.SWITCH, "off")
+    monkeypatch.setattr("sys.argv", ["register"])
+    register.main()
+    assert "tracking is off" in capsys.readouterr().out

@@ -1,0 +1,218 @@
+"""A pretraining run that was cut off ends as if it had never stopped; what cannot go on is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepclust.errors import CheckpointError
+from deepclust.training import checkpoint, loop, resume
+from tasks.shared.operations.observers import checkpoints
+from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import layout
+from tests.tasks import small_run
+
+METHODS = small_run.METHODS
+UPDATES_AN_EPOCH = 4
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing catches it."""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    small_run.build(tmp_path)
+    overrides.apply(["pretrain.checkpoint={every_steps: 1, every_seconds: null, keep: 2}"])
+    small_run.run("prepare", monkeypatch)
+    return tmp_path
+
+
+def outputs(encoder: str) -> dict[str, bytes]:
+    """Everything that the stage writes."""
+    files = [path for path in layout.out("pretrain", encoder).rglob("*") if path.is_file()]
+    files += [layout.metrics("pretrain", encoder), layout.curve("pretrain", encoder)]
+    return {str(path): path.read_bytes() for path in files}
+
+
+def straight(encoder: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The outputs of a run that nobody stops."""
+    small_run.run("pretrain", monkeypatch, encoder)
+    found = outputs(encoder)
+    shutil.rmtree(layout.ARTIFACTS / "pretrain")
+    return found
+
+
+def killed_after(step: int, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is gone once it has dealt with an update, whose state it may have saved."""
+    after = resume.Keeper.after
+
+    def die(self: resume.Keeper, done: int, wishes: list[float]) -> None:
+        after(self, done, wishes)
+        if done == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Keeper, "after", die)
+        with pytest.raises(Killed):
+            small_run.run("pretrain", monkeypatch, encoder)
+
+
+def test_the_runs_here_have_the_length_that_the_tests_count_on(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert '"steps": 8' in layout.metrics("pretrain", "simsiam").read_text()
+
+
+@pytest.mark.parametrize("encoder", METHODS)
+@pytest.mark.parametrize("step", [1, UPDATES_AN_EPOCH - 1, UPDATES_AN_EPOCH, 7])
+def test_a_killed_run_goes_on_bit_for_bit(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = straight(encoder, monkeypatch)
+    killed_after(step, encoder, monkeypatch)
+    assert not layout.out("pretrain", encoder).exists()
+    capsys.readouterr()
+    small_run.run("pretrain", monkeypatch, encoder)
+    assert f"goes on after update {step + 1}" in capsys.readouterr().out
+    assert outputs(encoder) == expected
+    assert not any(layout.runs(encoder).iterdir()), "the state of a run that has ended is removed"
+
+
+def test_between_two_checkpoints_updates_are_made_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides.apply(["pretrain.checkpoint={every_steps: 3, every_seconds: null, keep: 1}"])
+    expected = straight("swav", monkeypatch)
+    killed_after(4, "swav", monkeypatch)
+    assert [path.name for path in next(layout.runs("swav").iterdir()).iterdir()] == ["step-00000003"]
+    small_run.run("pretrain", monkeypatch, "swav")
+    assert outputs("swav") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_says_so(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    overrides.apply(["pretrain.checkpoint={every_steps: null, every_seconds: null, keep: 1}"])
+    expected = straight("pcl", monkeypatch)
+    check = loop._Update.check
+
+    def tell(self: Any, *values: float, where: str, rate: float) -> None:
+        if where.startswith("step 5 "):
+            os.kill(os.getpid(), number)
+        check(self, *values, where=where, rate=rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Update, "check", tell)
+        with pytest.raises(SystemExit) as stopped:
+            small_run.run("pretrain", monkeypatch, "pcl")
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1].startswith("preempted: stopped after update ")
+    assert layout.preempted("pretrain", "pcl").exists()
+    small_run.run("pretrain", monkeypatch, "pcl")
+    assert not layout.preempted("pretrain", "pcl").exists()
+    assert outputs("pcl") == expected
+
+
+def refusal(encoder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refused run."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        small_run.run("pretrain", monkeypatch, encoder)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    return error[0]
+
+
+def test_a_required_state_that_is_not_there_is_an_error(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides.apply(["pretrain.resume=require"])
+    assert "found none; set pretrain.resume to auto" in refusal("swav", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        ("pretrain.swav.epochs=3", "parameters"),
+        ("seed=1", "parameters"),
+    ],
+)
+def test_a_required_state_of_something_else_is_an_error_that_names_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edit: str, part: str
+) -> None:
+    killed_after(2, "swav", monkeypatch)
+    overrides.apply(["pretrain.resume=require", edit])
+    assert f"of other {part}" in refusal("swav", monkeypatch, capsys)
+
+
+def test_a_state_of_other_code_or_data_is_never_gone_on_from(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_after(2, "swav", monkeypatch)
+    real = checkpoints.fingerprint
+    monkeypatch.setenv("DEEPCLUST_RESUME", "require")
+    for part in ("code", "data"):
+        monkeypatch.setattr(checkpoints, "fingerprint", lambda here, part=part: real(here) | {part: "0" * 64})
+        assert f"of other {part}" in refusal("swav", monkeypatch, capsys)
+    monkeypatch.setenv("DEEPCLUST_RESUME", "auto")
+    small_run.run("pretrain", monkeypatch, "swav")
+    assert "goes on" not in capsys.readouterr().out
+
+
+def test_a_forced_run_begins_anew(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_after(2, "simsiam", monkeypatch)
+    monkeypatch.setenv("DEEPCLUST_RESUME", "never")
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert "goes on" not in capsys.readouterr().out
+
+
+def test_a_mode_that_does_not_exist_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPCLUST_RESUME", "maybe")
+    assert "DEEPCLUST_RESUME: expected one of auto, require, never; got 'maybe'" in refusal("swav", monkeypatch, capsys)
+
+
+def test_a_damaged_newest_state_gives_way_to_the_one_before(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = straight("moco", monkeypatch)
+    killed_after(5, "moco", monkeypatch)
+    newest = max(next(layout.runs("moco").iterdir()).iterdir())
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    capsys.readouterr()
+    small_run.run("pretrain", monkeypatch, "moco")
+    said = capsys.readouterr()
+    assert f"{newest.name} is damaged" in said.err
+    assert "goes on after update 5" in said.out
+    assert outputs("moco") == expected
+
+
+def test_a_state_that_cannot_be_removed_does_not_fail_a_run_that_has_ended(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: checkpoint.Store) -> None:
+        raise CheckpointError("expected to remove all, got: Read-only file system")
+
+    monkeypatch.setattr(checkpoint.Store, "clear", refuse)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert "warning: expected to remove all" in capsys.readouterr().err
+    assert layout.out("pretrain", "simsiam").is_dir()
+
+
+def test_only_a_few_unfinished_runs_of_an_encoder_are_kept(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for epochs in (2, 3, 4, 5, 6):
+        overrides.apply([f"pretrain.simsiam.epochs={epochs}"])
+        killed_after(1, "simsiam", monkeypatch)
+    assert len(list(layout.runs("simsiam").iterdir())) == checkpoints._KEPT

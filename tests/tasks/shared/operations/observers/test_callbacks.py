@@ -1,0 +1,121 @@
+"""The watchdog in the stage: it warns or stops as params.yaml says, and the last good encoder is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepclust.clustering import kmeans
+from deepclust.errors import DataError
+from deepclust.evaluation import watchdog
+from deepclust.models import encoder as encoders
+from deepclust.training import optim
+from tasks.shared.operations.observers import callbacks, probe
+from tasks.shared.outputs import layout
+from tests.tasks import small_run
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    small_run.build(tmp_path)
+    return tmp_path
+
+
+def _make_images_alike(root: Path) -> None:
+    for path in (root / "images").rglob("*.png"):
+        Image.fromarray(np.full((20, 18, 3), 90, dtype=np.uint8)).save(path)
+
+
+def test_a_broken_run_goes_on_with_a_warning(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_images_alike(workspace)
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch")]
+    assert warnings[0].startswith("warning: epoch 1: constant images: ")
+    assert (layout.out("pretrain", "simsiam") / encoders.WEIGHTS).is_file()
+
+
+def test_a_broken_run_stops_where_params_say_so_and_writes_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_images_alike(workspace)
+    small_run.overrides.apply(["pretrain.watchdog=stop"])
+    small_run.run("prepare", monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        small_run.run("pretrain", monkeypatch, "simsiam")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: stopped by the watchdog after epoch 1: constant images: ")
+    assert error.endswith("; no epoch was good, so no encoder is kept")
+    assert not layout.out("pretrain", "simsiam").exists()
+
+
+def test_after_a_loss_that_is_not_finite_the_last_good_epochs_encoder_is_kept(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_run.run("prepare", monkeypatch)
+    kept: dict[str, torch.Tensor] = {}
+    keep, set_rate = callbacks.Watch._keep, optim.set_rate
+
+    def keep_and_remember(self: callbacks.Watch, epochs: int) -> None:
+        keep(self, epochs)
+        kept.update({name: value.clone() for name, value in self._trained.state_dict().items()})
+
+    def spoil(optimiser: torch.optim.Optimizer, schedule: optim.Schedule, step: int) -> float:
+        if step == 5:  # in the second epoch of four steps
+            optimiser.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return set_rate(optimiser, schedule, step)
+
+    monkeypatch.setattr(callbacks.Watch, "_keep", keep_and_remember)
+    monkeypatch.setattr(optim, "set_rate", spoil)
+    with pytest.raises(SystemExit):
+        small_run.run("pretrain", monkeypatch, "simsiam")
+    folder = layout.last_good("simsiam")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "expected a finite loss" in error
+    assert error.endswith(f"; the encoder after epoch 1 is kept in {folder}")
+    loaded = encoders.load(folder)
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_run_that_ends_well_leaves_no_state(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    assert not layout.last_good("simsiam").exists()
+
+
+def test_features_that_are_not_finite_are_named_and_not_probed_and_the_run_goes_on(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: probe.Probe) -> float:
+        raise DataError("probed features that are not finite")
+
+    monkeypatch.setattr(watchdog.Watchdog, "_of_features", lambda self: {"non_finite_features": 1.0})
+    monkeypatch.setattr(probe.Probe, "_accuracy", refuse)
+    small_run.run("prepare", monkeypatch)
+    small_run.run("pretrain", monkeypatch, "simsiam")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch")]
+    assert warnings[0].startswith("warning: epoch 1: non-finite: ")
+
+
+def test_an_e_step_that_meets_diverged_features_names_the_remedy_and_the_kept_encoder(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverged(*_: object, **__: object) -> None:
+        raise DataError("expected finite points to cluster")
+
+    monkeypatch.setattr(kmeans, "fit", diverged)
+    small_run.run("prepare", monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        small_run.run("pretrain", monkeypatch, "pcl")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: before epoch 1: expected finite points to cluster; lower optimiser.rate")
+    assert error.endswith(f"; the encoder after epoch 1 is kept in {layout.last_good('pcl')}")

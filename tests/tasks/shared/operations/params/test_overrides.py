@@ -1,0 +1,115 @@
+"""Overrides change what they name and nothing else, or nothing at all."""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepclust.errors import ConfigError
+from tasks.shared.operations import params
+from tasks.shared.operations.params import overrides, pretrain
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_bytes((ROOT / "params.yaml").read_bytes())
+    return path
+
+
+def _changed(before: str, after: str) -> list[str]:
+    return [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[:2] in ("- ", "+ ")]
+
+
+def test_only_the_named_line_changes_and_the_diff_says_so(file: Path) -> None:
+    before = file.read_text()
+    difference = overrides.apply(["pretrain.swav.batch_size=128"], file)
+    assert _changed(before, file.read_text()) == [
+        "-     batch_size: 256  # images of an update",
+        "+     batch_size: 128  # images of an update",
+    ]
+    assert "+    batch_size: 128  # images of an update\n" in difference
+    assert params.load(file).pretrain.encoders["swav"].batch_size == 128  # type: ignore[union-attr]
+
+
+def test_a_comment_stays_as_far_behind_the_value_as_it_was(file: Path) -> None:
+    overrides.apply(["cluster.seeds=3", "data.folder=some/longer/path"], file)
+    text = file.read_text()
+    assert "\n  seeds: 3  # k-means is fitted" in text
+    assert "\n  folder: some/longer/path  # the images" in text
+
+
+def test_lists_items_and_nested_values_can_be_set_at_once(file: Path) -> None:
+    before = file.read_text()
+    edits = [
+        "encoders=[pixels, swav]",
+        "pretrain.swav.optimiser.rate=1e-2",
+        "pretrain.swav.crops.1.count=4",
+        "cluster.k=7",
+        "adapt.tsd.filter_k=null",
+    ]
+    overrides.apply(edits, file)
+    values = params.load(file)
+    assert values.encoders == ("pixels", "swav")
+    assert values.cluster.k == 7
+    assert values.adapt.tsd.filter_k is None
+    swav = values.method("swav")
+    assert isinstance(swav, pretrain.SwAV)
+    assert (swav.optimiser.rate, swav.crops[1].count) == (0.01, 4)
+    assert len(_changed(before, file.read_text())) == 2 * len(edits)
+
+
+def test_the_repositorys_own_file_survives_a_round_trip_unchanged(file: Path) -> None:
+    before = file.read_bytes()
+    assert overrides.apply([], file) == ""
+    assert overrides.apply([f"seed={params.load(file).seed}"], file) == ""
+    assert file.read_bytes() == before
+
+
+def test_a_new_encoder_is_a_valid_key(file: Path) -> None:
+    overrides.apply(["pretrain.untrained={method: random}", "encoders=[pixels, untrained]"], file)
+    assert params.load(file).method("untrained") == pretrain.Frozen(method="random")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("pretrain.swav.epoch=5", r"^pretrain\.swav\.epoch: unknown parameter; did you mean epochs\?$"),
+        ("pretrain.swaw.epochs=5", r"^pretrain\.swaw: unknown parameter; did you mean swav\?$"),
+        ("clutser.k=5", r"^clutser: unknown parameter; did you mean cluster\?$"),
+        ("pretrain.swav.epochs=many", r"^pretrain\.swav\.epochs: .*got 'many'$"),
+        ("pretrain.swav.epochs=0", r"^pretrain\.swav\.epochs: .*greater than or equal to 1, got 0$"),
+        ("pretrain.swav.crops.7.count=1", r"^pretrain\.swav\.crops\.7: expected an item from 0 to 1, got '7'$"),
+        ("seed.x=1", r"^seed\.x: seed is 5 and has no parameters below it$"),
+        ("seed", r"^expected an override like pretrain\.swav\.epochs=5, got 'seed'$"),
+        ("encoders=[pixels", r"^encoders: expected a YAML value, got '\[pixels'"),
+        ("encoders=[]", r"^encoders: "),
+        ("pretrain.pcl.queue_length=1000", r"^pretrain\.pcl: queue_length 1000 must be a multiple of batch_size 64"),
+    ],
+)
+def test_a_wrong_override_is_one_line_and_nothing_is_written(file: Path, edit: str, message: str) -> None:
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=message) as caught:
+        overrides.apply(["seed=5", edit], file)
+    assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_checking_alone_writes_nothing(file: Path) -> None:
+    before = file.read_bytes()
+    assert "+seed: 5" in overrides.apply(["seed=5"], file, write=False)
+    assert file.read_bytes() == before
+
+
+def test_the_command_prints_the_diff_and_a_mistake_is_one_line(file: Path) -> None:
+    command = [sys.executable, "-m", "tasks.overrides"]
+    done = subprocess.run([*command, "seed=5"], cwd=file.parent, capture_output=True, text=True, check=True)
+    assert "-seed: 0\n+seed: 5\n" in done.stdout
+    done = subprocess.run([*command, "sead=5"], cwd=file.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: sead: unknown parameter; did you mean seed?\n")

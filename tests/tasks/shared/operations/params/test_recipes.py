@@ -1,0 +1,119 @@
+"""Every recipe applies over params.yaml, shows what it changed, keeps the rest, and says what its numbers rest on."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepclust.errors import ConfigError
+from tasks.shared.operations import params
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.params.pretrain import AdamW, SwAV
+from tests.paths import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_applies_in_full_and_says_where_its_numbers_come_from(recipe: Path, file: Path) -> None:
+    difference = overrides.apply_recipe(recipe, file)
+    assert bool(difference) == (recipe.stem != "fashion-mnist-small"), "the default says what params.yaml says"
+    after = params.read(file)
+    _assert_within(params.read(recipe), after)
+    params.parse(after)
+    text = recipe.read_text(encoding="utf-8")
+    assert "\n# Numbers: " in text
+    assert "\n# Run here: " in text
+    assert overrides.apply_recipe(recipe, file) == "", "a second time changes nothing"
+
+
+def _assert_within(part: object, whole: object) -> None:
+    if isinstance(part, dict):
+        assert isinstance(whole, dict)
+        for key, value in part.items():
+            _assert_within(value, whole[key])
+    else:
+        assert part == whole
+
+
+def test_no_recipe_has_a_blank_left() -> None:
+    assert not [
+        path.name
+        for path in RECIPES
+        if path.read_text(encoding="utf-8").rstrip().endswith("RUN") or "here: RUN" in path.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_default_recipe_leads_back_from_any_other(recipe: Path, file: Path) -> None:
+    before = params.read(file)
+    overrides.apply_recipe(recipe, file)
+    for other in RECIPES:
+        overrides.apply_recipe(other, file)
+    overrides.apply_recipe(ROOT / "recipes" / "fashion-mnist-small.yaml", file)
+    assert params.read(file) == before
+
+
+def test_another_optimiser_takes_no_option_of_the_old_one_along(file: Path) -> None:
+    overrides.apply_recipe(ROOT / "recipes" / "cifar10-resnet18.yaml", file)
+    swav = params.load(file).method("swav")
+    assert isinstance(swav, SwAV)
+    assert isinstance(swav.optimiser, AdamW)
+    assert "momentum" not in params.read(file)["pretrain"]["swav"]["optimiser"]
+
+
+def test_what_a_recipe_does_not_name_stays_with_its_comments(file: Path, tmp_path: Path) -> None:
+    before = file.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "mine.yaml").write_text("pretrain: {swav: {epochs: 9}}\n")
+    difference = overrides.apply_recipe(tmp_path / "mine.yaml", file)
+    after = file.read_text(encoding="utf-8").splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == [("    epochs: 6", "    epochs: 9")]
+    assert "-    epochs: 6\n+    epochs: 9\n" in difference
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "pretrain: {swav: {epoch: 9}}",
+            r"mine\.yaml: pretrain\.swav\.epoch: unknown parameter; did you mean epochs\?$",
+        ),
+        ("seed: [", "mine.yaml is not valid YAML"),
+        (None, r"expected a recipe in .*mine\.yaml, found none; there are: .*params\.yaml"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_and_changes_nothing(
+    file: Path, tmp_path: Path, text: str | None, message: str
+) -> None:
+    before = file.read_bytes()
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        overrides.apply_recipe(tmp_path / "mine.yaml", file)
+    assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before
+
+
+def test_applying_is_a_command_that_shows_the_change(file: Path) -> None:
+    recipe = ROOT / "recipes" / "cifar10-resnet18.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.params", "apply", str(recipe)],
+        cwd=file.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "-    backbone: small" in done.stdout
+    assert "+    backbone: resnet18" in done.stdout
+    assert params.load(file).pretrain.shared.backbone == "resnet18"

@@ -1,0 +1,110 @@
+"""Children never outlive their holder, whatever ends it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deepclust.errors import StageError
+from tasks.shared.operations.processes.children import Children, lines
+from tests.pipelines import eventually, within
+
+# A child that ignores SIGTERM, with a child of its own in another session, as torchrun has them.
+FAMILY = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+open("ready", "w").close()
+time.sleep(60)
+"""
+HOLDER = f"""
+import sys, time
+from tasks.children import Children
+Children(grace=0.5).start([sys.executable, "-c", {FAMILY!r}])
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_holder_leaves_nothing_behind(here: Path, number: signal.Signals) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER])
+    assert eventually((here / "ready").exists)
+    assert len(within(here)) == 4  # holder, supervisor, child, grandchild
+    holder.send_signal(number)
+    holder.wait()
+    assert eventually(lambda: not within(here), 10)
+
+
+def test_stopping_ends_the_whole_family_and_nothing_starts_afterwards(here: Path) -> None:
+    children = Children(grace=0.5)
+    process = children.start([sys.executable, "-c", FAMILY])
+    assert eventually((here / "ready").exists)
+    children.stop()
+    assert within(here) == []
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(StageError, match="is being stopped"):
+        children.start(["true"])
+
+
+def test_a_child_may_use_its_time_of_grace(here: Path) -> None:
+    saver = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), open("saved", "w").close(), sys.exit(0)))
+open("ready", "w").close()
+time.sleep(60)
+"""
+    with Children(grace=10) as children:
+        children.start([sys.executable, "-c", saver])
+        assert eventually((here / "ready").exists)
+    assert (here / "saved").exists()
+
+
+def test_what_a_command_leaves_in_the_background_ends_with_it(here: Path) -> None:
+    with Children(grace=1) as children:
+        begin = time.monotonic()
+        assert children.stream(["sh", "-c", "sleep 60 & exit 3"], print) == 3
+        assert time.monotonic() - begin < 10
+        assert within(here) == []
+
+
+def test_a_killed_supervisor_takes_its_group_along(here: Path) -> None:
+    with Children() as children:
+        process = children.start(["sleep", "60"])
+        assert eventually(lambda: len(within(here)) == 2)
+        process.kill()
+        assert children.wait(process) == -signal.SIGKILL
+        assert eventually(lambda: not within(here), 5)
+
+
+def test_python_is_this_interpreter_and_output_is_not_held_back(here: Path) -> None:
+    seen: list[tuple[float, str]] = []
+    with Children() as children:
+        code = "import sys, time; print(sys.prefix); time.sleep(1); print('end')"
+        assert children.stream(["python", "-c", code], lambda line: seen.append((time.monotonic(), line))) == 0
+    assert [line for _, line in seen] == [sys.prefix, "end"]
+    assert seen[1][0] - seen[0][0] > 0.5
+
+
+def test_lines_come_whole_whatever_the_chunks() -> None:
+    data = "one\ntwö\r\nthree".encode()
+    assert list(lines(iter(data[i : i + 1] for i in range(len(data))))) == ["one", "twö", "three"]
+
+
+def test_of_a_progress_bar_the_last_state_is_a_line() -> None:
+    chunks = [b"start\n", b"\r 1%", b"\r 50%", b"\r100%\r", b"\nend\n", b"\rleft 7%"]
+    assert list(lines(iter(chunks))) == ["start", "100%", "end", "left 7%"]
+
+
+def test_a_long_progress_bar_is_a_line_now_and_then() -> None:
+    assert list(lines(iter([b"\r 1%", b"\r 50%", b"\r100%", b"\n"]), every=0)) == [" 1%", " 50%", "100%"]

@@ -1,0 +1,84 @@
+"""A stage's outputs: all of them or none, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.shared.outputs import layout, stage
+from tests.paths import ROOT
+from tests.pipelines import eventually
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
+    monkeypatch.setattr(sys, "argv", ["tasks.pretrain", "pixels"])
+    return tmp_path
+
+
+def _write(content: str) -> None:
+    with stage.running("pretrain") as running:
+        (running.folder / "encoder").write_text(content)
+        running.metrics({"content": content})
+        running.curve([{"step": 1}], ["step"])
+
+
+def _files() -> dict[str, str]:
+    return {
+        path.relative_to(top).as_posix(): path.read_text()
+        for top in (layout.ARTIFACTS, layout.METRICS, layout.PLOTS)
+        for path in top.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_folder_metrics_and_curve_are_replaced_together(here: Path) -> None:
+    _write("old")
+    _write("new")
+    assert _files() == {
+        "pretrain/pixels/encoder": "new",
+        "pretrain/pixels.json": '{\n  "content": "new"\n}\n',
+        "pretrain/pixels.csv": "step\n1\n",
+    }
+
+
+def test_on_a_full_disk_everything_old_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write("old")
+    before = _files()
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: str) -> int:
+        if ".csv" in path.name:  # the last that is written
+            write(path, "st")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit) as stop:
+        _write("new")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: No space left on device: ")
+    assert _files() == before
+
+
+def test_a_terminated_stage_leaves_nothing_behind_without_tracking(here: Path) -> None:
+    code = (
+        "import time\nfrom tasks import stage\nwith stage.running('pretrain') as here:\n"
+        "    (here.folder / 'encoder').touch()\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "pixels"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert eventually((here / "artifacts/pretrain/.pixels.partial/encoder").exists)
+    process.terminate()
+    assert process.wait(20) == 143
+    assert list((here / "artifacts/pretrain").iterdir()) == []
