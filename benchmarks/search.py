@@ -1,4 +1,4 @@
-"""Nearest-centroid search on the CPU: faiss against the blocked matrix product of deepclust.kmeans.
+"""Nearest-centroid search on the CPU: faiss against the blocked matrix product of deepclust.clustering.kmeans.
 
 python benchmarks/search.py
 """

@@ -84,7 +84,7 @@ def test_a_stage_loads_nothing_of_ours_beside_its_deps_and_what_cannot_change_ou
     stage: str, encoder: str | None, loaded: dict[tuple[str, str | None], set[str]]
 ) -> None:
     allowed = (*provenance.code_deps(stage, encoder or ""), *CANNOT_CHANGE_OUTPUTS, *OBSERVES_WITH.get(stage, ()))
-    assert f"tasks/{stage}/__main__.py" in loaded[stage, encoder]
+    assert "tasks/shared/outputs/stage.py" in loaded[stage, encoder]
     beside = {file for file in loaded[stage, encoder] if not _covered(file, allowed)}
     assert not beside, f"{stage} loads {sorted(beside)}: add them to its deps in dvc.yaml"
 

@@ -25,12 +25,12 @@ class Encoder(nn.Module):
     """Resizes and normalises images and applies a backbone.
 
     Args:
-        backbone: Name of the backbone, see `deepclust.backbones.build`.
+        backbone: Name of the backbone, see `deepclust.models.backbones.build`.
         image_size: Side of the images it was made for, in pixels.
         channels: 1 (grey) or 3 (RGB).
         mean: Mean of each channel of the network, in [0, 1].
         std: Standard deviation of each channel of the network, in [0, 1].
-        stem: Stem of a ResNet, see `deepclust.backbones.build`.
+        stem: Stem of a ResNet, see `deepclust.models.backbones.build`.
         network_channels: Channels that the network takes; grey images are repeated for all of them. None: `channels`.
         input_size: Side that images are brought to before the network (bilinear, antialiased), in pixels. None: as
             they are.

@@ -2,7 +2,7 @@
 
     python -m tasks.adapt ENCODER
 
-Every adapter meets the same streams (tasks/shifts.py), once as it is and once with a guard. Without labels there is no
+Every adapter meets the same streams (deepclust/adaptation/shifts.py), once as it is and once with a guard. Without labels there is no
 error to measure: predictions and label-free indicators are written all the same.
 """
 

@@ -57,7 +57,7 @@ def build(
         seed: Of everything.
         classifiers: That met shifted images, with `adapters` in `settings`.
         adapters: Their names.
-        settings: See tasks/shifts.py.
+        settings: See deepclust/adaptation/shifts.py.
         batch_size: Images of a batch.
         met: Name and severity of each shift.
     """

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
 from deepclust.methods.pcl import PCL, proto_nce
+from tests.deepclust.clustering.test_kmeans import plain_concentration
 from tests.deepclust.methods.toys import Array, backbone, embedder, exact_rows, log_softmax, normal, unit, update
-from tests.deepclust.test_kmeans import plain_concentration
 
 IMAGES = 60
 

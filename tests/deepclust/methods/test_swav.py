@@ -9,8 +9,8 @@ import torch
 
 from deepclust.methods.parts import heads
 from deepclust.methods.swav import SwAV, harden, swapped_loss
+from tests.deepclust.methods.parts.test_sinkhorn import plain_sinkhorn
 from tests.deepclust.methods.toys import Array, as_sets, backbone, embedder, exact_rows, log_softmax, normal, update
-from tests.deepclust.test_sinkhorn import plain_sinkhorn
 
 BATCH = 12
 

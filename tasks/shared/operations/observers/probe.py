@@ -1,7 +1,7 @@
 """What is watched during training and goes to MLflow only: rates, losses and kNN on the held-out labels.
 
 An observer: it changes nothing that training reads, neither weights nor statistics nor random state, and no output
-depends on it. That is why `tasks/pretrain.py` may call it although pretraining sees no labels.
+depends on it. That is why `tasks/pretrain/__main__.py` may call it although pretraining sees no labels.
 """
 
 from __future__ import annotations

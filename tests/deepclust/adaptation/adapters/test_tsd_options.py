@@ -14,9 +14,9 @@ from deepclust.adaptation.adapters.tsd import ORIGINAL, TSD, Variant, distillati
 from deepclust.adaptation.bank import DROP_LAST, Bank, members, prototypes, remember
 from deepclust.adaptation.classifier import Classifier
 from deepclust.errors import AdaptationError
+from tests.deepclust.adaptation.adapters.test_tsd import MODULES
+from tests.deepclust.adaptation.adapters.test_tsd import Reference as OfPaper
 from tests.deepclust.adaptation.nets import CLASSES, HIDDEN, classifier, same, seeded, state, stream
-from tests.deepclust.adaptation.test_tsd import MODULES
-from tests.deepclust.adaptation.test_tsd import Reference as OfPaper
 
 DROPOUT = 0.3
 CODE = {
