@@ -1,8 +1,9 @@
 """k-means by Lloyd's algorithm, and the concentration of its clusters.
 
 One algorithm wherever it runs: seeded initialisation, means accumulated in float64, empty clusters moved to the worst
-served points. Only the nearest-centroid search differs: faiss on the CPU for many clusters where it is installed, torch
-for few (where its matrix product is several times faster, measured) and on a GPU.
+served points. Only the engine of the nearest-centroid search differs: faiss, on a CPU or a GPU, or torch's matrix
+product. They find the same but for rounding, so that torch stands in where faiss is not installed or can not use the
+GPU.
 
 Under several processes each holds some of the points, the processes' rows after one another being the whole, and all
 work as one: whatever decides is summed over all, so that they take the same turns and end with the same centroids. One
@@ -14,9 +15,12 @@ N points, of this process where there are several; K clusters, D dimensions.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +37,14 @@ except ImportError:  # GPU machines often have an image of their own without it
 # Numbers in one block of rows or distances. On a CPU it stays in the cache, four times faster at 784 dimensions; a GPU
 # wants few launches.
 _BLOCK_CPU, _BLOCK_GPU = 1 << 18, 1 << 26
-_FAISS_FROM = 256  # clusters
+_BLOCK_FAISS = 1 << 26  # numbers in what one call of faiss searches for; it works in blocks of its own
+# Up to so many clusters faiss on a CPU is faster by differences, point by point, than by a matrix product: up to four
+# times at 5 clusters, about as fast at 20 (measured).
+_BY_DIFFERENCES = 20
+_GPU_MEMORY = 256 << 20  # bytes that faiss keeps on a GPU for its blocks; by itself it would take 1.5 GiB
 _LEAST_CONCENTRATION = 0.01  # of the mean; the clipping keeps all but clusters of copies far above it
+
+Engine = Literal["faiss", "torch"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ def fit(
     spherical: bool = False,
     restarts: int = 1,
     initial: Tensor | None = None,
+    engine: Engine = "faiss",
 ) -> Clusters:
     """Cluster points, those of all processes together.
 
@@ -81,11 +92,13 @@ def fit(
             centroid is then the one of the largest cosine.
         restarts: Runs from initialisations of their own; the one with the smallest inertia counts.
         initial: Centroids (k, D) to start the only run from, in place of an initialisation; the same on all processes.
+        engine: What searches for the nearest centroids; see `engine_used`.
 
     Raises:
-        ConfigError: If k is not in 1..number of points, on all processes.
+        ConfigError: If k is not in 1..number of points, or the engine is unknown, on all processes.
         DataError: If a point is not finite, on all processes.
     """
+    _check_engine(engine)
     _, count = _place(points_ND)
     if not 1 <= k <= count:
         raise ConfigError(f"expected 1 ≤ k ≤ {count}, the number of points; got k = {k}; lower it")
@@ -104,7 +117,15 @@ def fit(
             centroids = _INITIALISATIONS[initialisation](points, k, generator)
         else:
             centroids = F.normalize(initial.float(), dim=1) if spherical else initial.float().clone()
-        found = _lloyd(points, centroids, total=total, iterations=iterations, tolerance=tolerance, spherical=spherical)
+        found = _lloyd(
+            points,
+            centroids,
+            total=total,
+            iterations=iterations,
+            tolerance=tolerance,
+            spherical=spherical,
+            engine=engine,
+        )
         if best is None or found.inertia < best.inertia:
             best = found
     assert best is not None, f"expected at least one run, got {restarts}"
@@ -112,13 +133,20 @@ def fit(
 
 
 def _lloyd(
-    points: Tensor, centroids: Tensor, *, total: float, iterations: int, tolerance: float, spherical: bool
+    points: Tensor,
+    centroids: Tensor,
+    *,
+    total: float,
+    iterations: int,
+    tolerance: float,
+    spherical: bool,
+    engine: Engine,
 ) -> Clusters:
     """One run from `centroids`; `total` is the sum of the points' squared lengths."""
     k = len(centroids)
     previous = math.inf
     for iteration in range(1, iterations + 1):  # noqa: B007 - reported below
-        assignments = _nearest(points, centroids)
+        assignments = _nearest(points, centroids, engine)
         sums, sizes = map(distributed.all_sum, _accumulate(points, assignments, k))
         centroids = (F.normalize(sums, dim=1) if spherical else sums / sizes.clamp(min=1)[:, None]).float()
         # Σ‖x − c‖² without another pass over the points.
@@ -129,19 +157,27 @@ def _lloyd(
         elif inertia >= previous * (1 - tolerance):
             break
         previous = inertia
-    assignments, squared = assign(points, centroids)
+    assignments, squared = assign(points, centroids, engine=engine)
     inertia = float(distributed.all_sum(squared.sum(dtype=torch.float64)))
     return Clusters(centroids, assignments, squared.sqrt(), inertia, iteration)
 
 
-def assign(points_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each point, and the squared Euclidean distance to it.
+def assign(points_ND: Tensor, centroids_KD: Tensor, *, engine: Engine = "faiss") -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each point, of equal centroids the first, and the squared Euclidean distance to it.
+
+    Args:
+        points_ND: float32.
+        centroids_KD: float32, on the points' device.
+        engine: What searches for the nearest centroids; see `engine_used`.
 
     Returns:
         Assignments (N,) int64 and squared distances (N,) float32, computed from the difference, so without the
         cancellation of the expanded square.
+
+    Raises:
+        ConfigError: If the engine is unknown.
     """
-    assignments = _nearest(points_ND, centroids_KD)
+    assignments = _nearest(points_ND, centroids_KD, engine)
     return assignments, _squared_distances(points_ND, centroids_KD, assignments)
 
 
@@ -182,18 +218,90 @@ def _block(device: torch.device) -> int:
     return _BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU
 
 
-def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    if faiss is not None and points.device.type == "cpu" and len(centroids) >= _FAISS_FROM:
-        return _nearest_faiss(points, centroids)
-    return _nearest_torch(points, centroids)
+def engine_used(engine: Engine, device: torch.device) -> Engine:
+    """The engine that searches on this device: faiss only where it is installed and can use the device.
+
+    Raises:
+        ConfigError: If the engine is unknown.
+    """
+    _check_engine(engine)
+    if engine == "torch" or faiss is None:
+        return "torch"
+    if device.type == "cpu":
+        return "faiss"
+    return "faiss" if device.type == "cuda" and _faiss_knows(device) else "torch"
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in get_args(Engine):
+        raise ConfigError(f"expected an engine of k-means (faiss or torch), got {engine!r}; name one of the two")
+
+
+def _faiss_knows(device: torch.device) -> bool:
+    """Whether this faiss was built for GPUs and sees this one."""
+    return hasattr(faiss, "StandardGpuResources") and _index(device) < faiss.get_num_gpus()
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _nearest(points: Tensor, centroids: Tensor, engine: Engine) -> Tensor:
+    if engine_used(engine, points.device) == "torch":
+        nearest = _nearest_torch(points, centroids)
+    else:
+        nearest = (_nearest_faiss if points.device.type == "cpu" else _nearest_faiss_gpu)(points, centroids)
+        # faiss numbers -1 what has no finite distance to any centroid; torch always names one.
+        lost = nearest < 0
+        if lost.any():
+            nearest[lost] = _nearest_torch(points[lost], centroids)
+    # Neither engine promises which of equal centroids it names, and faiss's matrix product does not name the first.
+    _, groups = torch.unique(centroids, dim=0, return_inverse=True)
+    numbers = torch.arange(len(centroids), device=centroids.device)
+    firsts = numbers.scatter_reduce(0, groups, numbers, "amin", include_self=False)
+    return firsts[groups][nearest]
 
 
 def _nearest_faiss(points: Tensor, centroids: Tensor) -> Tensor:
+    nearest = torch.empty(len(points), dtype=torch.int64)
+    rows = max(1, _BLOCK_FAISS // centroids.shape[1])
+    with _faiss_settings(by_differences=len(centroids) <= _BY_DIFFERENCES):
+        for block, found in zip(torch.split(points, rows), torch.split(nearest, rows), strict=True):
+            found.copy_(torch.from_numpy(faiss.knn(block.numpy(), centroids.numpy(), 1)[1][:, 0]))
+    return nearest
+
+
+@contextmanager
+def _faiss_settings(*, by_differences: bool) -> Iterator[None]:
+    """torch's number of threads, and how faiss computes distances: global to faiss, so put back."""
+    threads, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
     faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatL2(centroids.shape[1])
-    index.add(centroids.numpy())
-    _, nearest = index.search(points.numpy(), 1)
-    return torch.from_numpy(nearest[:, 0])
+    if by_differences:
+        faiss.cvar.distance_compute_blas_threshold = 2**31 - 1
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+        faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+def _nearest_faiss_gpu(points: Tensor, centroids: Tensor) -> Tensor:
+    import faiss.contrib.torch_utils  # teaches faiss torch's tensors and streams
+
+    if not len(points):
+        return torch.empty(0, dtype=torch.int64, device=points.device)
+    index = _index(points.device)
+    with torch.cuda.device(index):  # whose current stream faiss then works on
+        _, nearest = faiss.knn_gpu(_gpu_resources(index), points.contiguous(), centroids.contiguous(), 1, device=index)
+    return nearest[:, 0]
+
+
+@functools.cache
+def _gpu_resources(index: int) -> Any:
+    """What faiss keeps on this GPU, made once: handles and working memory."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(_GPU_MEMORY)
+    return resources
 
 
 def _nearest_torch(points: Tensor, centroids: Tensor) -> Tensor:

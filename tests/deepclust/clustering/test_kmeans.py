@@ -11,6 +11,9 @@ from sklearn.cluster import KMeans
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError, DataError
 
+ENGINES: tuple[kmeans.Engine, ...] = ("faiss", "torch")
+needs_faiss = pytest.mark.skipif(kmeans.faiss is None, reason="faiss is not installed")
+
 
 def points(count: int = 600, dim: int = 5, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
@@ -28,15 +31,130 @@ def test_a_fixed_start_ends_where_scikit_learn_ends() -> None:
     np.testing.assert_allclose(found.centroids.numpy(), expected.cluster_centers_, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [3, 300])
-def test_both_searches_find_the_nearest_centroid_of_brute_force(k: int) -> None:
-    data, centroids = points(2000), points(k, seed=1)
-    squared = ((data.double()[:, None] - centroids.double()[None]) ** 2).sum(2)
-    for search in [kmeans._nearest_torch, *([kmeans._nearest_faiss] if kmeans.faiss else [])]:
-        chosen = squared.gather(1, search(data, centroids)[:, None])[:, 0]
-        torch.testing.assert_close(chosen, squared.min(1).values, rtol=1e-5, atol=1e-6)
-    _, found = kmeans.assign(data, centroids)
-    torch.testing.assert_close(found.double(), squared.min(1).values, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dim", [12, 128])
+@pytest.mark.parametrize("k", [3, 10, 20, 21, 300])
+def test_both_engines_find_the_nearest_centroid_of_brute_force(k: int, dim: int) -> None:
+    # Enough points for faiss's matrix product where the clusters are many.
+    data, centroids = points(140_000 // dim, dim), points(k, dim, seed=1)
+    squared = torch.stack([(data.double() - centroid).square().sum(1) for centroid in centroids.double()], 1)
+    nearest, second = squared.sort(1).values[:, :2].unbind(1)
+    # Above the rounding of the expanded square in float32, and still nearly all points.
+    clear = second - nearest > 1e-6 * (data.double().square().sum(1) + centroids.double().square().sum(1).max())
+    assert clear.float().mean() > 0.99
+    for engine in ENGINES:
+        assignments, found = kmeans.assign(data, centroids, engine=engine)
+        assert torch.equal(assignments[clear], squared.argmin(1)[clear])
+        torch.testing.assert_close(found.double(), nearest, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dim", [1, 5, 128])
+@pytest.mark.parametrize("k", [2, 10, 33, 260])
+def test_of_equal_centroids_the_first_is_named(k: int, dim: int, engine: kmeans.Engine) -> None:
+    data = points(140_000 // dim, dim)
+    copies = torch.randint(max(1, k // 2), (k,), generator=torch.Generator().manual_seed(k))
+    copies[-1] = copies[0]
+    centroids = points(k, dim, seed=1)[copies]
+    firsts = [int((copies == copy).nonzero()[0]) for copy in copies.unique()]
+    named = kmeans.assign(data, centroids, engine=engine)[0].unique()
+    assert set(named.tolist()) <= set(firsts)
+
+
+@pytest.mark.parametrize("k", [10, 260])
+def test_both_engines_cluster_alike_and_every_time_to_the_same_bits(k: int) -> None:
+    data = points(3000, 64)
+    runs = {engine: [kmeans.fit(data, k, seed=2, iterations=10, engine=engine) for _ in range(2)] for engine in ENGINES}
+    for one, again in runs.values():
+        assert torch.equal(one.centroids, again.centroids)
+        assert torch.equal(one.assignments, again.assignments)
+        assert torch.equal(one.distances, again.distances)
+        assert one.inertia == again.inertia
+    assert runs["faiss"][0].inertia == pytest.approx(runs["torch"][0].inertia, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [10, 30])
+def test_a_point_without_a_finite_distance_has_a_cluster_all_the_same(k: int) -> None:
+    data = points(5000, 30)
+    data[7], data[8] = math.nan, 1e30
+    by_faiss, by_torch = (kmeans.assign(data, points(k, 30, seed=1), engine=engine)[0] for engine in ENGINES)
+    assert torch.equal(by_faiss, by_torch)
+    assert by_torch.min() >= 0
+
+
+def test_without_faiss_torch_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cpu = points(), torch.device("cpu")
+    with_faiss = kmeans.fit(data, 10, seed=0, iterations=20)
+    by_torch = kmeans.fit(data, 10, seed=0, iterations=20, engine="torch")
+    monkeypatch.setattr(kmeans, "faiss", None)
+    assert kmeans.engine_used("faiss", cpu) == "torch"
+    without = kmeans.fit(data, 10, seed=0, iterations=20)
+    assert torch.equal(without.assignments, by_torch.assignments)
+    assert torch.equal(without.centroids, by_torch.centroids)
+    assert torch.equal(without.assignments, with_faiss.assignments)
+    assert without.inertia == pytest.approx(with_faiss.inertia, rel=1e-5)
+
+
+@needs_faiss
+def test_faiss_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert kmeans.engine_used("faiss", cpu) == "faiss"
+    assert kmeans.engine_used("torch", cpu) == "torch"
+    monkeypatch.setattr(kmeans.faiss, "StandardGpuResources", object, raising=False)
+    for gpus, engine in [(0, "torch"), (1, "torch"), (2, "faiss")]:
+        monkeypatch.setattr(kmeans.faiss, "get_num_gpus", lambda gpus=gpus: gpus)
+        assert kmeans.engine_used("faiss", gpu) == engine
+    monkeypatch.delattr(kmeans.faiss, "StandardGpuResources")
+    assert kmeans.engine_used("faiss", gpu) == "torch"
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    for attempt in (
+        lambda: kmeans.fit(points(), 3, seed=0, iterations=5, engine="fais"),  # type: ignore[arg-type]
+        lambda: kmeans.assign(points(), points(3), engine="fais"),  # type: ignore[arg-type]
+        lambda: kmeans.engine_used("fais", torch.device("cpu")),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match=r"faiss or torch.*'fais'.*name one"):
+            attempt()
+
+
+@needs_faiss
+def test_a_search_leaves_faiss_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings() -> tuple[int, int]:
+        return kmeans.faiss.omp_get_max_threads(), kmeans.faiss.cvar.distance_compute_blas_threshold
+
+    before = settings()
+    # The two may share one OpenMP, whose number of threads is then always torch's.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before[0] + 1)
+    for k in (10, 300):
+        kmeans.assign(points(), points(k))
+        assert settings() == before
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of clusters that faiss has searched among."""
+    if kmeans.faiss is None:
+        pytest.skip("faiss is not installed")
+    counts: list[int] = []
+    search = kmeans.faiss.knn
+
+    def knn(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        counts.append(len(rows))
+        found: tuple[np.ndarray, np.ndarray] = search(queries, rows, k)
+        return found
+
+    monkeypatch.setattr(kmeans.faiss, "knn", knn)
+    return counts
+
+
+def test_faiss_searches_by_default_and_torch_where_it_is_asked_for(searches: list[int]) -> None:
+    kmeans.fit(points(), 10, seed=0, iterations=5)
+    kmeans.assign(points(), points(10))
+    assert set(searches) == {10}
+    searches.clear()
+    kmeans.fit(points(), 10, seed=0, iterations=5, engine="torch")
+    kmeans.assign(points(), points(10), engine="torch")
+    assert searches == []
 
 
 def test_inertia_never_rises_with_more_iterations() -> None:
@@ -122,6 +240,7 @@ def test_restarts_keep_the_best_of_runs_that_differ_and_the_first_is_the_only_on
             iterations=50,
             tolerance=1e-4,
             spherical=False,
+            engine="faiss",
         ).inertia
         for extra in [(), (1,), (2,), (3,), (4,), (5,)]
     ]

@@ -96,6 +96,17 @@ def test_the_search_for_many_clusters_finds_the_same_too(world: int, initialisat
     assert_same(many, fit(rows, 260, options), rows)
 
 
+@pytest.mark.parametrize("k", [13, 260])
+def test_two_processes_and_one_with_either_engine_come_to_the_same_inertia(k: int) -> None:
+    rows, found = points(601), []
+    for engine in ("faiss", "torch"):
+        options = {"seed": 0, "iterations": 10, "engine": engine}
+        one, many = fit(rows, k, options), joined(processes.pool(2).run(fit, rows, k, options))
+        assert_same(many, one, rows)
+        found += [one.inertia, many.inertia]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
 @pytest.mark.parametrize("initialisation", ["k-means++", "points"])
 @pytest.mark.parametrize("sizes", [[400, 201], [1, 600], [0, 601], [601, 0], [7, 0, 590, 4]])
 def test_any_division_of_the_rows_gives_the_same(sizes: list[int], initialisation: str) -> None:
