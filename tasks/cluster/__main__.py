@@ -48,6 +48,10 @@ def main() -> None:
             raise ConfigError(f"cluster.k: expected at most {count}, the training images; got {primary}; lower it")
         for k in sorted(set(options.other_k) - set(ks) - {primary}):
             print(f"{here.encoder}: k = {k} left out, there are only {count} training images")
+        device = default_device()
+        if kmeans.engine_used(options.engine, device) != options.engine:
+            where = "" if device.type == "cpu" else f" for {device.type}"
+            print(f"{here.encoder}: faiss is not installed{where}, nearest centroids by torch")
         fits = fit(features["train"], ks, options, here.params.seed)
         with distributed.together():
             if distributed.is_main():
@@ -60,7 +64,13 @@ def fit(features: Tensor, ks: list[int], options: schema.Cluster, seed: int) -> 
     fits: dict[int, list[Fit]] = {k: [] for k in ks}
     for k in ks:
         for number in range(options.seeds):
-            found = kmeans.fit(points, k, seed=seeding.derive(seed, "cluster", number), iterations=options.iterations)
+            found = kmeans.fit(
+                points,
+                k,
+                seed=seeding.derive(seed, "cluster", number),
+                iterations=options.iterations,
+                engine=options.engine,
+            )
             fits[k].append(Fit(found.centroids, found.inertia))
     return fits
 
@@ -134,12 +144,12 @@ class Scorer:
             if (values := [score[name] for score in scores if name in score])
         }
         centroids = _best(fits).centroids
-        test_clusters, _ = kmeans.assign(self._test, centroids)
+        test_clusters, _ = kmeans.assign(self._test, centroids, engine=self._options.engine)
         summary["sizes"] = torch.bincount(test_clusters, minlength=len(centroids)).tolist()
         return summary
 
     def _score(self, centroids: Tensor) -> dict[str, float]:
-        assigned, squared = kmeans.assign(self._test, centroids)
+        assigned, squared = kmeans.assign(self._test, centroids, engine=self._options.engine)
         clusters = assigned.cpu().numpy()
         known = self._labels >= 0
         scores = {"inertia": float(squared.sum(dtype=torch.float64))}
@@ -166,7 +176,7 @@ def _write(
     stage.write_text(here.folder / "cluster.json", json.dumps(description) + "\n")
     rows: list[dict[str, Any]] = []
     for name, split in splits.items():
-        clusters, squared = kmeans.assign(_points(features[name], options), best.centroids)
+        clusters, squared = kmeans.assign(_points(features[name], options), best.centroids, engine=options.engine)
         distances = squared.sqrt().tolist()
         rows += (
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tasks.pretrain import __main__ as pretrain
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.observers import probe
 from tasks.shared.outputs import layout
+from tasks.shared.operations.params import overrides
 from tests.tasks import small_run
 
 ENCODERS = ("pixels", "random", "swav", "deepcluster_v2", "moco", "pcl", "simsiam")
@@ -95,6 +97,35 @@ def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) ->
     np.testing.assert_allclose([float(row["distance"]) for row in found], distances.min(1), rtol=1e-4)
     sizes = metrics(labelled, "cluster", "swav")["sizes"]
     assert sizes == np.bincount(distances.argmin(1), minlength=3).tolist()
+
+
+def test_the_stage_cluster_searches_by_faiss_unless_torch_is_asked_for_and_says_where_faiss_is_missing(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kmeans.faiss is None:
+        pytest.skip("faiss is not installed")
+    shutil.copytree(labelled, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    counts: list[int] = []
+    search = kmeans.faiss.knn
+    monkeypatch.setattr(
+        kmeans.faiss, "knn", lambda queries, rows, k: counts.append(len(rows)) or search(queries, rows, k)
+    )
+    missing = "swav: faiss is not installed, nearest centroids by torch"
+    found = []
+    for engine in ("faiss", "torch"):
+        overrides.apply(["cluster.k=10", f"cluster.engine={engine}"], Path("params.yaml"))
+        small_run.run("cluster", monkeypatch, "swav")
+        assert set(counts) == ({10, 4, 7} if engine == "faiss" else set())
+        assert missing not in capsys.readouterr().out
+        found.append(metrics(Path(), "cluster", "swav"))
+        counts.clear()
+    overrides.apply(["cluster.engine=faiss"], Path("params.yaml"))
+    monkeypatch.setattr(kmeans, "faiss", None)
+    small_run.run("cluster", monkeypatch, "swav")
+    assert missing in capsys.readouterr().out
+    assert metrics(Path(), "cluster", "swav") == found[1]
+    assert found[0]["inertia"]["mean"] == pytest.approx(found[1]["inertia"]["mean"], rel=1e-5)
 
 
 def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled: Path) -> None:

@@ -52,6 +52,7 @@ class Cluster(Section):
     other_k: tuple[Annotated[int, Field(strict=True, ge=2)], ...]
     seeds: Count
     iterations: Count
+    engine: Literal["faiss", "torch"]
     normalise: Flag
     silhouette_images: Annotated[int, Field(strict=True, ge=10)]
     gallery_images: Count
