@@ -45,6 +45,7 @@ class DeepClusterV2(base.Method):
         temperature: τ of the prediction.
         assign_crops: Numbers of the crops whose embeddings are clustered.
         kmeans_iterations: Lloyd iterations before each epoch, at most.
+        kmeans_engine: What searches for the nearest centroids, `faiss` or `torch`; see `kmeans.engine_used`.
         kmeans_restarts: Seeded runs of k-means, of which the best counts.
     """
 
@@ -64,6 +65,7 @@ class DeepClusterV2(base.Method):
         temperature: float,
         assign_crops: Sequence[int],
         kmeans_iterations: int,
+        kmeans_engine: kmeans.Engine,
         kmeans_restarts: int,
     ) -> None:
         super().__init__()
@@ -76,6 +78,7 @@ class DeepClusterV2(base.Method):
         self.temperature = temperature
         self.assign_crops = tuple(assign_crops)
         self.kmeans_iterations = kmeans_iterations
+        self.kmeans_engine = kmeans_engine
         self.kmeans_restarts = kmeans_restarts
         self._new: list[tuple[Tensor, Tensor]] = []  # indices (B,) and embeddings (A, B, D) for the bank
 
@@ -109,6 +112,7 @@ class DeepClusterV2(base.Method):
                 initialisation="points",
                 spherical=True,
                 restarts=self.kmeans_restarts,
+                engine=self.kmeans_engine,
             )
             prototypes.weight.copy_(found.centroids)
             self.assignments[number] = distributed.gather(found.assignments, self.bank.shape[1])

@@ -122,6 +122,7 @@ class PCL(MomentumContrast):
         negatives: Clusters drawn as negatives in each granularity.
         warmup_epochs: Epochs with InfoNCE alone.
         kmeans_iterations: Lloyd iterations of each E-step, at most.
+        kmeans_engine: What searches for the nearest centroids, `faiss` or `torch`; see `kmeans.engine_used`.
         kmeans_restarts: Seeded runs of k-means, of which the best counts.
         kmeans_every: Epochs from one E-step to the next.
         kmeans_warm_start: Begin each E-step but the first from the centroids of the last one, in a single run.
@@ -147,6 +148,7 @@ class PCL(MomentumContrast):
         negatives: int,
         warmup_epochs: int,
         kmeans_iterations: int,
+        kmeans_engine: kmeans.Engine,
         kmeans_restarts: int,
         kmeans_every: int,
         kmeans_warm_start: bool,
@@ -167,6 +169,7 @@ class PCL(MomentumContrast):
         self.negatives = negatives
         self.warmup_epochs = warmup_epochs
         self.kmeans_iterations = kmeans_iterations
+        self.kmeans_engine = kmeans_engine
         self.kmeans_restarts = kmeans_restarts
         self.kmeans_every = kmeans_every
         self.kmeans_warm_start = kmeans_warm_start
@@ -202,6 +205,7 @@ class PCL(MomentumContrast):
                 spherical=self.spherical,
                 restarts=1 if warm else self.kmeans_restarts,
                 initial=clustering.centroids if warm else None,
+                engine=self.kmeans_engine,
             )
             clustering.replace(found, temperature=self.temperature)
         self.clustered.fill_(True)

@@ -10,6 +10,9 @@ from sklearn.cluster import KMeans
 
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError, DataError
+from deepclust.methods.deepcluster_v2 import DeepClusterV2
+from deepclust.methods.pcl import PCL
+from tests.deepclust.methods.toys import backbone, embedder, normal
 
 ENGINES: tuple[kmeans.Engine, ...] = ("faiss", "torch")
 needs_faiss = pytest.mark.skipif(kmeans.faiss is None, reason="faiss is not installed")
@@ -155,6 +158,49 @@ def test_faiss_searches_by_default_and_torch_where_it_is_asked_for(searches: lis
     kmeans.fit(points(), 10, seed=0, iterations=5, engine="torch")
     kmeans.assign(points(), points(10), engine="torch")
     assert searches == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_of_pcl_and_deepcluster_v2_is_the_one_they_are_given(
+    searches: list[int], engine: kmeans.Engine
+) -> None:
+    images, expected = normal(26, 1, 4, 4, seed=3), {10} if engine == "faiss" else set()
+    deepcluster = DeepClusterV2(
+        backbone(norm=True),
+        8,
+        hidden_dim=0,
+        dim=6,
+        prototypes=[10],
+        temperature=0.1,
+        assign_crops=[0],
+        kmeans_iterations=5,
+        kmeans_engine=engine,
+        kmeans_restarts=1,
+    )
+    pcl = PCL(
+        backbone(norm=True),
+        8,
+        hidden_dim=0,
+        dim=6,
+        key_momentum=0.9,
+        queue_length=24,
+        temperature=0.2,
+        key_groups=1,
+        clusters=[10],
+        negatives=2,
+        warmup_epochs=0,
+        kmeans_iterations=5,
+        kmeans_engine=engine,
+        kmeans_restarts=1,
+        kmeans_every=1,
+        kmeans_warm_start=False,
+        spherical=False,
+    )
+    for method in (deepcluster, pcl):
+        method.bind(26)
+        method.before_epoch(0, embedder(images), 0)
+        assert set(searches) == expected
+        searches.clear()
 
 
 def test_inertia_never_rises_with_more_iterations() -> None:

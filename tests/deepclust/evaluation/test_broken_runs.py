@@ -32,12 +32,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "deepcluster_v2": {
         "hidden_dim": 64, "dim": 32, "prototypes": [20], "temperature": 0.1, "assign_crops": [0, 1],
-        "kmeans_iterations": 10, "kmeans_restarts": 1,
+        "kmeans_iterations": 10, "kmeans_engine": "faiss", "kmeans_restarts": 1,
     },
     "moco": _MOCO,
     "pcl": _MOCO | {
-        "clusters": [60, 120], "negatives": 20, "warmup_epochs": 1, "kmeans_iterations": 10, "kmeans_restarts": 1,
-        "kmeans_every": 1, "kmeans_warm_start": False, "spherical": False,
+        "clusters": [60, 120], "negatives": 20, "warmup_epochs": 1, "kmeans_iterations": 10,
+        "kmeans_engine": "faiss", "kmeans_restarts": 1, "kmeans_every": 1, "kmeans_warm_start": False,
+        "spherical": False,
     },
     "simsiam": {
         "hidden_dim": 128, "dim": 128, "projector_layers": 2, "predictor_dim": 32, "constant_predictor_rate": True,

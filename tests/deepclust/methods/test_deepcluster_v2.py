@@ -26,6 +26,7 @@ def toy(seed: int = 0, **changes: object) -> DeepClusterV2:
         "temperature": 0.1,
         "assign_crops": [2, 0],
         "kmeans_iterations": 10,
+        "kmeans_engine": "faiss",
         "kmeans_restarts": 1,
     }
     method = DeepClusterV2(backbone(norm=True), 8, **(options | changes))  # type: ignore[arg-type]

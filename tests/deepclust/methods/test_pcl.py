@@ -29,6 +29,7 @@ def toy(seed: int = 0, **changes: object) -> PCL:
         "negatives": 8,
         "warmup_epochs": 1,
         "kmeans_iterations": 5,
+        "kmeans_engine": "faiss",
         "kmeans_restarts": 1,
         "kmeans_every": 1,
         "kmeans_warm_start": False,

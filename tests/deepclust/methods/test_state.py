@@ -21,12 +21,12 @@ OPTIONS: dict[str, dict[str, object]] = {
     },
     "deepcluster_v2": {
         "hidden_dim": 7, "dim": 6, "prototypes": [10, 5], "temperature": 0.1, "assign_crops": [0, 1],
-        "kmeans_iterations": 5, "kmeans_restarts": 2,
+        "kmeans_iterations": 5, "kmeans_engine": "faiss", "kmeans_restarts": 2,
     },
     "moco": _MOCO,
     "pcl": _MOCO | {
-        "clusters": [20, 30], "negatives": 8, "warmup_epochs": 1, "kmeans_iterations": 5, "kmeans_restarts": 2,
-        "kmeans_every": 2, "kmeans_warm_start": True, "spherical": True,
+        "clusters": [20, 30], "negatives": 8, "warmup_epochs": 1, "kmeans_iterations": 5,
+        "kmeans_engine": "faiss", "kmeans_restarts": 2, "kmeans_every": 2, "kmeans_warm_start": True, "spherical": True,
     },
     "simsiam": {
         "hidden_dim": 7, "dim": 6, "projector_layers": 3, "predictor_dim": 4, "constant_predictor_rate": True,

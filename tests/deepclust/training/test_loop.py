@@ -28,12 +28,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "deepcluster_v2": {
         "hidden_dim": 0, "dim": 8, "prototypes": [12], "temperature": 0.1, "assign_crops": [0, 1],
-        "kmeans_iterations": 5, "kmeans_restarts": 1,
+        "kmeans_iterations": 5, "kmeans_engine": "faiss", "kmeans_restarts": 1,
     },
     "moco": _MOCO,
     "pcl": _MOCO | {
-        "clusters": [24, 30], "negatives": 8, "warmup_epochs": 1, "kmeans_iterations": 5, "kmeans_restarts": 1,
-        "kmeans_every": 1, "kmeans_warm_start": False, "spherical": False,
+        "clusters": [24, 30], "negatives": 8, "warmup_epochs": 1, "kmeans_iterations": 5,
+        "kmeans_engine": "faiss", "kmeans_restarts": 1, "kmeans_every": 1, "kmeans_warm_start": False,
+        "spherical": False,
     },
     "simsiam": {
         "hidden_dim": 16, "dim": 16, "projector_layers": 2, "predictor_dim": 8, "constant_predictor_rate": True,

@@ -181,6 +181,7 @@ class DeepClusterV2(_Clustering):
 
     method: Literal["deepcluster_v2"]
     kmeans_iterations: Count
+    kmeans_engine: Literal["faiss", "torch"]
     kmeans_restarts: Count
 
 
@@ -220,6 +221,7 @@ class PCL(_Contrastive):
     warmup_epochs: Natural
     spherical: Flag
     kmeans_iterations: Count
+    kmeans_engine: Literal["faiss", "torch"]
     kmeans_restarts: Count
     kmeans_every: Count
     kmeans_warm_start: Flag
