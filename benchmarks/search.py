@@ -1,4 +1,4 @@
-"""Nearest-centroid search on the CPU: faiss against the blocked matrix product of deepclust.clustering.kmeans.
+"""Nearest-centroid search on the CPU: the two engines of deepclust.clustering.kmeans against one another.
 
 python benchmarks/search.py
 """
@@ -6,38 +6,39 @@ python benchmarks/search.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
 from deepclust.clustering import kmeans
 
-POINTS = 54_000
+POINTS, REPEATS = 60_000, 7
+DIMS, CLUSTERS = (64, 128, 784), (5, 10, 20, 30, 100, 256, 1000)
 
 
-def seconds(search: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *tensors: torch.Tensor) -> list[float]:
-    """Five timings, sorted."""
-    taken = []
-    for _ in range(5):
-        started = time.perf_counter()
-        search(*tensors)
-        taken.append(time.perf_counter() - started)
-    return sorted(taken)
+def seconds(engine: kmeans.Engine, points: torch.Tensor, centroids: torch.Tensor) -> float:
+    """One search."""
+    started = time.perf_counter()
+    kmeans._nearest(points, centroids, engine)
+    return time.perf_counter() - started
 
 
 def main() -> None:
-    """Print the median and the spread of each, one thread."""
+    """Print the median and the spread of each, one thread; the engines take turns."""
     torch.set_num_threads(1)
-    for dim, k in ((784, 10), (784, 50), (128, 10), (128, 50), (64, 500), (64, 2000)):
+    print("| dimensions | clusters | faiss, ms | torch, ms | faiss / torch |\n|---|---|---|---|---|")
+    for dim in DIMS:
         points = torch.randn(POINTS, dim, generator=torch.Generator().manual_seed(0))
-        centroids = points[:k].clone()
-        with_faiss = seconds(kmeans._nearest_faiss, points, centroids)
-        with_torch = seconds(kmeans._nearest_torch, points, centroids)
-        print(
-            f"{POINTS} x {dim}, k {k}: faiss {with_faiss[2] * 1e3:.0f} ms ({with_faiss[0] * 1e3:.0f}-"
-            f"{with_faiss[4] * 1e3:.0f}), torch {with_torch[2] * 1e3:.0f} ms ({with_torch[0] * 1e3:.0f}-"
-            f"{with_torch[4] * 1e3:.0f}), ratio {with_faiss[2] / with_torch[2]:.2f}"
-        )
+        for k in CLUSTERS:
+            engines: tuple[kmeans.Engine, ...] = ("faiss", "torch")
+            taken: dict[kmeans.Engine, list[float]] = {engine: [] for engine in engines}
+            for repeat in range(REPEATS + 1):
+                for engine in engines:
+                    duration = seconds(engine, points, points[:k].clone())
+                    if repeat:  # the first warms up
+                        taken[engine].append(1e3 * duration)
+            low, middle, high = ({e: sorted(taken[e])[i] for e in engines} for i in (0, REPEATS // 2, -1))
+            cells = (f"{middle[e]:.1f} ({low[e]:.1f}–{high[e]:.1f})" for e in engines)
+            print(f"| {dim} | {k} | {' | '.join(cells)} | {middle['faiss'] / middle['torch']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
