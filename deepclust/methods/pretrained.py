@@ -38,7 +38,7 @@ def pretrained(
     Weights are loaded strictly. Only a classifier's are left out; `description["ignored"]` names them.
 
     Args:
-        backbone: Name of the backbone, see `deepclust.models.backbones.build`. The stem of a ResNet and the number of channels
+        backbone: Name of the backbone, see `models.backbones.build`. The stem of a ResNet and the number of channels
             are taken from the weights.
         weights: Path of a safetensors file with the names of torchvision, of timm or of an encoder saved here, also
             behind the prefixes `module.`, `backbone.` and `encoder.`; or `timm`: the published weights of a backbone

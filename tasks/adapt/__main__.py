@@ -2,8 +2,8 @@
 
     python -m tasks.adapt ENCODER
 
-Every adapter meets the same streams (deepclust/adaptation/shifts.py), once as it is and once with a guard. Without labels there is no
-error to measure: predictions and label-free indicators are written all the same.
+Every adapter meets the same streams (`adaptation.shifts`), once as it is and once with a guard. Without labels
+there is no error to measure: predictions and label-free indicators are written all the same.
 """
 
 from __future__ import annotations

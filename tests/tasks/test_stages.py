@@ -19,8 +19,8 @@ from deepclust.models import features
 from tasks.pretrain import __main__ as pretrain
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.observers import probe
-from tasks.shared.outputs import layout
 from tasks.shared.operations.params import overrides
+from tasks.shared.outputs import layout
 from tests.tasks import small_run
 
 ENCODERS = ("pixels", "random", "swav", "deepcluster_v2", "moco", "pcl", "simsiam")

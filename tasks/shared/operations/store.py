@@ -48,7 +48,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # A full or read-only disk has a line of its own (tasks/shared/outputs/stage.py); the network's errors carry no number.
+        # A full or read-only disk has a line of its own (messages.py); the network's errors carry no number.
         if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         netloc = urlsplit(uri()).netloc

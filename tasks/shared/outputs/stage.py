@@ -3,7 +3,7 @@
     with stage.running("embed") as here:
         np.save(here.folder / "train.npy", features)
 
-writes artifacts/embed/<encoder>/train.npy, whole or not at all. Of several processes (tasks/shared/operations/processes/launcher.py) each runs the
+writes artifacts/embed/<encoder>/train.npy, whole or not at all. Of several processes (launcher.py) each runs the
 body, and the main one alone tracks, writes and commits.
 """
 

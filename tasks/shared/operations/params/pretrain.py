@@ -1,4 +1,4 @@
-"""The sections under `pretrain`: optimisers, crops, and one class a method. See tasks/shared/operations/params/schema.py for the others."""
+"""The sections under `pretrain`: optimisers, crops, and one class a method. The others are in schema.py."""
 
 from __future__ import annotations
 

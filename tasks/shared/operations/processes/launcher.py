@@ -4,7 +4,7 @@
 
 becomes torchrun's launcher, with `-m tasks.pretrain swav` as its program. No exit status gets through torchrun, which
 also takes every status but 0 for a loss. So a process that ends on purpose, because all is done, by a user's mistake or
-by a preemption, leaves an outcome in a file and exits with 0 (tasks/shared/operations/processes/worker.py); the launcher reads it, says its line
+by a preemption, leaves an outcome in a file and exits with 0 (worker.py); the launcher reads it, says its line
 and exits with its status.
 
 torchrun also starts a healthy group again when a machine comes, by the SIGTERM that a preemption is told by. The

@@ -1,4 +1,4 @@
-"""A process of a stage: alone, or one of several that torchrun started for a launcher (tasks/shared/operations/processes/launcher.py).
+"""A process of a stage: alone, or one of several that torchrun started for a launcher (launcher.py).
 
 How one of several ends on purpose is an outcome, a status and a line in a file beside the launcher's others. More than
 one process may leave one. The main process's counts before another's, and that before a peer's, which only says that
