@@ -13,7 +13,7 @@ B batch, N training images, K clusters, D dimension of the embeddings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,8 +131,6 @@ class PCL(MomentumContrast):
 
     name = "pcl"
 
-    clustered: Tensor
-
     def __init__(
         self,
         backbone: nn.Module,
@@ -165,7 +163,7 @@ class PCL(MomentumContrast):
             key_groups=key_groups,
         )
         self.clusterings = nn.ModuleList([Clustering(count, dim) for count in clusters])
-        self.register_buffer("clustered", torch.zeros((), dtype=torch.bool))
+        self.clustered = False  # no buffer: every step asks for it, and would wait for the GPU
         self.negatives = negatives
         self.warmup_epochs = warmup_epochs
         self.kmeans_iterations = kmeans_iterations
@@ -194,7 +192,7 @@ class PCL(MomentumContrast):
         if epoch < self.warmup_epochs or (epoch - self.warmup_epochs) % self.kmeans_every:
             return
         features = F.normalize(embed(self.key_encoder), dim=1)
-        warm = self.kmeans_warm_start and bool(self.clustered)
+        warm = self.kmeans_warm_start and self.clustered
         for clustering in self._granularities():
             found = kmeans.fit(
                 features,
@@ -208,12 +206,20 @@ class PCL(MomentumContrast):
                 engine=self.kmeans_engine,
             )
             clustering.replace(found, temperature=self.temperature)
-        self.clustered.fill_(True)
+        self.clustered = True
+
+    def get_extra_state(self) -> Tensor:
+        """Whether there are clusters yet, for the state dict."""
+        return torch.tensor(self.clustered)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over whether there are."""
+        self.clustered = bool(state)
 
     def before_step(self, step: int) -> None:
         """Decide whether the prototypes count yet."""
         super().before_step(step)
-        self._use_prototypes = bool(self.clustered)
+        self._use_prototypes = self.clustered
 
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,6 @@ class SwAV(base.Method):
 
     name = "swav"
 
-    epoch: Tensor
-
     def __init__(
         self,
         backbone: nn.Module,
@@ -96,7 +95,7 @@ class SwAV(base.Method):
         self.head = heads.projection(feature_dim, hidden_dim, dim)
         self.prototypes = heads.PrototypeHeads(prototypes, dim)
         self.queue = Queue(len(assign_crops), queue_length, dim)
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
+        self.epoch = 0  # no buffer: every step asks for it, and would wait for the GPU
         self.temperature = temperature
         self.epsilon = epsilon
         self.sinkhorn_iterations = sinkhorn_iterations
@@ -110,7 +109,15 @@ class SwAV(base.Method):
 
     def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
         """Remember the epoch, which decides when the queue begins to fill."""
-        self.epoch.fill_(epoch)
+        self.epoch = epoch
+
+    def get_extra_state(self) -> Tensor:
+        """The epoch, for the state dict: a run may go on in the middle of one."""
+        return torch.tensor(self.epoch)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over the epoch."""
+        self.epoch = int(state)
 
     def before_step(self, step: int) -> None:
         """Freeze or normalise the prototypes; decide how the codes of this step are made."""
@@ -122,7 +129,7 @@ class SwAV(base.Method):
             else:
                 prototypes.normalise()
         self._hard = step < self.hard_assignment_steps
-        self._filling = self.queue_length > 0 and bool(self.epoch >= self.queue_start_epoch)
+        self._filling = self.queue_length > 0 and self.epoch >= self.queue_start_epoch
         self._use_queue = self._filling and self.queue.full()
         self._new.clear()
 

@@ -19,7 +19,8 @@ Embed = Callable[[nn.Module], Tensor]
 class Method(nn.Module, ABC):
     """A backbone with what the method trains around it.
 
-    Whatever outlives a step is a parameter or a buffer, so that the state dict holds it.
+    Whatever outlives a step is in the state dict: a parameter, a buffer or, where the host decides by it in each step,
+    extra state (see `nn.Module.get_extra_state`), as reading a buffer back would make it wait for a GPU.
 
     Attributes:
         name: The method's in params.yaml, and its file's.

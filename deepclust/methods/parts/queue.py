@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Queue(nn.Module):
-    """The last `length` rows that were pushed, for each of `shape` queues side by side; all state is in buffers.
+    """The last `length` rows that were pushed, for each of `shape` queues side by side; all state is in the state dict.
 
     Attributes:
         rows: (*shape, length, D); unit rows by chance before the first push.
-        pushed: Rows pushed so far, 0-dim.
+        pushed: Rows pushed so far; the host's own number, so that asking for it waits for no GPU.
     """
 
     rows: Tensor
-    pushed: Tensor
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(shape), dim=-1))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
+        self.pushed = 0
+
+    def get_extra_state(self) -> Tensor:
+        """`pushed`, for the state dict."""
+        return torch.tensor(self.pushed)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over `pushed`."""
+        self.pushed = int(state)
 
     def full(self) -> bool:
         """Whether as many rows were pushed as there are places."""
-        return bool(self.pushed >= self.rows.shape[-2])
+        return self.pushed >= self.rows.shape[-2]
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
         """Put rows (*shape, count, D) in the places of the oldest."""
         length, count = self.rows.shape[-2], rows.shape[-2]
         assert count <= length, f"a batch of {count} rows is longer than the queue of {length}"
-        # The positions stay on the device: reading `pushed` there would make the host wait for the update.
         places = (self.pushed + torch.arange(count, device=self.rows.device)) % length
         self.rows.index_copy_(-2, places, rows)
         self.pushed += count

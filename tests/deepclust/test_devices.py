@@ -1,0 +1,187 @@
+"""Nothing mixes the devices, and the host waits for the GPU only where it is meant to: on a GPU that is not there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepclust import backbones, evaluation, kmeans, optim, seeding, training, views
+from deepclust.adaptation import ADAPTERS, Guard
+from deepclust.corruptions import CORRUPTIONS, corrupt
+from deepclust.methods import METHODS
+from deepclust.methods.queue import Queue
+from tests.deepclust import gpu
+from tests.deepclust.adaptation.nets import LIVELY, classifier, stream
+from tests.deepclust.corruptions.pictures import scenes, seeded
+from tests.deepclust.methods.toys import normal
+from tests.deepclust.test_training import OPTIONS
+
+IMAGES, BATCH, EPOCHS = 40, 16, 3
+STEPS = EPOCHS * (IMAGES // BATCH)
+# Where the host may wait. In a step of training: once, for the numbers that are logged.
+LOG = "training._Update.prepare"
+# k-means decides on the host, once an iteration, whether it goes on; sizes of clusters and masks of rows are counted.
+KMEANS = {"fit", "_fetch", "_plus_plus", "_lloyd", "_accumulate", "_refill", "concentration"}
+# Before an epoch: features go through numpy, and are clustered.
+BEFORE_EPOCH = {
+    "deepcluster_v2.DeepClusterV2.before_epoch",
+    "features._batches",
+    *(f"kmeans.{each}" for each in KMEANS),
+}
+# An adapter refuses a batch before it does harm, so it has to know.
+ADAPTER = {"classifier.check_images", "base.Adapter.attempt"}
+LEARNER = ADAPTER | {"normalisation.check_trained_statistics", "base.descend"}
+ADAPTER_READS: dict[str, set[str]] = {
+    "source": ADAPTER,
+    "bn": LEARNER,
+    "tent": LEARNER,
+    "pseudo_label": LEARNER | {"pseudo_label.step"},
+    "shot_im": LEARNER,
+    "t3a": ADAPTER | {"t3a.keep", "bank.segment_sums", "bank.check_bank"},
+    "tsd": LEARNER
+    | {"bank.remember", "bank.prototypes", "bank.segment_sums", "bank.check_bank", "tsd.distillation_loss"},
+    "lame": ADAPTER | {"lame.assign"},
+    "rotta": LEARNER | {"rotta.RoTTA._adapt"},
+    "roid": LEARNER | {"roid._between_0_and_1"},
+    "guarded tent": LEARNER | {"guard.Guard._judge", "guard.Guard._won_by_bn", "guard._spread"},
+}
+# Angles and JPEG are computed on the CPU, and so is the inverse of Poisson's distribution.
+CORRUPTION_READS = {
+    "shot_noise": "noise.shot_noise", "motion_blur": "blur.motion_blur", "snow": "weather.snow",
+    "frost": "weather.frost_texture", "jpeg_compression": "digital.jpeg_compression",
+}  # fmt: skip
+
+
+def recipe() -> training.Recipe:
+    """All that the views can do, in two parts a batch."""
+    optimiser = optim.Optimiser(
+        name="sgd", rate=0.1, weight_decay=1e-4, decay_norm_and_bias=True, clip_norm=1.0, warmup_epochs=0.0,
+        final_rate=0.0, options={"momentum": 0.9},
+    )  # fmt: skip
+    return training.Recipe(
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        accumulate=2,
+        precision="float32",
+        optimiser=optimiser,
+        crops=[views.Crop(count=2, size=16, scale=(0.3, 1.0))],
+        colour=views.Colour(
+            flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5
+        ),
+        seed=0,
+    )
+
+
+@functools.cache
+def watched(name: str) -> gpu.Gpu:
+    """What was seen of some epochs of a method, whose queue was full or prototypes clustered in the end."""
+    with seeding.seeded(0):
+        backbone, dim = backbones.build("small", channels=3, image_size=16)
+        options = OPTIONS[name] | ({"queue_length": BATCH, "hard_assignment_steps": 2} if name == "swav" else {})
+        method: Any = METHODS[name](backbone, dim, **options)
+    images = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
+    with gpu.pretended() as device:
+        gpu.moved(method)
+        device.uploads.clear()
+        assert training.train(method, images, recipe(), normalise=lambda crops: crops, device=gpu.DEVICE) == STEPS
+    assert name != "swav" or method._use_queue
+    assert name != "pcl" or method._use_prototypes
+    return device
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_reads_back_what_it_logs_and_nothing_else(name: str) -> None:
+    assert [read for read in watched(name).reads if read not in BEFORE_EPOCH] == [LOG] * STEPS
+
+
+@pytest.mark.parametrize("name", optim.OPTIMISERS)
+def test_an_optimisers_update_reads_nothing_back(name: str) -> None:
+    options = {"sgd": {"momentum": 0.9}, "adamw": {"betas": (0.9, 0.99)}}.get(name, {"momentum": 0.9, "trust": 0.01})
+    settings = optim.Optimiser(
+        name=name, rate=0.1, weight_decay=0.1, decay_norm_and_bias=False, clip_norm=None, warmup_epochs=0.0,
+        final_rate=0.0, options=options,
+    )  # fmt: skip
+    with gpu.pretended() as device:
+        layer = gpu.moved(nn.Linear(3, 2))
+        optimiser = optim.build(settings, [{"params": list(layer.parameters())}])
+        for _ in range(2):
+            optimiser.zero_grad()
+            layer(normal(4, 3, seed=0).to(gpu.DEVICE)).sum().backward()
+            optimiser.step()
+    assert device.reads == []
+
+
+@pytest.mark.parametrize("initialisation", ["k-means++", "points"])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_k_means_stays_on_the_points_device(initialisation: str, spherical: bool) -> None:
+    # More clusters than distinct points, so that some are empty and move.
+    points = nn.functional.normalize(normal(20, 5, seed=0).repeat(2, 1), dim=1)
+    with gpu.pretended() as device:
+        found = kmeans.fit(
+            points.to(gpu.DEVICE), 24, seed=0, iterations=3, initialisation=initialisation, spherical=spherical
+        )
+        phi = kmeans.concentration(found.distances, found.assignments, k=24, temperature=0.2)
+        results = [found.centroids, found.assignments, found.distances, phi]
+        assert [result.device for result in results] == [gpu.DEVICE] * 4
+    assert (
+        {f"kmeans.{each}" for each in ("fit", "_lloyd")} <= set(device.reads) <= {f"kmeans.{each}" for each in KMEANS}
+    )
+
+
+def test_nearest_neighbours_vote_without_a_read() -> None:
+    bank, queries, labels = normal(30, 5, seed=0), normal(7, 5, seed=1), torch.arange(30) % 3
+
+    def classes(bank: Tensor, labels: Tensor, queries: Tensor) -> dict[tuple[int, float], Tensor]:
+        return evaluation.knn(bank, labels, queries, classes=3, neighbours=[1, 5], temperatures=[0.1])
+
+    expected = classes(bank, labels, queries)
+    with gpu.pretended() as device:
+        found = classes(*(tensor.to(gpu.DEVICE) for tensor in (bank, labels, queries)))
+        assert device.reads == []
+        assert all(torch.equal(found[key].cpu(), votes) for key, votes in expected.items())
+
+
+@pytest.mark.parametrize("name", ADAPTER_READS)
+def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(name: str) -> None:
+    options: dict[str, Any] = {"update_frequency": 9} if name == "rotta" else {}
+    with gpu.pretended() as device:
+        model = gpu.moved(classifier(LIVELY))
+        method = name.removeprefix("guarded ")
+        adapter: Any = ADAPTERS[method](model, **options)
+        if method != name:
+            adapter = Guard(adapter, model)
+        for images in stream(3):
+            assert adapter(images.to(gpu.DEVICE)).device == gpu.DEVICE
+        adapter.load_state_dict(adapter.state_dict())
+        adapter.reset()
+    assert set(device.reads) <= ADAPTER_READS[name]
+
+
+def test_every_adapter_is_watched() -> None:
+    assert {*ADAPTERS, "guarded tent"} == ADAPTER_READS.keys()
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_is_the_cpus_bit_for_bit_and_reads_what_it_says(name: str) -> None:
+    images = scenes(2, 3, 16, 16)
+    expected = corrupt(images, name, 3, generator=seeded())
+    with gpu.pretended() as device:
+        found = corrupt(images.to(gpu.DEVICE), name, 3, generator=seeded())
+        assert found.device == gpu.DEVICE
+        assert set(device.reads) == {
+            "corruptions._check",
+            *([CORRUPTION_READS[name]] if name in CORRUPTION_READS else []),
+        }
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_a_tensor_of_the_cpus_among_those_of_the_gpus_is_named_with_its_place() -> None:
+    with gpu.pretended():
+        queue = gpu.moved(Queue(8, 4))
+        with pytest.raises(AssertionError, match=r"queue\.Queue\.push: .*index_copy_.* \(2, 4\)"):
+            queue.push(torch.zeros(2, 4))
