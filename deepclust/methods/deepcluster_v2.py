@@ -125,9 +125,11 @@ class DeepClusterV2(base.Method):
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class. The mean over the prototype heads of the assignment loss; so are the logged scalars."""
-        indices = indices.to(self.assignments.device)
+        indices = indices.to(self.assignments.device, non_blocking=True)
         embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
-        assigned = base.by_view(embeddings.detach(), len(views))[list(self.assign_crops)]
+        embeddings_V = base.by_view(embeddings.detach(), len(views))
+        # One by one: a list of indices would be copied to a GPU, which makes the host wait.
+        assigned = torch.stack([embeddings_V[crop] for crop in self.assign_crops])
         self._new.append((indices, assigned))
         losses, chances, used = [], [], []
         for prototypes, assignments in zip(self.prototypes, self.assignments[:, indices], strict=True):

@@ -61,7 +61,7 @@ def proto_nce(
             f"negatives: expected at most {left}, the clusters of {count} that are nobody's positive in a batch of "
             f"{len(positives)}; got {negatives}; lower it, or raise clusters"
         )
-    order = torch.rand(count, generator=generator).to(chosen.device).masked_fill_(chosen, -1.0)
+    order = torch.rand(count, generator=generator).to(chosen.device, non_blocking=True).masked_fill_(chosen, -1.0)
     chosen[order.topk(negatives).indices] = True
     logits = heads.products(queries_BD, prototypes_KD) / concentrations_K
     return F.cross_entropy(logits.masked_fill(~chosen, -torch.inf), assignments_B)
@@ -238,7 +238,7 @@ class PCL(MomentumContrast):
                     queries,
                     clustering.prototypes,
                     clustering.concentrations,
-                    clustering.assignments[indices.to(queries.device)],
+                    clustering.assignments[indices.to(queries.device, non_blocking=True)],
                     negatives=self.negatives,
                     generator=generator,
                 )

@@ -138,7 +138,9 @@ class SwAV(base.Method):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class. The mean over the prototype heads of the swapped loss; so are the logged scalars."""
         embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
-        assigned = base.by_view(embeddings.detach(), len(views))[list(self.assign_crops)]
+        embeddings_V = base.by_view(embeddings.detach(), len(views))
+        # One by one: a list of indices would be copied to a GPU, which makes the host wait.
+        assigned = torch.stack([embeddings_V[crop] for crop in self.assign_crops])
         if self._filling:
             self._new.append(assigned)
         losses, parts = [], []

@@ -31,9 +31,9 @@ class Images:
     def batch(self, indices: Tensor) -> Tensor:
         """Images (len(indices), H, W, C) on the device."""
         if self._resident is not None:
-            return self._resident[indices.to(self.device)]
+            return self._resident[indices.to(self.device, non_blocking=True)]
         # A gather through numpy copies: the memory map is read-only and torch needs its own memory.
-        return torch.from_numpy(self._array[indices.numpy()]).to(self.device)
+        return torch.from_numpy(self._array[indices.numpy()]).to(self.device, non_blocking=True)
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

@@ -254,7 +254,7 @@ class _Update:
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, self._largest_norm, norm)
         # One synchronisation a step, of processes and with a GPU, for all numbers together.
-        numbers = torch.cat([torch.stack(parts).mean(0), norm.view(1), wishes.to(norm)])
+        numbers = torch.cat([torch.stack(parts).mean(0), norm.view(1), wishes.to(norm, non_blocking=True)])
         value, *scalars, norm_value, save, stop = distributed.all_mean(numbers).tolist()
         return value, norm_value, dict(zip(logged, scalars, strict=True)), [save, stop]
 

@@ -4,6 +4,9 @@ Crop, resize and flip are two small matrix products an image: a resampling along
 same antialiased triangle filter that torchvision applies after cropping. The colour operations are torchvision's, in
 the fixed order brightness, contrast, saturation, hue (torchvision shuffles it per image).
 
+What is drawn on the CPU goes to a GPU without waiting for it (`non_blocking`): the copy takes its turn behind what the
+GPU still computes, and CUDA has read the CPU's memory when the call returns, as it is not pinned.
+
 B batch, C channels, H W side of the image, S side of the crop.
 """
 
@@ -110,10 +113,11 @@ def random_boxes(
 def resample(images_BCHW: Tensor, boxes_B4: Tensor, flips_B: Tensor, *, size: int) -> Tensor:
     """Cut a box out of each image, resize it to `size` pixels (bilinear, antialiased), mirror it where asked."""
     _, _, height, width = images_BCHW.shape
-    boxes = boxes_B4.to(images_BCHW)
+    boxes = boxes_B4.to(images_BCHW, non_blocking=True)
     rows = _filter(boxes[:, 0], boxes[:, 2], inputs=height, outputs=size)
     columns = _filter(boxes[:, 1], boxes[:, 3], inputs=width, outputs=size)
-    columns = torch.where(flips_B.to(columns.device)[:, None, None], columns.flip(1), columns)
+    flips = flips_B.to(columns.device, non_blocking=True)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     return (rows[:, None] @ images_BCHW) @ columns.transpose(1, 2)[:, None]
 
 
@@ -135,13 +139,13 @@ def _jitter(view: Tensor, colour: Colour, generator: torch.Generator | Part) -> 
 
     def factors(low: float, high: float, neutral: float) -> Tensor:
         drawn = uniform(batch, low=low, high=high, generator=generator)
-        return torch.where(applied, drawn, neutral).to(view).view(-1, 1, 1, 1)
+        return torch.where(applied, drawn, neutral).to(view, non_blocking=True).view(-1, 1, 1, 1)
 
     brightness = factors(max(0.0, 1 - colour.brightness), 1 + colour.brightness, 1.0)
     contrast = factors(max(0.0, 1 - colour.contrast), 1 + colour.contrast, 1.0)
     saturation = factors(max(0.0, 1 - colour.saturation), 1 + colour.saturation, 1.0)
     hue = factors(-colour.hue, colour.hue, 0.0)
-    grey = (uniform(batch, generator=generator) < colour.grey).to(view.device).view(-1, 1, 1, 1)
+    grey = (uniform(batch, generator=generator) < colour.grey).to(view.device, non_blocking=True).view(-1, 1, 1, 1)
     view = (view * brightness).clamp_(0, 1)
     mean = to_grey(view).mean((1, 2, 3), keepdim=True)
     view = (mean + contrast * (view - mean)).clamp_(0, 1)
@@ -158,7 +162,7 @@ def to_grey(images_BCHW: Tensor) -> Tensor:
     """Luma (B, 1, H, W) by ITU-R 601; grey images as they are."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
-    weight = torch.tensor(_GREY).to(images_BCHW).view(1, 3, 1, 1)
+    weight = torch.tensor(_GREY).to(images_BCHW, non_blocking=True).view(1, 3, 1, 1)
     return (images_BCHW * weight).sum(1, keepdim=True)
 
 
@@ -175,7 +179,7 @@ def shift_hue(images_BCHW: Tensor, shift: Tensor) -> Tensor:
     )
     hue = hue + 6 * shift
     # The closed form of HSV to RGB: channel n is V − C·max(0, min(k, 4 − k, 1)) with k = (n + 6h) mod 6, n = 5, 3, 1.
-    offset = torch.tensor([5.0, 3.0, 1.0]).to(images_BCHW).view(1, 3, 1, 1)
+    offset = torch.tensor([5.0, 3.0, 1.0]).to(images_BCHW, non_blocking=True).view(1, 3, 1, 1)
     k = torch.remainder(offset + hue, 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -188,5 +192,6 @@ def _blur(view: Tensor, probability: float, generator: torch.Generator | Part) -
     position = torch.arange(size, dtype=torch.float32)
     distance = (position[:, None] - position[None, :]).abs()
     weight = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance <= max(1, size // 20))
-    kernel = torch.where(applied, weight / weight.sum(2, keepdim=True), torch.eye(size)).to(view)[:, None]
+    kernel = torch.where(applied, weight / weight.sum(2, keepdim=True), torch.eye(size))
+    kernel = kernel.to(view, non_blocking=True)[:, None]
     return kernel @ view @ kernel.transpose(2, 3)

@@ -99,6 +99,12 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else(name: str) -> None:
     assert [read for read in watched(name).reads if read not in BEFORE_EPOCH] == [LOG] * STEPS
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_copies_nothing_to_the_gpu_that_waits_for_it(name: str) -> None:
+    once = {"data.Images.__init__", "features._batches", "training.train", "kmeans._random_points"}
+    assert set(watched(name).uploads) <= once | {"kmeans.concentration"}
+
+
 @pytest.mark.parametrize("name", optim.OPTIMISERS)
 def test_an_optimisers_update_reads_nothing_back(name: str) -> None:
     options = {"sgd": {"momentum": 0.9}, "adamw": {"betas": (0.9, 0.99)}}.get(name, {"momentum": 0.9, "trust": 0.01})

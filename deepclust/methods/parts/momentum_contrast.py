@@ -98,7 +98,8 @@ class MomentumContrast(base.Method):
         # A group has members on any process, whose batch normalisation is synchronised: so no image has to travel.
         order = torch.randperm(count, generator=generator) - distributed.rank() * len(view)
         groups = [
-            group[(group >= 0) & (group < len(view))].to(view.device) for group in order.tensor_split(self.key_groups)
+            group[(group >= 0) & (group < len(view))].to(view.device, non_blocking=True)
+            for group in order.tensor_split(self.key_groups)
         ]
         keys = torch.cat([self.key_encoder(view[group]) for group in groups])
         return heads.unit_rows(keys[torch.cat(groups).argsort()])
