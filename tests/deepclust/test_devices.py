@@ -10,23 +10,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepclust import backbones, evaluation, kmeans, optim, seeding, training, views
+from deepclust import seeding
 from deepclust.adaptation import ADAPTERS, Guard
+from deepclust.clustering import kmeans
 from deepclust.corruptions import CORRUPTIONS, corrupt
-from deepclust.methods import METHODS
-from deepclust.methods.queue import Queue
+from deepclust.evaluation import probing
+from deepclust.methods import METHODS, method_class
+from deepclust.methods.parts.queue import Queue
+from deepclust.models import backbones
+from deepclust.training import loop, optim, views
 from tests.deepclust import gpu
 from tests.deepclust.adaptation.nets import LIVELY, classifier, stream
 from tests.deepclust.corruptions.pictures import scenes, seeded
 from tests.deepclust.methods.toys import normal
-from tests.deepclust.test_training import OPTIONS
+from tests.deepclust.training.test_loop import OPTIONS
 
 IMAGES, BATCH, EPOCHS = 40, 16, 3
 STEPS = EPOCHS * (IMAGES // BATCH)
 # Where the host may wait. In a step of training: once, for the numbers that are logged.
-LOG = "training._Update.prepare"
+LOG = "loop._Update.prepare"
 # k-means decides on the host, once an iteration, whether it goes on; sizes of clusters and masks of rows are counted.
-KMEANS = {"fit", "_fetch", "_plus_plus", "_lloyd", "_accumulate", "_refill", "concentration"}
+KMEANS = {"fit", "_nearest", "_fetch", "_plus_plus", "_lloyd", "_accumulate", "_refill", "concentration"}
 # Before an epoch: features go through numpy, and are clustered.
 BEFORE_EPOCH = {
     "deepcluster_v2.DeepClusterV2.before_epoch",
@@ -57,13 +61,13 @@ CORRUPTION_READS = {
 }  # fmt: skip
 
 
-def recipe() -> training.Recipe:
+def recipe() -> loop.Recipe:
     """All that the views can do, in two parts a batch."""
     optimiser = optim.Optimiser(
         name="sgd", rate=0.1, weight_decay=1e-4, decay_norm_and_bias=True, clip_norm=1.0, warmup_epochs=0.0,
         final_rate=0.0, options={"momentum": 0.9},
     )  # fmt: skip
-    return training.Recipe(
+    return loop.Recipe(
         epochs=EPOCHS,
         batch_size=BATCH,
         accumulate=2,
@@ -83,12 +87,12 @@ def watched(name: str) -> gpu.Gpu:
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=3, image_size=16)
         options = OPTIONS[name] | ({"queue_length": BATCH, "hard_assignment_steps": 2} if name == "swav" else {})
-        method: Any = METHODS[name](backbone, dim, **options)
+        method: Any = method_class(name)(backbone, dim, **options)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
     with gpu.pretended() as device:
         gpu.moved(method)
         device.uploads.clear()
-        assert training.train(method, images, recipe(), normalise=lambda crops: crops, device=gpu.DEVICE) == STEPS
+        assert loop.train(method, images, recipe(), normalise=lambda crops: crops, device=gpu.DEVICE) == STEPS
     assert name != "swav" or method._use_queue
     assert name != "pcl" or method._use_prototypes
     return device
@@ -101,7 +105,7 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_copies_nothing_to_the_gpu_that_waits_for_it(name: str) -> None:
-    once = {"data.Images.__init__", "features._batches", "training.train", "kmeans._random_points"}
+    once = {"data.Images.__init__", "features._batches", "loop.train", "kmeans._random_points"}
     assert set(watched(name).uploads) <= once | {"kmeans.concentration"}
 
 
@@ -143,7 +147,7 @@ def test_nearest_neighbours_vote_without_a_read() -> None:
     bank, queries, labels = normal(30, 5, seed=0), normal(7, 5, seed=1), torch.arange(30) % 3
 
     def classes(bank: Tensor, labels: Tensor, queries: Tensor) -> dict[tuple[int, float], Tensor]:
-        return evaluation.knn(bank, labels, queries, classes=3, neighbours=[1, 5], temperatures=[0.1])
+        return probing.knn(bank, labels, queries, classes=3, neighbours=[1, 5], temperatures=[0.1])
 
     expected = classes(bank, labels, queries)
     with gpu.pretended() as device:
