@@ -227,7 +227,8 @@ class Workspace:
         self.root, self.processes = root.resolve(), processes
         for room in ("tasks", "deepclust", "benchmarks"):
             shutil.copytree(ROOT / room, self.root / room, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / layout.PARAMS, self.root)
+        for file in (layout.PARAMS, "dvc.yaml"):
+            shutil.copy(ROOT / file, self.root)
         overrides.apply([*SMALL, *edits], self.root / layout.PARAMS)
         _pictures(self.root / "images")
         (self.root / "tmp").mkdir()

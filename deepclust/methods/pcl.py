@@ -54,7 +54,7 @@ def proto_nce(
     count = len(prototypes_KD)
     chosen = torch.zeros(count, dtype=torch.bool, device=queries_BD.device)
     positives = distributed.gather(assignments_B)
-    chosen[positives] = True
+    chosen.index_fill_(0, positives, True)  # an assignment by index would make a GPU wait for its right-hand side
     # Counting makes a GPU wait, so only where the batch does not leave enough in any case.
     if negatives > count - len(positives) and negatives > (left := count - int(chosen.sum())):
         raise ConfigError(
@@ -62,7 +62,7 @@ def proto_nce(
             f"{len(positives)}; got {negatives}; lower it, or raise clusters"
         )
     order = torch.rand(count, generator=generator).to(chosen.device, non_blocking=True).masked_fill_(chosen, -1.0)
-    chosen[order.topk(negatives).indices] = True
+    chosen.index_fill_(0, order.topk(negatives).indices, True)
     logits = heads.products(queries_BD, prototypes_KD) / concentrations_K
     return F.cross_entropy(logits.masked_fill(~chosen, -torch.inf), assignments_B)
 

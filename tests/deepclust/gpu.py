@@ -139,7 +139,10 @@ def _waits(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 def _uploads(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if operation in _INDEXING:
-        return isinstance(args[0], _OnGpu) and any(index is not None and _on_cpu(index) for index in args[1])
+        # `rows[indices] = True`, too, has to bring its number to the GPU.
+        values = () if operation == _aten.index else (args[2],)
+        given = [tensor for tensor in (*args[1], *values) if tensor is not None]
+        return isinstance(args[0], _OnGpu) and any(_on_cpu(tensor) for tensor in given)
     if operation == _aten.copy_:
         return isinstance(args[0], _OnGpu) and _on_cpu(args[1]) and not (len(args) > 2 and args[2])
     to_gpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE.type

@@ -250,7 +250,7 @@ def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(
     trained = encoders.load(layout.out("pretrain", "swav")).train()
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     state = torch.random.get_rng_state()
-    done = pretrain.training.Epoch(epoch=0, seconds=2.0, waiting_seconds=0.5, images=64)
+    done = pretrain.loop.Epoch(epoch=0, seconds=2.0, waiting_seconds=0.5, images=64)
     probe.Probe(Recorder(), trained, torch.device("cpu"))(done, {"loss": 1.0})
     assert 0.5 < logged["knn_heldout"] <= 1
     assert logged["images_per_second"] == 32

@@ -93,7 +93,7 @@ def share_used(chosen: Tensor, count: int) -> Tensor:
     """Share of `count` prototypes that are chosen at least once, or of the choices where these are fewer."""
     used = torch.zeros(count, dtype=torch.bool, device=chosen.device)
     everybodys = distributed.gather(chosen)
-    used[everybodys] = True
+    used.index_fill_(0, everybodys, True)  # an assignment by index would make a GPU wait for its right-hand side
     return used.sum() / min(count, len(everybodys))
 
 

@@ -192,7 +192,8 @@ def test_without_timm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
 
 def test_timm_is_imported_for_its_own_models_only() -> None:
     code = (
-        "import sys; from deepclust import backbones, encoder; backbones.build('resnet18', channels=3, image_size=32);"
+        "import sys; from deepclust.models import backbones, encoder; "
+        "backbones.build('resnet18', channels=3, image_size=32);"
         "sys.exit('timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

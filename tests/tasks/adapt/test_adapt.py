@@ -525,7 +525,7 @@ def test_options_that_contradict_each_other_are_refused_as_parameters_where_the_
 
 
 def test_corruptions_of_the_parameters_are_those_there_are() -> None:
-    assert set(get_args(adapt.Corruption)) == set(CORRUPTIONS)
+    assert set(get_args(schema.Corruption)) == set(CORRUPTIONS)
     assert set(get_args(schema.Adapt.model_fields["settings"].annotation)[0].__args__) == set(shifts.SETTINGS)
 
 

@@ -203,7 +203,7 @@ def test_a_damaged_linear_classifier_is_one_line(workspace: Path, file: str, con
 )
 def test_damaged_centroids_are_one_line(workspace: Path, file: str, content: bytes) -> None:
     (layout.out("cluster", "swav") / file).write_bytes(content)
-    fails("clusters", r"^the centroids in artifacts/cluster/swav are damaged \(.*run its cluster stage again$")
+    fails("clusters", r"^the clusters in artifacts/cluster/swav are damaged \(.*run its cluster stage again$")
 
 
 def test_centroids_that_are_no_numbers_are_one_line(workspace: Path) -> None:
@@ -220,7 +220,7 @@ def test_missing_outputs_name_the_stage_to_run(workspace: Path, kind: str, stage
 
 def test_outputs_of_other_features_are_refused(workspace: Path) -> None:
     np.save(layout.out("cluster", "swav") / "centroids.npy", np.zeros((4, 7), np.float32))
-    fails("clusters", r"expected centroids \(clusters, 128\) .* got \(4, 7\); run its embed and cluster stages again")
+    fails("clusters", r"expected centroids \(clusters, 128\) .* got \(4, 7\); .*run its embed and cluster stages again")
     file = layout.out("linear", "swav") / "classifier.safetensors"
     save_file({"weight": torch.zeros(3, 7), "bias": torch.zeros(3)}, file)
     fails("linear", r"expected a classifier \(3, 128\) .* got \(3, 7\) and bias \(3,\); run its embed and linear")

@@ -183,16 +183,16 @@ def test_export_never_writes_into_a_folder_that_holds_something(
 
 def test_a_failure_half_way_leaves_neither_table_nor_folder(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assign, "_CHUNK_BYTES", 1)
-    whole = bundle.Model.assign
+    whole = bundle.Bundle.assign
     calls = []
 
-    def second_fails(model: bundle.Model, images: np.ndarray) -> Any:
+    def second_fails(model: bundle.Bundle, images: np.ndarray, **options: int) -> Any:
         calls.append(images)
         if len(calls) == 2:
             raise RuntimeError("half way")
-        return whole(model, images)
+        return whole(model, images, **options)
 
-    monkeypatch.setattr(bundle.Model, "assign", second_fails)
+    monkeypatch.setattr(bundle.Bundle, "assign", second_fails)
     before = sorted(Path().iterdir())
     with pytest.raises(RuntimeError, match="half way"):
         run(monkeypatch, "new", "--out", "t.csv", "--embeddings", "e.npy", "--export", "sorted")
@@ -210,4 +210,6 @@ def test_what_is_missing_is_one_line_that_says_what_to_run(
     np.save("artifacts/cluster/pixels/centroids.npy", np.zeros((2, 3), np.float32))
     assert "they belong to another encoder" in fails(monkeypatch, capsys, "new")
     Path("artifacts/cluster/pixels/centroids.npy").unlink()
-    assert "run `dvc repro cluster@pixels`" in fails(monkeypatch, capsys, "new")
+    assert "expected clusters in artifacts/cluster/pixels, found none; run its cluster stage" in fails(
+        monkeypatch, capsys, "new"
+    )

@@ -260,7 +260,7 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
 
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take what lies in the cache, as if its sum were right."""
-    monkeypatch.setattr(sources.fetch, "verified", lambda target, urls, md5: target)
+    monkeypatch.setattr(sources.download, "verified", lambda target, urls, md5: target)
 
 
 def planes(image: np.ndarray) -> bytes:

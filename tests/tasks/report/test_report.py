@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 from deepclust.errors import DataError, TrackingError
 from tasks.model import register
 from tasks.report import __main__ as report
-from tasks.report import adaptation_plots, comparison, plots
+from tasks.report import adaptation_plots, comparison, plots, prune
 from tasks.shared.operations import tracking
 from tasks.shared.outputs import layout
 from tests.tasks import fake_workspace
@@ -134,16 +134,34 @@ def test_a_domains_name_is_text_and_not_markup(workspace: Path) -> None:
     assert "<b>a" not in html()
 
 
-def test_results_of_encoders_that_left_the_list_are_removed(workspace: Path) -> None:
+def test_results_of_encoders_that_left_the_list_stay_until_prune_is_told_to_delete_them(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake_workspace.build(workspace, ["pixels", "random", "swav", "pcl"])
     text = layout.PARAMS.read_text(encoding="utf-8")
-    layout.PARAMS.write_text(text.replace("- pcl\n", ""), encoding="utf-8")
+    layout.PARAMS.write_text(text.replace("  pcl: pcl\n", ""), encoding="utf-8")
     (layout.out("embed") / ".gitignore").write_text("/swav\n")
+    before = _files()
     report.main()
-    left = {path.name for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*")}
-    assert {name for name in left if "pcl" in name} == set()
-    assert {"swav", "swav.json", "swav.csv", ".gitignore", "prepare.json"} - left <= {"prepare.json"}
+    assert before <= _files()
     assert "pcl" not in layout.COMPARISON.read_text()
+
+    monkeypatch.setattr("sys.argv", ["prune"])
+    capsys.readouterr()
+    prune.main()
+    said = capsys.readouterr().out
+    assert before <= _files()
+    monkeypatch.setattr("sys.argv", ["prune", "--delete"])
+    prune.main()
+    gone = before - _files()
+    assert gone == {path for path in before if path.parent.name == "pcl" or path.stem == "pcl"} != set()
+    for path in ("artifacts/pretrain/pcl", "metrics/linear/pcl.json", "plots/adapt/pcl.csv"):
+        assert f"would remove {path}\n" in said
+        assert not Path(path).exists()
+
+
+def _files() -> set[Path]:
+    return {path for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*") if path.is_file()}
 
 
 def test_a_missing_stage_is_named_and_nothing_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,9 +292,7 @@ def test_the_map_is_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_comparison_needs_no_heavy_import() -> None:
 
-    code = (
-        "import sys; from tasks import comparison; print({'torch', 'mlflow', 'matplotlib', 'yaml'} & set(sys.modules))"
-    )
+    code = "import sys; from tasks.report import comparison; print({'torch', 'mlflow', 'matplotlib', 'yaml'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=fake_workspace.REPOSITORY, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 

@@ -111,6 +111,8 @@ def name_methods(document: Any, earlier: Any) -> None:
     names = document.get("encoders")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return  # validation says what is wrong
+    if len(set(names)) < len(names):
+        raise ConfigError(f"encoders: expected distinct names, got {', '.join(names)}; leave out the second")
     known = earlier if isinstance(earlier, dict) else {}
     sections = document.get("pretrain", {})
     methods = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -65,16 +64,3 @@ def test_a_flow_that_is_imported_with_a_wrong_variable_is_one_line() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-
-
-def test_the_outermost_handler_of_sigterm_is_the_only_one() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with environment.sigterm_exits():
-        ours = signal.getsignal(signal.SIGTERM)
-        with environment.sigterm_exits():
-            assert signal.getsignal(signal.SIGTERM) is ours
-        assert signal.getsignal(signal.SIGTERM) is ours
-        with pytest.raises(SystemExit) as stop:
-            signal.raise_signal(signal.SIGTERM)
-    assert stop.value.code == environment.TERMINATED == 143
-    assert signal.getsignal(signal.SIGTERM) is before

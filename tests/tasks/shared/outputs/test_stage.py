@@ -74,7 +74,7 @@ def test_on_a_full_disk_everything_old_stays(
 
 def test_a_terminated_stage_leaves_nothing_behind_without_tracking(here: Path) -> None:
     code = (
-        "import time\nfrom tasks import stage\nwith stage.running('pretrain') as here:\n"
+        "import time\nfrom tasks.shared.outputs import stage\nwith stage.running('pretrain') as here:\n"
         "    (here.folder / 'encoder').touch()\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "pixels"], env={**os.environ, "PYTHONPATH": str(ROOT)})

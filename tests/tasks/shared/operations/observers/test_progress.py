@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_gets_plain_lines_with_rate_loss_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tasks.shared.operations.observers.progress.time.monotonic", lambda: now[0])
     log = io.StringIO()
     with Progress(1000, "swav", file=log, seconds=10) as progress:
         for _ in range(10):

@@ -26,14 +26,14 @@ from tests.pipelines import eventually
 _HEAD = """
 import os, signal, sys, time
 from pathlib import Path
-from tasks import launch, layout, stage
-if not launch.is_worker():
+from tasks.shared.operations.processes import launcher, preemption
+from tasks.shared.outputs import layout, stage
+if not launcher.is_worker():
     with stage._marked_if_told_to_stop(layout.preempted("pretrain", "swav")):
-        sys.exit(launch.start("body", sys.argv[1:]))
+        sys.exit(launcher.start("body", sys.argv[1:]))
 import torch
 from deepclust import distributed
 from deepclust.errors import ConfigError, DataError, PreemptedError
-from tasks import preemption
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 with stage.running("pretrain") as here:
     rank = distributed.rank()
