@@ -16,7 +16,7 @@ from deepclust.evaluation import metrics, watchdog
 from deepclust.methods.parts.base import Method
 from deepclust.models.features import to_float
 from deepclust.training import loop
-from tests.deepclust import test_training
+from tests.deepclust.training import test_loop as test_training
 
 CPU = torch.device("cpu")
 

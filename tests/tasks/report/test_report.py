@@ -292,7 +292,10 @@ def test_the_map_is_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_comparison_needs_no_heavy_import() -> None:
 
-    code = "import sys; from tasks.report import comparison; print({'torch', 'mlflow', 'matplotlib', 'yaml'} & set(sys.modules))"
+    code = (
+        "import sys; from tasks.report import comparison; "
+        "print({'torch', 'mlflow', 'matplotlib', 'yaml'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=fake_workspace.REPOSITORY, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 

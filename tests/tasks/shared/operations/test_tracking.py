@@ -19,7 +19,10 @@ from tasks.shared.operations import params, provenance, tracking
 from tests.tasks import fake_workspace
 
 PYTHON = (sys.executable, "-c")
-TRACK = "from tasks.shared.operations import params, tracking\nwith tracking.stage_run('embed', 'swav', params.load()) as run: "
+TRACK = (
+    "from tasks.shared.operations import params, tracking\n"
+    "with tracking.stage_run('embed', 'swav', params.load()) as run: "
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,11 @@ def test_a_store_that_is_lost_before_the_pipeline_ends_is_a_warning(
 
 def test_an_unreachable_server_is_one_line_within_seconds(workspace: Path) -> None:
     began = time.monotonic()
-    code = "from tasks.shared.operations import tracking\nfrom tasks.shared.operations.messages import errors_as_one_line\nwith errors_as_one_line(): tracking.open_pipeline()"
+    code = (
+        "from tasks.shared.operations import tracking\n"
+        "from tasks.shared.operations.messages import errors_as_one_line\n"
+        "with errors_as_one_line(): tracking.open_pipeline()"
+    )
     process = start(workspace, code, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2

@@ -54,7 +54,7 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         (
             "pretrain.swav.method",
             "swaw",
-            r"^params\.yaml: pretrain\.swav\.method: expected 'swav', as encoders says, got 'swaw'; leave it out$",
+            r"^params\.yaml: pretrain\.swav\.method: expected 'swav', .*got 'swaw'",
         ),
         ("seed", "zero", r"^seed: .*integer.*, got 'zero'$"),
         ("seed", -1, r"^seed: .*greater than or equal to 0, got -1$"),
@@ -77,7 +77,7 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         (
             "encoders",
             ["pixels"],
-            r"^params\.yaml: encoders: expected \{name: method, …\}, got a list; run `.* migrate`$",
+            r"^params\.yaml: encoders: expected \{name: method, …\}, got a list; run",
         ),
         ("pretrain.swav.assign_crops", [0, 4], r"^pretrain\.swav: assign_crops must be distinct crop numbers below 4"),
         ("pretrain.swav.crops.0.scale", [0.9, 0.5], r"^pretrain\.swav\.crops\.0: scale must be \[low, high\]"),

@@ -110,7 +110,7 @@ def test_one_process_that_is_lost_makes_all_start_again(here: Path) -> None:
         here,
         """
 collective()
-launch.note_begun()
+launcher.note_begun()
 if rank == 0:
     (Path("resume") / os.environ["DEEPCLUST_RESUME"]).touch()
 if attempt == 0 and rank == 1:
