@@ -3,7 +3,7 @@
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
 #   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…
-#   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make deps: renew the .py deps in dvc.yaml
+#   make lint       ruff and mypy;  make lock: pin the dependencies anew
 
 PYTHON ?= python3
 ENGINE ?= docker
@@ -15,7 +15,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: pipeline test serve stop image lint lock deps setup
+.PHONY: pipeline test serve stop image lint lock setup
 .DEFAULT_GOAL := pipeline
 
 pipeline: setup
@@ -42,9 +42,6 @@ image:
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet -o requirements.lock
-
-deps: setup
-	$(BIN)/python -m tasks.closure
 
 setup: $(READY)
 

@@ -30,15 +30,8 @@ from tasks.report import summary
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import overrides
-from tasks.shared.operations.processes.dvc_runner import (
-    DeepclustError,
-    Outcome,
-    PreemptedStage,
-    StageError,
-    Workspace,
-    check_folders,
-    check_targets,
-)
+from tasks.shared.operations.processes import dvc_runner
+from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.shared.outputs import environment
 
 
@@ -103,20 +96,14 @@ def pretrain_and_eval(
         return Failed(message=str(error))
 
 
-def check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
-    """Refuse what can not run, before anything is written.
-
-    Raises:
-        DeepclustError: With what was expected, what came, and the remedy.
-    """
-    values = overrides.preview(edits) if edits else params.load()
-    check_folders(values)
-    check_targets(targets or [], values)
+def _check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
+    """Refuse what can not run, before anything is written."""
+    dvc_runner.check(overrides.preview(edits) if edits else params.load(), targets or [])
 
 
 def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[str] | None, force: bool) -> State[Any]:
     logger = get_run_logger()
-    check(targets, edits)
+    _check(targets, edits)
     if edits:
         logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
     stages = workspace.select(targets)
@@ -167,7 +154,7 @@ class _Schedule:
             for stage in ready[: environment.parallel() - len(running)]:
                 waiting.remove(stage)
                 running.add(stage)
-                self._submit(stage).add_done_callback(partial(_announce, finished, stage))
+                self._submit(stage).add_done_callback(partial(lambda name, _: finished.put(name), stage))
             stage = finished.get()
             running.remove(stage)
             done.add(stage)
@@ -198,10 +185,6 @@ class _Schedule:
             report.held_up.append(stage)
 
 
-def _announce(finished: SimpleQueue[str], stage: str, _: PrefectFuture[Any]) -> None:
-    finished.put(stage)
-
-
 def main() -> None:
     """Run the flow here, on an embedded server if none is configured."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
@@ -211,7 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_as_one_line():
         with Workspace():  # what can be refused at once is not kept waiting for the server
-            check(arguments.targets, arguments.override)
+            _check(arguments.targets, arguments.override)
         try:
             with server.configured():
                 state = pretrain_and_eval(

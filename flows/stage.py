@@ -17,13 +17,7 @@ from prefect.states import Completed, Failed
 from flows import server
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.operations.processes.dvc_runner import (
-    DeepclustError,
-    Outcome,
-    PreemptedStage,
-    Workspace,
-    check_folders,
-)
+from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, Workspace, check
 
 RETRIES = 5  # of a preempted stage
 RETRY_SECONDS = 5.0  # before each
@@ -40,7 +34,7 @@ def stage(name: str) -> State[Any]:
     try:
         with Workspace(alone=False) as workspace:
             if workspace.one(name) == "prepare":
-                check_folders(params.load())
+                check(params.load())
             outcome = _run(workspace, name)
     except DeepclustError as error:
         logger.error("error: %s", error)

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from deepclust.images import decode
+from deepclust.images import decode, npy
 from deepclust.images import find as finding
 from tasks.model import export
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.outputs import environment, layout, npy
+from tasks.shared.outputs import environment, layout
 
 if TYPE_CHECKING:
     from deepclust import bundle

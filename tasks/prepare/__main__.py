@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust.datasets import sources
 from deepclust.errors import DataError
 from deepclust.images import folders, sampling
-from tasks.prepare import arrays, sources
+from tasks.prepare import arrays
 from tasks.shared.operations.params.schema import Data
 from tasks.shared.outputs import layout, stage
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from tasks.shared.outputs import environment, npy
+from deepclust.images import npy
+from tasks.shared.outputs import environment
 
 _CHUNK_BYTES = 1 << 22
 _REPORT_SECONDS = 10.0

@@ -145,6 +145,7 @@ def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixtur
     ("arguments", "message"),
     [
         ({"targets": ["embd"]}, "got 'embd'; did you mean embed?"),
+        ({"targets": ["embd"], "overrides": ["seed=5"]}, "got 'embd'; did you mean embed?"),
         ({"overrides": ["sed=5"]}, "sed: unknown parameter; did you mean seed?"),
         (
             {"overrides": ["data.source=folder", "data.folder=nowhere"]},
@@ -153,11 +154,13 @@ def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixtur
         ({"overrides": ["adapt.domains=nowhere"]}, "create it, or name another one: adapt.domains=path/to/images"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_runs(
+def test_a_mistake_is_one_line_and_nothing_runs_or_is_written(
     root: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, list[str]], message: str
 ) -> None:
+    before = (root / "params.yaml").read_bytes()
     state = pretrain_and_eval(**arguments, return_state=True)  # type: ignore[call-overload]
     assert state.is_failed()
+    assert (root / "params.yaml").read_bytes() == before
     assert (state.message or "").endswith(message)
     assert "Traceback" not in caplog.text
     assert pipelines.ran(root) == []

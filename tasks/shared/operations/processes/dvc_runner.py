@@ -249,12 +249,19 @@ class Workspace:
         raise StageError(_failure(stage, status, list(tail)))
 
 
-def check_targets(targets: Sequence[str], values: schema.Params) -> None:
-    """Refuse targets that are no stages of dvc.yaml with these parameters, which need not be written yet.
+def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
+    """Refuse what DVC would say less about: of a folder, only that a dep is missing.
+
+    Args:
+        values: Parameters, which need not be written yet.
+        targets: Stages and groups of stages.
 
     Raises:
-        StageError: Naming the stages that there are.
+        StageError: If a folder of images begins with `~`, which DVC takes for a folder's name, or is to be read and is
+            not there; or if a target is no stage of dvc.yaml with these parameters.
     """
+    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
+    _check_folder("adapt.domains", values.adapt.domains, read=True)
     stages = []
     for name, stated in params.read(Path("dvc.yaml"))["stages"].items():
         stages += [f"{name}@{encoder}" for encoder in values.encoders] if "foreach" in stated else [name]
@@ -270,16 +277,6 @@ def _members(target: str, stages: Sequence[str]) -> list[str]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise StageError(f"expected a stage ({', '.join(stages)}), got {target!r}{hint}")
     return members
-
-
-def check_folders(values: schema.Params) -> None:
-    """Refuse folders of images that DVC can not follow; of its own it says only that a dep is missing.
-
-    Raises:
-        StageError: If one begins with `~`, which DVC takes for a folder's name, or is to be read and is not there.
-    """
-    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
-    _check_folder("adapt.domains", values.adapt.domains, read=True)
 
 
 def _check_folder(name: str, folder: str, *, read: bool) -> None:

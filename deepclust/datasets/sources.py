@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deepclust.datasets import download, fashion_mnist, idx
 from deepclust.errors import DataError
 from deepclust.images import decode
-from tasks.prepare import download, fashion_mnist, idx
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepclust.datasets import download, fashion_mnist, idx, sources
 from deepclust.errors import DataError
 from deepclust.images import sampling
-from tasks.prepare import download, fashion_mnist, idx, sources
 
 RNG = np.random.default_rng(0)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust.datasets import download, idx
 from deepclust.errors import DataError
-from tasks.prepare import download, idx
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 # SHA-256 of the decompressed bytes: the compressed files differ between Debian and the mirror.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.shared.outputs.npy import RowFile
+from deepclust.images.npy import RowFile
 
 
 @pytest.mark.parametrize("counts", [[], [1], [0, 9, 1], [1] * 1200])
