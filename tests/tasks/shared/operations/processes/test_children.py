@@ -24,7 +24,7 @@ time.sleep(60)
 """
 HOLDER = f"""
 import sys, time
-from tasks.children import Children
+from tasks.shared.operations.processes.children import Children
 Children(grace=0.5).start([sys.executable, "-c", {FAMILY!r}])
 time.sleep(60)
 """
