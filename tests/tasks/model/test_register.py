@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from tasks.model import register
 from tasks.model.register import Version, champion
-from tasks.shared.operations import params, tracking
+from tasks.shared.operations import params, provenance, tracking
 from tasks.shared.outputs import layout
+from tests.paths import ROOT
 from tests.tasks import fake_workspace
 
 
@@ -81,6 +83,26 @@ def test_a_version_per_content_and_an_alias_that_moves_to_the_better_only(client
     retrain(0.10)
     assert register.register("swav") == "deepclust-swav version 5 (champion stays version 4)"
     assert client.get_model_version_by_alias("deepclust-swav", register.ALIAS).version in (4, "4")
+
+
+@pytest.mark.parametrize(
+    "file", ["deepclust/images/decode.py", "deepclust/models/encoder.py", "tasks/model/mlflow_model.py"]
+)
+def test_changed_code_of_a_prediction_is_a_new_version_and_a_remark_in_the_errors_is_none(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    files = register._files("swav")
+    now = register._content(files, "d")
+    for room in ("deepclust", "tasks"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert register._content(files, "d") == now
+    with (tmp_path / "deepclust/errors.py").open("a") as out:
+        out.write("# a remark\n")
+    assert register._content(files, "d") == now
+    with (tmp_path / file).open("a") as out:
+        out.write("# a remark\n")
+    assert register._content(files, "d") != now
 
 
 @pytest.mark.parametrize(("backbone", "needed"), [("resnet18", False), ("timm/test_vit", True)])

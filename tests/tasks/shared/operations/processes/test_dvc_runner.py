@@ -171,7 +171,10 @@ def test_an_unreadable_workspace_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> None:
     (root / "slow").touch()
-    code = "from tasks.shared.operations.processes.dvc_runner import Workspace\nwith Workspace(grace=1) as w: w.run_stage('prepare', on_line=print)"
+    code = (
+        "from tasks.shared.operations.processes.dvc_runner import Workspace\n"
+        "with Workspace(grace=1) as w: w.run_stage('prepare', on_line=print)"
+    )
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     assert eventually((root / "state/asleep").exists)
     flow.send_signal(signal.SIGKILL)

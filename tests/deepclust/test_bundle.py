@@ -1,0 +1,92 @@
+"""An encoder with clusters and classifier, read from one folder or from several, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deepclust import bundle
+from deepclust.errors import CheckpointError
+from deepclust.methods.pixels import pixels
+from deepclust.models import encoder
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(params=[False, True], ids=["raw", "unit length"])
+def made(request: pytest.FixtureRequest) -> bundle.Bundle:
+    random = torch.Generator().manual_seed(0)
+    return bundle.Bundle(
+        encoder=pixels(image_size=8, channels=1).eval(),
+        clusters=bundle.Clusters(torch.rand((4, 64), generator=random) / 4, normalise=request.param),
+        classifier=bundle.Classifier(
+            ["a", "b", "ü"], torch.randn((3, 64), generator=random), torch.randn(3, generator=random)
+        ),
+        resize="pad",
+    )
+
+
+def test_images_go_to_the_nearest_centroid_and_class_in_float64(made: bundle.Bundle) -> None:
+    found = made.assign(IMAGES, batch_size=4)
+    points = IMAGES.reshape(9, 64).astype(np.float64) / 255
+    np.testing.assert_allclose(found.features, points, atol=1e-6)
+    compared = points / np.linalg.norm(points, axis=1, keepdims=True) if made.clusters.normalise else points
+    distances = np.linalg.norm(compared[:, None] - made.clusters.centroids.double().numpy(), axis=2)
+    assert found.clusters.tolist() == distances.argmin(1).tolist()
+    np.testing.assert_allclose(found.distances, distances.min(1), rtol=1e-5)
+    assert made.classifier
+    scores = points @ made.classifier.weight.double().numpy().T + made.classifier.bias.double().numpy()
+    chances = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities, chances, atol=1e-5)
+
+
+def test_what_was_saved_assigns_alike_to_the_bit(made: bundle.Bundle, tmp_path: Path) -> None:
+    made.save(tmp_path)
+    again = bundle.load(tmp_path)
+    assert (again.classes, again.resize, again.image_size, again.channels) == (["a", "b", "ü"], "pad", 8, 1)
+    for before, after in zip(made.assign(IMAGES), again.assign(IMAGES), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_parts_may_lie_in_folders_of_their_own_and_a_classifier_may_be_missing(
+    made: bundle.Bundle, tmp_path: Path
+) -> None:
+    whole, alone, empty = tmp_path / "whole", tmp_path / "alone", tmp_path / "empty"
+    for folder in (whole, alone, empty):
+        folder.mkdir()
+    made.save(whole)
+    encoder.save(made.encoder, alone)
+    found = bundle.load(alone, clusters=whole, classifier=empty, statistics=whole)
+    assert found.classes == []
+    assert found.assign(IMAGES).probabilities is None
+
+
+def test_parts_of_another_encoder_are_refused(made: bundle.Bundle, tmp_path: Path) -> None:
+    made.save(tmp_path)
+    save_file({"weight": torch.zeros(3, 7), "bias": torch.zeros(3)}, tmp_path / bundle.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"3 classes, 64 features.* got \(3, 7\).*run its embed and linear"):
+        bundle.load(tmp_path)
+    np.save(tmp_path / bundle.CENTROIDS, np.zeros((4, 7), np.float32))
+    with pytest.raises(CheckpointError, match=r"\(clusters, 64\).* got \(4, 7\).*run its embed and cluster stages"):
+        bundle.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "found none; run prepare$"), ("{", "is damaged"), ('{"resize": "zoom"}', "got 'zoom'$")],
+)
+def test_a_description_that_says_nothing_is_one_line(
+    made: bundle.Bundle, tmp_path: Path, content: str | None, message: str
+) -> None:
+    made.save(tmp_path)
+    path = tmp_path / bundle.STATISTICS
+    path.unlink()
+    if content:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        bundle.load(tmp_path)

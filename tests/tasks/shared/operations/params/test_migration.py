@@ -1,0 +1,77 @@
+"""Earlier parameter files: one line for each key that moved, and values that stay."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepclust.errors import ConfigError
+from tasks.shared.operations import params
+from tasks.shared.operations.params import command, migration
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """params.yaml as it was: encoders a list, a method in its section, no engines."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"^encoders: .*$", "encoders: [pixels, swav, mine]  # all of them", text, flags=re.M)
+    text = re.sub(r"^ +(kmeans_)?engine: .*\n", "", text, flags=re.M)
+    mine = text[text.index("  pcl:") : text.index("  simsiam:")].replace("  pcl:", "  mine:\n    method: pcl", 1)
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("  simsiam:", f"{mine}  simsiam:", 1), encoding="utf-8")
+    return path
+
+
+def test_an_earlier_file_is_refused_with_the_command_that_mends_it(earlier: Path) -> None:
+    with pytest.raises(ConfigError, match=r"encoders: expected .*got a list; run `python -m tasks.params migrate`"):
+        params.load(earlier)
+
+
+def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
+    before = params.read(earlier)
+    lines, difference = migration.migrate(earlier)
+    assert lines == [
+        "encoders: now a mapping of each encoder to its method",
+        "pretrain.mine.method: now encoders.mine",
+        "cluster.engine: new, faiss",
+        "pretrain.pcl.kmeans_engine: new, faiss",
+        "pretrain.deepcluster_v2.kmeans_engine: new, faiss",
+        "pretrain.mine.kmeans_engine: new, faiss",
+    ]
+    assert "-encoders: [pixels, swav, mine]" in difference
+    assert "# all of them" in earlier.read_text(encoding="utf-8")
+    values = params.load(earlier)
+    assert values.encoders == {"pixels": "pixels", "swav": "swav", "mine": "pcl"}
+    after = params.read(earlier)
+    assert after["data"] == before["data"]
+    assert after["pretrain"]["swav"] == before["pretrain"]["swav"]
+    assert migration.migrate(earlier) == ([], "")
+
+
+def test_a_recipe_gets_no_keys_that_it_did_not_have(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("encoders: [pixels, swav]\npretrain:\n  pcl: {epochs: 3}\n", encoding="utf-8")
+    assert migration.migrate(recipe)[0] == ["encoders: now a mapping of each encoder to its method"]
+    assert params.read(recipe) == {"encoders": {"pixels": "pixels", "swav": "swav"}, "pretrain": {"pcl": {"epochs": 3}}}
+
+
+def test_the_command_shows_lines_and_diff_and_a_broken_file_stays(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(earlier.parent)
+    shutil.copy(earlier, "other.yaml")
+    monkeypatch.setattr("sys.argv", ["params", "migrate", "other.yaml"])
+    command.main()
+    assert "cluster.engine: new, faiss\n" in capsys.readouterr().out
+    broken = earlier.read_text(encoding="utf-8").replace("seed: 0", "seed: none")
+    earlier.write_text(broken, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["params", "migrate"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: seed: ")
+    assert earlier.read_text(encoding="utf-8") == broken
