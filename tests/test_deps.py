@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.shared.operations import provenance
+from tasks.shared.operations import params, provenance
 from tests.paths import ROOT
 from tests.tasks import small_run
 
@@ -101,3 +101,9 @@ def test_an_edit_of_pcl_leaves_other_encoders_alone() -> None:
     for method in ("pixels", "random", "swav", "deepcluster_v2", "moco", "simsiam"):
         assert not _covered("deepclust/methods/pcl.py", tuple(provenance.code_deps("pretrain", method)))
     assert "deepclust/methods/pcl.py" in provenance.code_deps("pretrain", "pcl")
+
+
+def test_no_out_is_left_uncached_since_dvc_would_never_restore_its_stage() -> None:
+    # findings/dvc_uncached_out_leaves_run_cache.sh: `cache: false` may stand under plots and metrics only.
+    for name, stated in params.read(ROOT / "dvc.yaml")["stages"].items():
+        assert all(isinstance(out, str) for out in stated.get("do", stated)["outs"]), name
