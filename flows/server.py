@@ -16,7 +16,7 @@ from typing import cast
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.shared.operations.processes import children
+from tasks.shared.operations.processes import child_processes
 from tasks.shared.operations.processes.dvc_runner import StageError
 
 HOME = Path(".prefect")  # the runs of this workspace; `make serve` shows them too
@@ -38,7 +38,7 @@ def configured() -> Iterator[str]:
 
 
 def _start() -> str:
-    family = children.Children(grace=3)
+    family = child_processes.ChildProcesses(grace=3)
     atexit.register(family.stop)  # and not sooner: Prefect sends its last logs while the interpreter ends
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"

@@ -26,7 +26,7 @@ from deepclust.errors import DeepclustError as DeepclustError
 from deepclust.errors import StageError as StageError
 from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
-from tasks.shared.operations.processes import children
+from tasks.shared.operations.processes import child_processes
 from tasks.shared.outputs import layout
 
 LOCK = layout.STATE / "flow.lock"
@@ -77,10 +77,10 @@ class Workspace:
         alone: Refuse to share the workspace with another flow. A flow that runs one stage for another one shares it.
     """
 
-    def __init__(self, *, grace: float = children.GRACE, alone: bool = True) -> None:
+    def __init__(self, *, grace: float = child_processes.GRACE, alone: bool = True) -> None:
         self._grace = grace
         self._alone = alone
-        self._children = children.Children(grace=grace)
+        self._children = child_processes.ChildProcesses(grace=grace)
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Workspace:
@@ -108,7 +108,7 @@ class Workspace:
         lock.flush()
         self._lock = lock
         # The supervisors hold the lock too: after a SIGKILL to the flow nobody else begins until its stages are gone.
-        self._children = children.Children(grace=self._grace, hold=[lock.fileno()])
+        self._children = child_processes.ChildProcesses(grace=self._grace, hold=[lock.fileno()])
         return self
 
     def __exit__(

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deepclust.errors import ConfigError, DeepclustError, StageError
-from tasks.shared.operations.processes import children, worker
+from tasks.shared.operations.processes import child_processes, worker
 from tasks.shared.operations.processes.worker import end, is_main, is_worker, joined, note_begun, together
 from tasks.shared.outputs import environment
 
@@ -240,7 +240,7 @@ def _end_after_outcome(finished: threading.Event, ended: threading.Event) -> Non
     while True:
         found = worker.outcome()
         if found and found.status:
-            time.sleep(children.GRACE)
+            time.sleep(child_processes.GRACE)
             waited_for = finished.is_set() or not found.preempted or psutil.Process().children()
             if waited_for and worker.outcome() == found:
                 break

@@ -22,7 +22,7 @@ _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _BAR_EVERY = 10.0  # seconds between two states of one progress bar
 
 
-class Children:
+class ChildProcesses:
     """The running children of one owner. Leaving the context ends them all.
 
     Args:
@@ -37,7 +37,7 @@ class Children:
         self._running: dict[subprocess.Popen[bytes], int] = {}
         self._stopped = False
 
-    def __enter__(self) -> Children:
+    def __enter__(self) -> ChildProcesses:
         return self
 
     def __exit__(

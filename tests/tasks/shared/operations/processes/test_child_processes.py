@@ -1,4 +1,4 @@
-"""Children never outlive their holder, whatever ends it."""
+"""ChildProcesses never outlive their holder, whatever ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import StageError
-from tasks.shared.operations.processes.children import Children, lines
+from tasks.shared.operations.processes.child_processes import ChildProcesses, lines
 from tests.pipelines import eventually, within
 
 # A child that ignores SIGTERM, with a child of its own in another session, as torchrun has them.
@@ -24,8 +24,8 @@ time.sleep(60)
 """
 HOLDER = f"""
 import sys, time
-from tasks.shared.operations.processes.children import Children
-Children(grace=0.5).start([sys.executable, "-c", {FAMILY!r}])
+from tasks.shared.operations.processes.child_processes import ChildProcesses
+ChildProcesses(grace=0.5).start([sys.executable, "-c", {FAMILY!r}])
 time.sleep(60)
 """
 
@@ -47,7 +47,7 @@ def test_a_killed_holder_leaves_nothing_behind(here: Path, number: signal.Signal
 
 
 def test_stopping_ends_the_whole_family_and_nothing_starts_afterwards(here: Path) -> None:
-    children = Children(grace=0.5)
+    children = ChildProcesses(grace=0.5)
     process = children.start([sys.executable, "-c", FAMILY])
     assert eventually((here / "ready").exists)
     children.stop()
@@ -64,14 +64,14 @@ signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), open("saved", "w").cl
 open("ready", "w").close()
 time.sleep(60)
 """
-    with Children(grace=10) as children:
+    with ChildProcesses(grace=10) as children:
         children.start([sys.executable, "-c", saver])
         assert eventually((here / "ready").exists)
     assert (here / "saved").exists()
 
 
 def test_what_a_command_leaves_in_the_background_ends_with_it(here: Path) -> None:
-    with Children(grace=1) as children:
+    with ChildProcesses(grace=1) as children:
         begin = time.monotonic()
         assert children.stream(["sh", "-c", "sleep 60 & exit 3"], print) == 3
         assert time.monotonic() - begin < 10
@@ -79,7 +79,7 @@ def test_what_a_command_leaves_in_the_background_ends_with_it(here: Path) -> Non
 
 
 def test_a_killed_supervisor_takes_its_group_along(here: Path) -> None:
-    with Children() as children:
+    with ChildProcesses() as children:
         process = children.start(["sleep", "60"])
         assert eventually(lambda: len(within(here)) == 2)
         process.kill()
@@ -89,7 +89,7 @@ def test_a_killed_supervisor_takes_its_group_along(here: Path) -> None:
 
 def test_python_is_this_interpreter_and_output_is_not_held_back(here: Path) -> None:
     seen: list[tuple[float, str]] = []
-    with Children() as children:
+    with ChildProcesses() as children:
         code = "import sys, time; print(sys.prefix); time.sleep(1); print('end')"
         assert children.stream(["python", "-c", code], lambda line: seen.append((time.monotonic(), line))) == 0
     assert [line for _, line in seen] == [sys.prefix, "end"]
