@@ -1,0 +1,175 @@
+"""Options as frozen, keyword-only dataclasses that check themselves.
+
+Each method, adapter and other component has a `Config` beside its class: the one place that states an option's type,
+range, meaning and usual value. params.yaml is read into the same classes; there every option has to be stated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, dataclass_transform
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs, PydanticCustomError
+
+from deepclust.errors import ConfigError
+
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Several = Annotated[int, Field(strict=True, ge=2)]
+Pixels = Annotated[int, Field(strict=True, ge=8, le=1024)]
+Flag = Annotated[bool, Field(strict=True)]
+Auto = Literal["auto"]
+NotEmpty = Field(min_length=1)  # for Annotated[tuple[…, ...], NotEmpty]
+
+_FILE = "params.yaml"  # pydantic's context where a file is read, which states every option
+_MISSING = "missing; every parameter is stated in params.yaml"
+_MOST_COMPLAINTS = 3
+_T = TypeVar("_T")
+_C = TypeVar("_C", bound="type[Any]")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: _C) -> _C:
+    """Make a subclass of `Config` a frozen, keyword-only dataclass; the string below a field is its meaning.
+
+    Options that are unknown, of a wrong type, out of range or refused by `_check` raise a ConfigError of one line.
+    """
+    settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    check = made.__init__
+
+    @functools.wraps(check)
+    def init(self: Any, **options: Any) -> None:
+        try:
+            check(self, **options)
+        except ValidationError as error:
+            raise ConfigError(explain(error, options)) from None
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return cast("_C", made)
+
+
+@config
+class Config:
+    """The options of a component."""
+
+    def _check(self) -> None:
+        """Raises ValueError, with the remedy, where options that are valid alone do not fit each other."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_and_stated(cls, value: Any, info: ValidationInfo) -> Any:
+        given = value.kwargs if isinstance(value, ArgsKwargs) else value
+        if not isinstance(given, dict):
+            return value
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise PydanticCustomError(
+                    "unknown", "unknown parameter{hint}", {"key": name, "hint": hint(name, known)}
+                )
+        for name in known:
+            if name not in given and info.context == _FILE:
+                raise PydanticCustomError("missing", _MISSING, {"key": name})
+        return value
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        self._check()
+        return self
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same options but for the changes, checked again. Raises: ConfigError."""
+        return type(self)(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
+
+
+def as_dict(options: Config) -> dict[str, Any]:
+    """Plain dicts, lists and numbers, as YAML or JSON has them."""
+    values: dict[str, Any] = TypeAdapter(type(options)).dump_python(options, mode="json")
+    return values
+
+
+def meanings(kind: type[Config]) -> dict[str, str]:
+    """The meaning of each option, in one line."""
+    described = kind.__pydantic_fields__  # type: ignore[attr-defined]
+    return {name: " ".join((field.description or "").split()) for name, field in described.items()}
+
+
+def parse(kind: type[_T], raw: Any, path: str) -> _T:
+    """A component's options, all of which a parameter file states.
+
+    Args:
+        kind: The class of the options.
+        raw: What the file states.
+        path: Where in the file this stands, such as `pretrain.swav`.
+
+    Raises:
+        ConfigError: With the dotted path, what was expected and what came, and the nearest name of an unknown option.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(raw, context=_FILE)
+    except ValidationError as error:
+        raise ConfigError(explain(error, raw, path)) from None
+
+
+def explain(error: ValidationError, raw: Any, path: str = "") -> str:
+    """At most three complaints in one line, each with its dotted path; what came is said once a path."""
+    found: dict[str, list[str]] = {}
+    came: dict[str, str] = {}
+    for item in error.errors():
+        key, message = _complaint(item)
+        place = ".".join(filter(None, [path, *_visible(item["loc"], raw), key]))
+        found.setdefault(place, []).append(message)
+        if item["type"] != "value_error" and not key:
+            came[place] = f", got {_plain(item['input'])!r}"
+    # What is wrong inside a list says more than that the list is no number either.
+    inner = [place for place in found if not any(other.startswith(f"{place}.") for other in found)]
+    lines = [f"{place}: {' or '.join(found[place])}{came.get(place, '')}" for place in inner]
+    return "; ".join(lines[:_MOST_COMPLAINTS]).removeprefix(": ").replace(" or expected ", " or ")
+
+
+def _complaint(item: Any) -> tuple[str, str]:
+    """The key that one of pydantic's errors is about, where its location leaves it out, and the message."""
+    context = item.get("ctx", {})
+    if item["type"] in ("unknown", "missing"):
+        return str(context.get("key", "")), str(item["msg"])
+    if item["type"] == "union_tag_invalid":
+        known = context["expected_tags"].replace("'", "")
+        return context["discriminator"].strip("'"), f"one of {known} is expected, got {context['tag']!r}"
+    if item["type"] == "union_tag_not_found":
+        return context["discriminator"].strip("'"), _MISSING
+    if item["type"] == "value_error":
+        return "", str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "dataclass_type":
+        return "", "expected a mapping of parameters"
+    return "", re.sub(r"^Input should (be )?", "expected ", item["msg"])
+
+
+def _visible(location: Iterable[int | str], raw: Any) -> list[str]:
+    """The parts of pydantic's location that the user wrote; the others name members of unions."""
+    parts = []
+    for part in location:
+        items = dict(enumerate(raw)) if isinstance(raw, list | tuple) else raw
+        if isinstance(items, Mapping) and part in items:
+            raw = items[part]
+            parts.append(str(part))
+    return parts
+
+
+def _plain(value: Any) -> Any:
+    return as_dict(value) if isinstance(value, Config) else value
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """The nearest known word, as the end of a message; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
