@@ -24,14 +24,13 @@ from torch import Tensor
 
 from deepclust import seeding
 from deepclust.evaluation import watchdog
-from deepclust.methods import simsiam
+from deepclust.methods import method_class, simsiam
+from deepclust.methods.parts.options import TrainedConfig
 from deepclust.models import encoder
 from deepclust.models.devices import default_device
 from deepclust.training import loop
-from tasks.pretrain import __main__ as pretrain
-from tasks.pretrain import history, sizing
+from tasks.pretrain import history
 from tasks.shared.operations import params
-from tasks.shared.operations.params import pretrain as sections
 from tasks.shared.outputs import environment, prepared
 
 HEALTHY = "as in params.yaml"
@@ -55,19 +54,20 @@ SMOOTH = 5  # steps that a point averages
 
 def section(
     raw: dict[str, Any], method: str, edits: dict[str, Any], epochs: int
-) -> tuple[sections.Trained, params.Params]:
+) -> tuple[TrainedConfig, params.Params]:
     """The method's section with edits; a number below `optimiser.rate` multiplies the rate."""
     raw = copy.deepcopy(raw)
     own = raw["pretrain"][method]
     own["epochs"] = epochs
     for name, value in edits.items():
         if name == "optimiser.rate":
-            own["optimiser"]["rate"] *= value
+            optimiser = own.setdefault("optimiser", {})
+            optimiser["rate"] = value * optimiser.get("rate", raw["pretrain"]["shared"]["optimiser"]["rate"])
         else:
             own[name] = value
     values = params.parse(raw)
-    found = values.method(method)
-    assert isinstance(found, sections.Trained)
+    found = values.options(method)
+    assert isinstance(found, TrainedConfig)
     return found, values
 
 
@@ -83,7 +83,7 @@ def no_stop_gradient(really: bool) -> Iterator[None]:
         yield
 
 
-def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+def run(name: str, chosen: TrainedConfig, values: params.Params, count: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Train; the rows of the history, and the watchdog's words."""
     statistics = prepared.statistics()
     images = prepared.images("train")[:count]
@@ -97,8 +97,9 @@ def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[li
             mean=statistics["mean"],
             std=statistics["std"],
         )
-    options = sizing.options(chosen, images=len(images), image_size=statistics["image_size"])
-    method = pretrain.build(chosen, options, trained, seed=values.seed).to(device)
+    config = chosen.sized(images=len(images), image_size=statistics["image_size"])
+    with seeding.seeded(values.seed, "heads"):
+        method = method_class(name)(trained.backbone, trained.feature_dim, config).to(device)
     method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained.to(device)
 
@@ -118,9 +119,9 @@ def run(chosen: sections.Trained, values: params.Params, count: int) -> tuple[li
         words.extend(f"epoch {done.epoch + 1}: {alarm.message}" for alarm in report.alarms)
         print("   ", {name: float(f"{value:.3g}") for name, value in report.indicators.items()}, flush=True)
 
-    plan = pretrain.recipe(values.pretrain.shared, chosen, image_size=statistics["image_size"], seed=values.seed)
+    how = {"seed": values.seed, "precision": values.pretrain.shared.precision}
     try:
-        loop.train(method, images, plan, normalise=normalise, device=device, on_step=on_step, on_epoch=on_epoch)
+        loop.train(method, images, **how, normalise=normalise, device=device, on_step=on_step, on_epoch=on_epoch)
     except loop.TrainingError as error:
         words.append(str(error))
     return rows, words
@@ -161,7 +162,7 @@ def main() -> None:
         for label, edits in {HEALTHY: {}, **BROKEN[method]}.items():
             print(f"{method}, {label}", flush=True)
             with no_stop_gradient(label == STOP_GRADIENT):
-                runs[label], words = run(*section(raw, method, edits, arguments.epochs), arguments.images)
+                runs[label], words = run(method, *section(raw, method, edits, arguments.epochs), arguments.images)
             print("\n".join(f"    {word}" for word in words) or "    no alarm", flush=True)
         draw(method, runs)
 

@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
@@ -21,6 +21,7 @@ from deepclust.errors import ConfigError
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
@@ -28,6 +29,14 @@ Several = Annotated[int, Field(strict=True, ge=2)]
 Pixels = Annotated[int, Field(strict=True, ge=8, le=1024)]
 Flag = Annotated[bool, Field(strict=True)]
 Auto = Literal["auto"]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hexadecimal
+Backbone = Annotated[str, Field(pattern=r"^(small|medium|resnet18|resnet34|resnet50|timm/[A-Za-z0-9_.-]+)$")]
+BY_NAME = Field(discriminator="name")  # for Annotated[One | Other, BY_NAME], whose `name` says which it is
+Turn = Annotated[float, Field(strict=True, ge=0, le=0.5)]
+SetShare = Annotated[float, Field(strict=True, gt=0, lt=1)]
+AtLeastTen = Annotated[int, Field(strict=True, ge=10)]
+Severity = Annotated[int, Field(strict=True, ge=1, le=5)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 NotEmpty = Field(min_length=1)  # for Annotated[tuple[…, ...], NotEmpty]
 
 _FILE = "params.yaml"  # pydantic's context where a file is read, which states every option
@@ -62,6 +71,9 @@ def config(cls: _C) -> _C:
 class Config:
     """The options of a component."""
 
+    inherits: ClassVar[tuple[str, ...]] = ()  # options that a section of params.yaml takes over from `shared`
+    may_be_left_out: ClassVar[tuple[str, ...]] = ()  # options that params.yaml need not state
+
     def _check(self) -> None:
         """Raises ValueError, with the remedy, where options that are valid alone do not fit each other."""
 
@@ -78,7 +90,7 @@ class Config:
                     "unknown", "unknown parameter{hint}", {"key": name, "hint": hint(name, known)}
                 )
         for name in known:
-            if name not in given and info.context == _FILE:
+            if info.context == _FILE and name not in {*given, *cls.may_be_left_out}:
                 raise PydanticCustomError("missing", _MISSING, {"key": name})
         return value
 
@@ -100,8 +112,11 @@ def as_dict(options: Config) -> dict[str, Any]:
 
 def meanings(kind: type[Config]) -> dict[str, str]:
     """The meaning of each option, in one line."""
-    described = kind.__pydantic_fields__  # type: ignore[attr-defined]
-    return {name: " ".join((field.description or "").split()) for name, field in described.items()}
+    found = {field.name: "" for field in dataclasses.fields(kind)}
+    for base in reversed(kind.__mro__):
+        for name, field in getattr(base, "__pydantic_fields__", {}).items():
+            found[name] = " ".join((field.description or found[name]).split())
+    return found
 
 
 def parse(kind: type[_T], raw: Any, path: str) -> _T:

@@ -4,13 +4,19 @@ So a run of one method depends on no other's file: what trains SwAV need not be 
 """
 
 from importlib import import_module
+from typing import Any
 
+from deepclust.config import Config, hint
 from deepclust.errors import ConfigError
 from deepclust.methods.parts.base import Method
 
-__all__ = ["METHODS", "Method", "method_class"]
+__all__ = ["METHODS", "Method", "config_class", "method_class"]
 
+# What each file offers beside its `Config`: a function that makes a frozen encoder, or the class of a trained method.
 METHODS = {
+    "pixels": "pixels",
+    "random": "random",
+    "pretrained": "pretrained",
     "swav": "SwAV",
     "deepcluster_v2": "DeepClusterV2",
     "moco": "MoCo",
@@ -19,8 +25,8 @@ METHODS = {
 }
 
 
-def method_class(name: str) -> type[Method]:
-    """The class of a method.
+def config_class(name: str) -> type[Config]:
+    """The class of a method's options.
 
     Args:
         name: One of `METHODS`.
@@ -28,7 +34,24 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ConfigError: If there is no such method.
     """
-    if name not in METHODS:
-        raise ConfigError(f"expected a method ({', '.join(METHODS)}), got {name!r}")
-    found: type[Method] = getattr(import_module(f"deepclust.methods.{name}"), METHODS[name])
+    found: type[Config] = _of(name, "Config")
     return found
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a trained method.
+
+    Args:
+        name: One of `METHODS`.
+
+    Raises:
+        ConfigError: If there is no such method.
+    """
+    found: type[Method] = _of(name, METHODS.get(name, ""))
+    return found
+
+
+def _of(name: str, attribute: str) -> Any:
+    if name not in METHODS:
+        raise ConfigError(f"expected a method ({', '.join(METHODS)}), got {name!r}{hint(name, METHODS)}")
+    return getattr(import_module(f"{__name__}.{name}"), attribute)

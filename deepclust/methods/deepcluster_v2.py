@@ -14,7 +14,7 @@ N training images, B batch, V crops, A crops in the memory bank, K prototypes, D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from deepclust import distributed, seeding
 from deepclust.clustering import kmeans
+from deepclust.config import config
 from deepclust.errors import ConfigError
-from deepclust.methods.parts import base, heads
+from deepclust.methods.parts import base, heads, options
 
 
 def assignment_loss(scores_VBK: Tensor, assignments_B: Tensor, *, temperature: float) -> Tensor:
@@ -32,54 +33,35 @@ def assignment_loss(scores_VBK: Tensor, assignments_B: Tensor, *, temperature: f
     return F.cross_entropy(scores_VBK.flatten(0, 1) / temperature, assignments_B.repeat(crops))
 
 
+@config
+class Config(options.PrototypesConfig, options.KMeansConfig):
+    """DeepCluster-v2's options. Prototype head i clusters assign crop i, counted modulo their number."""
+
+    heads: ClassVar[int] = 3  # the published number (arXiv 2006.09882, appendix)
+
+
 class DeepClusterV2(base.Method):
     """DeepCluster-v2.
 
     Args:
         backbone: Images to features.
         feature_dim: Dimension of the features.
-        hidden_dim: Width of the head's hidden layer; 0 for a linear head.
-        dim: Dimension of the embeddings, D.
-        prototypes: Number of clusters of each prototype head, K. Head i clusters the embeddings of assign crop i,
-            counted modulo their number.
-        temperature: τ of the prediction.
-        assign_crops: Numbers of the crops whose embeddings are clustered.
-        kmeans_iterations: Lloyd iterations before each epoch, at most.
-        kmeans_engine: What searches for the nearest centroids, `faiss` or `torch`; see `kmeans.engine_used`.
-        kmeans_restarts: Seeded runs of k-means, of which the best counts.
+        config: The options; without `auto`, see `Config.sized`.
     """
 
     name = "deepcluster_v2"
+    config: Config
 
     bank: Tensor
     assignments: Tensor
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        hidden_dim: int,
-        dim: int,
-        prototypes: Sequence[int],
-        temperature: float,
-        assign_crops: Sequence[int],
-        kmeans_iterations: int,
-        kmeans_engine: kmeans.Engine,
-        kmeans_restarts: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = heads.projection(feature_dim, hidden_dim, dim)
+    def __init__(self, backbone: nn.Module, feature_dim: int, config: Config) -> None:
+        super().__init__(backbone, config)
+        self.head = heads.projection(feature_dim, config.hidden_dim, config.dim)
         # The centroids of the last k-means, not trained.
-        self.prototypes = heads.PrototypeHeads(prototypes, dim).requires_grad_(False)
-        self.register_buffer("bank", torch.zeros(len(assign_crops), 0, dim))
-        self.register_buffer("assignments", torch.zeros(len(prototypes), 0, dtype=torch.long))
-        self.temperature = temperature
-        self.assign_crops = tuple(assign_crops)
-        self.kmeans_iterations = kmeans_iterations
-        self.kmeans_engine = kmeans_engine
-        self.kmeans_restarts = kmeans_restarts
+        self.prototypes = heads.PrototypeHeads(config.counts, config.dim).requires_grad_(False)
+        self.register_buffer("bank", torch.zeros(len(config.assign_crops), 0, config.dim))
+        self.register_buffer("assignments", torch.zeros(len(config.counts), 0, dtype=torch.long))
         self._new: list[tuple[Tensor, Tensor]] = []  # indices (B,) and embeddings (A, B, D) for the bank
 
     def check(self, images: int) -> None:
@@ -108,11 +90,11 @@ class DeepClusterV2(base.Method):
                 self.bank[number % len(self.bank), mine],
                 len(prototypes),
                 seed=seeding.derive(seed, number),
-                iterations=self.kmeans_iterations,
+                iterations=self.config.kmeans_iterations,
                 initialisation="points",
                 spherical=True,
-                restarts=self.kmeans_restarts,
-                engine=self.kmeans_engine,
+                restarts=self.config.kmeans_restarts,
+                engine=self.config.kmeans_engine,
             )
             prototypes.weight.copy_(found.centroids)
             self.assignments[number] = distributed.gather(found.assignments, self.bank.shape[1])
@@ -129,12 +111,12 @@ class DeepClusterV2(base.Method):
         embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
         embeddings_V = base.by_view(embeddings.detach(), len(views))
         # One by one: a list of indices would be copied to a GPU, which makes the host wait.
-        assigned = torch.stack([embeddings_V[crop] for crop in self.assign_crops])
+        assigned = torch.stack([embeddings_V[crop] for crop in self.config.assign_crops])
         self._new.append((indices, assigned))
         losses, chances, used = [], [], []
         for prototypes, assignments in zip(self.prototypes, self.assignments[:, indices], strict=True):
             scores = base.by_view(prototypes(embeddings), len(views))
-            losses.append(assignment_loss(scores, assignments, temperature=self.temperature))
+            losses.append(assignment_loss(scores, assignments, temperature=self.config.temperature))
             chances.append(losses[-1].detach() / math.log(len(prototypes)))
             used.append(base.share_used(assignments, len(prototypes)))
         return torch.stack(losses).mean(), {

@@ -10,11 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepclust.methods.parts.momentum_contrast import MomentumContrast
+from deepclust.config import config
+from deepclust.methods.parts.momentum_contrast import MomentumConfig, MomentumContrast
+
+
+@config
+class Config(MomentumConfig):
+    """MoCo's options."""
 
 
 class MoCo(MomentumContrast):
-    """MoCo: InfoNCE of a query with its key against the queue. Its arguments are those of `MomentumContrast`."""
+    """MoCo: InfoNCE of a query with its key against the queue. See `MomentumContrast`."""
 
     name = "moco"
 

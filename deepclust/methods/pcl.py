@@ -12,8 +12,7 @@ B batch, N training images, K clusters, D dimension of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from deepclust import distributed
 from deepclust.clustering import kmeans
+from deepclust.config import Auto, Count, Flag, Natural, NotEmpty, config
 from deepclust.errors import ConfigError
-from deepclust.methods.parts import base, heads
-from deepclust.methods.parts.momentum_contrast import MomentumContrast
+from deepclust.methods.parts import base, heads, options, sizes
+from deepclust.methods.parts.momentum_contrast import MomentumConfig, MomentumContrast
 
 
 def proto_nce(
@@ -106,72 +106,68 @@ class Clustering(nn.Module):
         self.assignments.copy_(distributed.gather(found.assignments, len(self.assignments)))
 
 
+@config
+class Config(MomentumConfig, options.KMeansConfig):
+    """PCL's options."""
+
+    clusters: Annotated[tuple[Count, ...], NotEmpty] | Auto = "auto"
+    """Number of clusters of each granularity, K; auto: see docs/methods/sizes.md."""
+    negatives: Count | Auto = "auto"
+    """Clusters that are drawn as negatives in each granularity; auto: as many as a batch must leave."""
+    warmup_epochs: Natural = 20
+    """First epochs, with InfoNCE alone."""
+    spherical: Flag = False
+    """Whether k-means keeps its centroids at unit length."""
+    kmeans_every: Count = 1
+    """Epochs from one E-step to the next."""
+    kmeans_warm_start: Flag = False
+    """Whether each E-step but the first begins from the centroids of the last one, in a single run."""
+
+    def sized(self, *, images: int, image_size: int) -> Self:
+        """See the base class."""
+        clusters = sizes.clusters(images, self.part) if self.clusters == "auto" else self.clusters
+        negatives = sizes.negatives(clusters, self.part) if self.negatives == "auto" else self.negatives
+        return super().sized(images=images, image_size=image_size).replaced(clusters=clusters, negatives=negatives)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}: the prototypes would never be "
+                "used; lower it or raise epochs"
+            )
+        if self.clusters == "auto":
+            return
+        if len(set(self.clusters)) < len(self.clusters):
+            raise ValueError(f"clusters must be distinct, got {list(self.clusters)}: equal ones cluster alike")
+        most = min(self.clusters) - self.part
+        if not 1 <= (most if self.negatives == "auto" else self.negatives) <= most:
+            raise ValueError(
+                f"negatives must be at least 1, and with {self.part} images at once not exceed {most}: the smallest of "
+                f"clusters is {min(self.clusters)}, and as many clusters as images may be positives; got "
+                f"{self.negatives}; raise clusters, or lower negatives or batch_size"
+            )
+
+
 class PCL(MomentumContrast):
-    """PCL.
+    """PCL: MoCo's loss, and after the warm-up ProtoNCE with the clusters of each granularity.
 
     Args:
         backbone: Images to features.
         feature_dim: Dimension of the features.
-        hidden_dim: Width of the head's hidden layer; 0 for a linear head (v1).
-        dim: Dimension of the embeddings, D.
-        key_momentum: m of the momentum encoder.
-        queue_length: Keys that are kept as negatives of InfoNCE.
-        temperature: τ of InfoNCE, and the mean of φ.
-        key_groups: See MoCo.
-        clusters: Number of clusters of each granularity, K.
-        negatives: Clusters drawn as negatives in each granularity.
-        warmup_epochs: Epochs with InfoNCE alone.
-        kmeans_iterations: Lloyd iterations of each E-step, at most.
-        kmeans_engine: What searches for the nearest centroids, `faiss` or `torch`; see `kmeans.engine_used`.
-        kmeans_restarts: Seeded runs of k-means, of which the best counts.
-        kmeans_every: Epochs from one E-step to the next.
-        kmeans_warm_start: Begin each E-step but the first from the centroids of the last one, in a single run.
-        spherical: Keep the centroids at unit length during k-means.
+        config: The options; without `auto`, see `Config.sized`.
     """
 
     name = "pcl"
+    config: Config
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        hidden_dim: int,
-        dim: int,
-        key_momentum: float,
-        queue_length: int,
-        temperature: float,
-        key_groups: int,
-        clusters: Sequence[int],
-        negatives: int,
-        warmup_epochs: int,
-        kmeans_iterations: int,
-        kmeans_engine: kmeans.Engine,
-        kmeans_restarts: int,
-        kmeans_every: int,
-        kmeans_warm_start: bool,
-        spherical: bool,
-    ) -> None:
-        super().__init__(
-            backbone,
-            feature_dim,
-            hidden_dim=hidden_dim,
-            dim=dim,
-            key_momentum=key_momentum,
-            queue_length=queue_length,
-            temperature=temperature,
-            key_groups=key_groups,
-        )
-        self.clusterings = nn.ModuleList([Clustering(count, dim) for count in clusters])
+    def __init__(self, backbone: nn.Module, feature_dim: int, config: Config) -> None:
+        super().__init__(backbone, feature_dim, config)
+        assert config.clusters != "auto"
+        assert config.negatives != "auto"
+        self.negatives = config.negatives
+        self.clusterings = nn.ModuleList([Clustering(count, config.dim) for count in config.clusters])
         self.clustered = False  # no buffer: every step asks for it, and would wait for the GPU
-        self.negatives = negatives
-        self.warmup_epochs = warmup_epochs
-        self.kmeans_iterations = kmeans_iterations
-        self.kmeans_engine = kmeans_engine
-        self.kmeans_restarts = kmeans_restarts
-        self.kmeans_every = kmeans_every
-        self.kmeans_warm_start = kmeans_warm_start
-        self.spherical = spherical
         self._use_prototypes = False
 
     def check(self, images: int) -> None:
@@ -189,23 +185,23 @@ class PCL(MomentumContrast):
 
     def before_epoch(self, epoch: int, embed: base.Embed, seed: int) -> None:
         """The E-step: cluster the momentum features of all training images, once for each granularity."""
-        if epoch < self.warmup_epochs or (epoch - self.warmup_epochs) % self.kmeans_every:
+        if epoch < self.config.warmup_epochs or (epoch - self.config.warmup_epochs) % self.config.kmeans_every:
             return
         features = F.normalize(embed(self.key_encoder), dim=1)
-        warm = self.kmeans_warm_start and self.clustered
+        warm = self.config.kmeans_warm_start and self.clustered
         for clustering in self._granularities():
             found = kmeans.fit(
                 features,
                 len(clustering),
                 seed=seed,
-                iterations=self.kmeans_iterations,
+                iterations=self.config.kmeans_iterations,
                 initialisation="points",
-                spherical=self.spherical,
-                restarts=1 if warm else self.kmeans_restarts,
+                spherical=self.config.spherical,
+                restarts=1 if warm else self.config.kmeans_restarts,
                 initial=clustering.centroids if warm else None,
-                engine=self.kmeans_engine,
+                engine=self.config.kmeans_engine,
             )
-            clustering.replace(found, temperature=self.temperature)
+            clustering.replace(found, temperature=self.config.temperature)
         self.clustered = True
 
     def get_extra_state(self) -> Tensor:

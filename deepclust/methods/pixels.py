@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from deepclust import config
 from deepclust.models.encoder import Encoder
+
+
+@config.config
+class Config(config.Config):
+    """No options."""
 
 
 def pixels(*, image_size: int, channels: int) -> Encoder:

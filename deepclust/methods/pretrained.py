@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from deepclust import config
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.models import backbones
 from deepclust.models.encoder import HEADER, Encoder
@@ -22,61 +23,65 @@ _WRAPPERS = ("module.", "backbone.", "encoder.")
 _HEADS = ("fc", "head", "classifier")
 
 
-def pretrained(
-    *,
-    backbone: str,
-    weights: str,
-    sha256: str | None,
-    image_size: int,
-    channels: int,
-    input_size: int | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-) -> Encoder:
+@config.config
+class Config(config.Config):
+    """Which weights, and how the images have to be given to them."""
+
+    backbone: config.Backbone
+    """Name of the backbone; a ResNet's stem and the number of channels are taken from the weights."""
+    weights: str
+    """Path of a safetensors file with the names of torchvision, of timm or of an encoder saved here, also behind the
+    prefixes `module.`, `backbone.` and `encoder.`; or timm: the published weights of a backbone timm/NAME.TAG."""
+    sha256: config.Hash | None = None
+    """The file's SHA-256, in hexadecimal, so that a changed file is a changed parameter; null with timm."""
+    input_size: config.Pixels | None = None
+    """Side that the network gets, in pixels; null: the images as they are."""
+    mean: tuple[config.Share, ...] | None = None
+    """Mean of each channel that the weights were trained with, in [0, 1]; null: as an encoder saved here states, else
+    as timm states, else ImageNet's for a ResNet."""
+    std: tuple[config.Positive, ...] | None = None
+    """Likewise the standard deviation."""
+
+    def _check(self) -> None:
+        if self.weights == FROM_TIMM:
+            if not self.backbone.startswith(backbones.TIMM):
+                raise ValueError(f"weights: {FROM_TIMM} needs a backbone timm/NAME.TAG, got {self.backbone!r}")
+            if self.sha256 is not None:
+                raise ValueError(f"sha256: expected null with weights: {FROM_TIMM}, got {self.sha256!r}; remove it")
+
+
+def pretrained(options: Config, *, image_size: int, channels: int) -> Encoder:
     """An encoder with published or otherwise given weights, in eval mode and without gradients.
 
     Weights are loaded strictly. Only a classifier's are left out; `description["ignored"]` names them.
 
     Args:
-        backbone: Name of the backbone, see `models.backbones.build`. The stem of a ResNet and the number of channels
-            are taken from the weights.
-        weights: Path of a safetensors file with the names of torchvision, of timm or of an encoder saved here, also
-            behind the prefixes `module.`, `backbone.` and `encoder.`; or `timm`: the published weights of a backbone
-            `timm/NAME.TAG`.
-        sha256: The file's SHA-256, in hexadecimal; None with `timm`.
+        options: Which weights.
         image_size: Side of the images, in pixels.
         channels: 1 (grey) or 3 (RGB) of the images.
-        input_size: Side that the network gets, in pixels; None: the images as they are.
-        mean: Mean of each channel that the weights were trained with, in [0, 1]; None: as an encoder saved here
-            states, else as timm states, else ImageNet's for a ResNet.
-        std: Likewise the standard deviation.
 
     Raises:
-        ConfigError: If a parameter is wrong, or at odds with the weights or the images.
+        ConfigError: If an option is at odds with the weights or the images.
         CheckpointError: If the weights are missing, damaged or not the backbone's.
     """
-    if backbone == "pixels":
-        raise ConfigError("backbone: expected one that has weights, got 'pixels'; name the weights' own")
+    backbone, weights, input_size = options.backbone, options.weights, options.input_size
     stated: dict[str, Any] = {}
     if weights == FROM_TIMM:
-        if sha256 is not None:
-            raise ConfigError(f"sha256: expected null with weights: {FROM_TIMM}, got {sha256!r}; remove it")
-        if not backbone.startswith(backbones.TIMM):
-            raise ConfigError(f"backbone: expected timm/NAME.TAG with weights: {FROM_TIMM}, got {backbone!r}")
         tensors = backbones.download(backbone, image_size=input_size or image_size)
     else:
-        tensors, stated = _read(Path(weights), sha256)
+        tensors, stated = _read(Path(weights), options.sha256)
     tensors = _unwrapped(tensors)
     network_channels, stem = _first_layer(backbone, tensors, weights)
+    mean, std = options.mean, options.std
     if mean is None or std is None:
         usual = stated or _usual(backbone)
-        mean, std = mean or usual["mean"], std or usual["std"]
+        mean, std = mean or tuple(usual["mean"]), std or tuple(usual["std"])
     trained = Encoder(
         backbone=backbone,
         image_size=image_size,
         channels=channels,
-        mean=mean,
-        std=std,
+        mean=list(mean),
+        std=list(std),
         stem=stem,
         network_channels=network_channels,
         input_size=input_size,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepclust import config
 from deepclust.models import encoder
+
+
+@config.config
+class Config(config.Config):
+    """No options."""
 
 
 def random(*, seed: int, **options: Any) -> encoder.Encoder:

@@ -6,14 +6,14 @@ size (appendix D).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.errors import ConfigError
-from deepclust.methods.parts import base, heads
+from deepclust.config import Count, Flag, config
+from deepclust.methods.parts import base, heads, options
 from deepclust.models import backbones
 
 
@@ -31,57 +31,58 @@ def _projector(inputs: int, hidden: int, outputs: int, *, layers: int) -> nn.Seq
     return nn.Sequential(*modules, nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=False))
 
 
+@config
+class Config(options.TrainedConfig):
+    """SimSiam's options."""
+
+    hidden_dim: Count = 2048
+    """Width of the projector's hidden layers."""
+    dim: Count = 2048
+    """Dimension of the projections."""
+    projector_layers: Literal[2, 3] = 3
+    """Layers of the projector; two are the authors' choice at CIFAR's size."""
+    predictor_dim: Count = 512
+    """Width of the predictor's bottleneck."""
+    constant_predictor_rate: Flag = True
+    """Whether the predictor's learning rate stays constant (section 4.2)."""
+    zero_init_residual: Flag = False
+    """Whether each residual block of the backbone starts as the identity, where it has such blocks."""
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_two_crops()
+
+
 class SimSiam(base.Method):
     """SimSiam.
 
     Args:
         backbone: Images to features.
         feature_dim: Dimension of the features.
-        hidden_dim: Width of the projector's hidden layers.
-        dim: Dimension of the projections.
-        projector_layers: 2 or 3.
-        predictor_dim: Width of the predictor's bottleneck.
-        constant_predictor_rate: Keep the predictor's learning rate constant (section 4.2).
-        zero_init_residual: Start each residual block of the backbone as the identity, where it has such blocks.
-
-    Raises:
-        ConfigError: If the projector is to have another number of layers.
+        config: The options.
     """
 
     name = "simsiam"
+    config: Config
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        hidden_dim: int,
-        dim: int,
-        projector_layers: int,
-        predictor_dim: int,
-        constant_predictor_rate: bool,
-        zero_init_residual: bool,
-    ) -> None:
-        super().__init__()
-        if projector_layers not in (2, 3):
-            raise ConfigError(f"projector_layers: expected 2 or 3, got {projector_layers}; change it")
-        self.backbone = backbone
-        if zero_init_residual:
+    def __init__(self, backbone: nn.Module, feature_dim: int, config: Config) -> None:
+        super().__init__(backbone, config)
+        dim, bottleneck = config.dim, config.predictor_dim
+        if config.zero_init_residual:
             backbones.zero_init_residual(backbone)
-        self.projector = _projector(feature_dim, hidden_dim, dim, layers=projector_layers)
+        self.projector = _projector(feature_dim, config.hidden_dim, dim, layers=config.projector_layers)
         self.predictor = nn.Sequential(
-            nn.Linear(dim, predictor_dim, bias=False),
-            nn.BatchNorm1d(predictor_dim),
+            nn.Linear(dim, bottleneck, bias=False),
+            nn.BatchNorm1d(bottleneck),
             nn.ReLU(inplace=True),
-            nn.Linear(predictor_dim, dim),
+            nn.Linear(bottleneck, dim),
         )
-        self.constant_predictor_rate = constant_predictor_rate
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Backbone and projector, and the predictor with its own rate."""
         return [
             {"params": [*self.backbone.parameters(), *self.projector.parameters()]},
-            {"params": list(self.predictor.parameters()), "constant_rate": self.constant_predictor_rate},
+            {"params": list(self.predictor.parameters()), "constant_rate": self.config.constant_predictor_rate},
         ]
 
     def loss(

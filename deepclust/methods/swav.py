@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust import distributed
-from deepclust.methods.parts import base, heads, sinkhorn
+from deepclust.config import Auto, Count, Natural, Positive, config
+from deepclust.errors import ConfigError
+from deepclust.methods.parts import base, heads, options, sinkhorn, sizes
 from deepclust.methods.parts.queue import Queue
 
 
@@ -51,59 +53,71 @@ def harden(codes_BK: Tensor) -> Tensor:
     return F.one_hot(codes_BK.argmax(1), codes_BK.shape[1]).to(codes_BK.dtype)
 
 
+@config
+class Config(options.PrototypesConfig):
+    """SwAV's options; their usual values are those of ImageNet (the paper's appendix)."""
+
+    epsilon: Positive = 0.05
+    """Entropy weight ε of the codes; smaller against collapse."""
+    sinkhorn_iterations: Count = 3
+    """Alternations for the codes."""
+    freeze_prototypes_steps: Natural = 313
+    """First updates, in which the prototypes do not move."""
+    hard_assignment_steps: Natural = 0
+    """First updates, in which a code is the one-hot of its largest entry."""
+    queue_length: Natural | Auto = "auto"
+    """Embeddings of earlier batches, for each assign crop, that take part in the codes of a batch once there are so
+    many (section 4, "small batches"); 0 for none; auto: see docs/methods/sizes.md."""
+    queue_start_epoch: Natural = 15
+    """Epoch in which the queue begins to fill."""
+
+    def sized(self, *, images: int, image_size: int) -> Self:
+        """See the base class. What would never take effect is refused: a queue that never fills, or first updates
+        that are all there are."""
+        decided = super().sized(images=images, image_size=image_size)
+        updates = images // self.batch_size
+        pushed = max(0, self.epochs - self.queue_start_epoch) * updates * self.batch_size
+        queue = self.queue_length
+        if queue == "auto":
+            wanted = sizes.swav_queue(max(decided.counts), self.batch_size, images, part=self.part)
+            queue = wanted if wanted < pushed else 0
+        if queue >= max(1, pushed):
+            raise ConfigError(
+                f"queue_length: from queue_start_epoch {self.queue_start_epoch} on, {pushed} embeddings enter a queue "
+                f"of {queue}, so it would never be used; start it earlier, shorten it, or set queue_length to 0"
+            )
+        for name in ("freeze_prototypes_steps", "hard_assignment_steps"):
+            if getattr(self, name) >= max(1, self.epochs * updates):
+                raise ConfigError(
+                    f"{name}: expected less than the {self.epochs * updates} updates of the run, got "
+                    f"{getattr(self, name)}; lower it"
+                )
+        return decided.replaced(queue_length=queue)
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_queue(self.queue_length)
+
+
 class SwAV(base.Method):
     """SwAV.
 
     Args:
         backbone: Images to features.
         feature_dim: Dimension of the features.
-        hidden_dim: Width of the head's hidden layer; 0 for a linear head.
-        dim: Dimension of the embeddings.
-        prototypes: Number of prototypes of each prototype head, K; about ten times the number of classes.
-        temperature: τ of the prediction.
-        epsilon: Entropy weight of the codes; smaller against collapse.
-        sinkhorn_iterations: Alternations for the codes.
-        assign_crops: Numbers of the crops that codes are computed for.
-        freeze_prototypes_steps: First steps in which the prototypes do not move.
-        hard_assignment_steps: First steps in which a code is the one-hot of its largest entry.
-        queue_length: Embeddings of earlier batches, for each assign crop, that take part in the codes of a batch
-            (section 4, "small batches"); 0 for none. Used from when it is full.
-        queue_start_epoch: Epoch in which it begins to fill.
+        config: The options; without `auto`, see `Config.sized`.
     """
 
     name = "swav"
+    config: Config
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        hidden_dim: int,
-        dim: int,
-        prototypes: Sequence[int],
-        temperature: float,
-        epsilon: float,
-        sinkhorn_iterations: int,
-        assign_crops: Sequence[int],
-        freeze_prototypes_steps: int,
-        hard_assignment_steps: int,
-        queue_length: int,
-        queue_start_epoch: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = heads.projection(feature_dim, hidden_dim, dim)
-        self.prototypes = heads.PrototypeHeads(prototypes, dim)
-        self.queue = Queue(len(assign_crops), queue_length, dim)
+    def __init__(self, backbone: nn.Module, feature_dim: int, config: Config) -> None:
+        super().__init__(backbone, config)
+        assert config.queue_length != "auto"
+        self.head = heads.projection(feature_dim, config.hidden_dim, config.dim)
+        self.prototypes = heads.PrototypeHeads(config.counts, config.dim)
+        self.queue = Queue(len(config.assign_crops), config.queue_length, config.dim)
         self.epoch = 0  # no buffer: every step asks for it, and would wait for the GPU
-        self.temperature = temperature
-        self.epsilon = epsilon
-        self.sinkhorn_iterations = sinkhorn_iterations
-        self.assign_crops = tuple(assign_crops)
-        self.freeze_prototypes_steps = freeze_prototypes_steps
-        self.hard_assignment_steps = hard_assignment_steps
-        self.queue_length = queue_length
-        self.queue_start_epoch = queue_start_epoch
         self._hard = self._filling = self._use_queue = False
         self._new: list[Tensor] = []  # embeddings (A, B, D) that enter the queue after the step
 
@@ -121,15 +135,15 @@ class SwAV(base.Method):
 
     def before_step(self, step: int) -> None:
         """Freeze or normalise the prototypes; decide how the codes of this step are made."""
-        frozen = step < self.freeze_prototypes_steps
+        frozen = step < self.config.freeze_prototypes_steps
         for prototypes in self.prototypes:
             prototypes.requires_grad_(not frozen)
             if frozen:
                 prototypes.weight.grad = None
             else:
                 prototypes.normalise()
-        self._hard = step < self.hard_assignment_steps
-        self._filling = self.queue_length > 0 and self.epoch >= self.queue_start_epoch
+        self._hard = step < self.config.hard_assignment_steps
+        self._filling = self.queue.length > 0 and self.epoch >= self.config.queue_start_epoch
         self._use_queue = self._filling and self.queue.full()
         self._new.clear()
 
@@ -140,7 +154,7 @@ class SwAV(base.Method):
         embeddings = heads.unit_rows(self.head(base.by_resolution(self.backbone, views)))
         embeddings_V = base.by_view(embeddings.detach(), len(views))
         # One by one: a list of indices would be copied to a GPU, which makes the host wait.
-        assigned = torch.stack([embeddings_V[crop] for crop in self.assign_crops])
+        assigned = torch.stack([embeddings_V[crop] for crop in self.config.assign_crops])
         if self._filling:
             self._new.append(assigned)
         losses, parts = [], []
@@ -148,7 +162,7 @@ class SwAV(base.Method):
             scores = prototypes(embeddings).chunk(len(views))
             soft = self._codes(prototypes, scores)
             codes = {crop: harden(code) for crop, code in soft.items()} if self._hard else soft
-            losses.append(swapped_loss(scores, codes, temperature=self.temperature))
+            losses.append(swapped_loss(scores, codes, temperature=self.config.temperature))
             chance = math.log(len(prototypes))
             every_code = torch.cat(list(soft.values()))
             parts.append(
@@ -177,13 +191,15 @@ class SwAV(base.Method):
     def _codes(self, prototypes: heads.Prototypes, scores: Sequence[Tensor]) -> dict[int, Tensor]:
         """Codes of the batch for each assign crop, before any of them is made hard."""
         codes = {}
-        for number, crop in enumerate(self.assign_crops):
+        for number, crop in enumerate(self.config.assign_crops):
             # The queue holds embeddings: scores of today's prototypes with the embeddings of then. It is the same on
             # all processes, and each adds its share of it to the batch.
-            mine = distributed.share(self.queue_length)
+            mine = distributed.share(self.queue.length)
             earlier = [prototypes(self.queue.rows[number, mine])] if self._use_queue else []
             all_codes = sinkhorn.codes(
-                torch.cat([scores[crop], *earlier]), epsilon=self.epsilon, iterations=self.sinkhorn_iterations
+                torch.cat([scores[crop], *earlier]),
+                epsilon=self.config.epsilon,
+                iterations=self.config.sinkhorn_iterations,
             )
             codes[crop] = all_codes[: len(scores[crop])]
         return codes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,52 +15,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from deepclust import distributed, seeding
-from deepclust.errors import ConfigError, DataError, TrainingError
+from deepclust.errors import DataError, TrainingError
 from deepclust.methods.parts.base import Method
 from deepclust.models import features
 from deepclust.training import data, optim, resume, views
 from deepclust.training.checkpoint import restore_like
 
 Normalise = Callable[[Tensor], Tensor]
-PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the images.
-        batch_size: Images of an update, over all processes.
-        accumulate: Equal parts that a batch goes through the network in, one after the other, to need less memory.
-            Batch normalisation sees one part at a time.
-        precision: `float32`, or `bf16` or `fp16` for autocast where the device has it; see `effective_precision`.
-        optimiser: How the parameters move.
-        crops: Resolutions of the crops.
-        colour: Colour augmentation.
-        seed: Decides order, views and everything else that is random.
-
-    Raises:
-        ConfigError: If `accumulate` does not divide the batch, or there is no such precision.
-    """
-
-    epochs: int
-    batch_size: int
-    accumulate: int
-    precision: str
-    optimiser: optim.Optimiser
-    crops: Sequence[views.Crop]
-    colour: views.Colour
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}; "
-                "change one of them"
-            )
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+PRECISIONS: dict[optim.Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +70,7 @@ def _ignore_epoch(_: Epoch) -> None:
     """For callers that do not watch the epochs."""
 
 
-def effective_precision(precision: str, device: torch.device) -> str:
+def effective_precision(precision: optim.Precision, device: torch.device) -> optim.Precision:
     """The precision that a device really trains in.
 
     Half precision only on a GPU, bf16 only on one that computes in it: elsewhere autocast is slower than float32.
@@ -119,8 +85,9 @@ def effective_precision(precision: str, device: torch.device) -> str:
 def train(
     method: Method,
     images: NDArray[np.uint8],
-    recipe: Recipe,
     *,
+    seed: int,
+    precision: optim.Precision,
     normalise: Normalise,
     device: torch.device,
     on_step: Callable[[Step], None] = _ignore_step,
@@ -134,7 +101,8 @@ def train(
     Args:
         method: The method, on the device.
         images: (N, H, W, C) uint8.
-        recipe: How to train.
+        seed: Decides order, views and everything else that is random.
+        precision: `float32`, or `bf16` or `fp16` for autocast where the device has it; see `effective_precision`.
         normalise: Applied to crops (batch, C, S, S) in [0, 1] before the network sees them.
         device: Where to train.
         on_step: Called after every update.
@@ -152,57 +120,58 @@ def train(
         CheckpointError: If the state cannot be restored or saved.
         PreemptedError: If a process was told to stop; the state is saved then.
     """
-    own_rows = distributed.part(torch.arange(recipe.batch_size), recipe.accumulate)
+    config = method.config
+    own_rows = distributed.part(torch.arange(config.batch_size), config.accumulate)
     method.check(len(images))
     method.bind(len(images))
     distributed.synchronise(method)
     source = data.Images(images, device)
-    per_epoch = data.steps_per_epoch(len(source), recipe.batch_size)
+    per_epoch = data.steps_per_epoch(len(source), config.batch_size)
     schedule = optim.schedule(
-        recipe.optimiser, batch_size=recipe.batch_size, epochs=recipe.epochs, steps_per_epoch=per_epoch
+        config.optimiser, batch_size=config.batch_size, epochs=config.epochs, steps_per_epoch=per_epoch
     )
-    update = _Update(optim.build(recipe.optimiser, method.parameter_groups()), recipe, device)
+    update = _Update(method, precision, device)
 
     def embed(module: nn.Module) -> Tensor:
         module.eval()
         own = images[distributed.share(len(images))]
         result = features.extract(
-            lambda batch: module(normalise(batch)), own, batch_size=2 * recipe.batch_size, device=device
+            lambda batch: module(normalise(batch)), own, batch_size=2 * config.batch_size, device=device
         )
         module.train()
         return torch.from_numpy(result).to(device)
 
     keeper = resume.Keeper(saving, {"method": method, "update": update})
     step = first = keeper.restore()
-    for epoch in range(first // per_epoch, recipe.epochs):
+    for epoch in range(first // per_epoch, config.epochs):
         method.train()
         done = step % per_epoch  # above 0 where a run goes on inside an epoch, whose clusters are in its state
         if not done:
             try:
-                method.before_epoch(epoch, embed, seeding.derive(recipe.seed, "epoch", epoch))
+                method.before_epoch(epoch, embed, seeding.derive(seed, "epoch", epoch))
             except DataError as error:  # features that are not finite; the images were checked long ago
                 raise TrainingError(
                     f"before epoch {epoch}: {error}; lower optimiser.rate or lengthen the warm-up"
                 ) from error
         started, waiting = time.perf_counter(), 0.0
-        for batch in data.batches(len(source), recipe.batch_size, seed=recipe.seed, epoch=epoch, first_step=done):
+        for batch in data.batches(len(source), config.batch_size, seed=seed, epoch=epoch, first_step=done):
             asked = time.perf_counter()
             indices = batch[own_rows]
             crops = views.multi_crop(
                 source.batch(indices),
-                crops=recipe.crops,
-                colour=recipe.colour,
-                generator=seeding.Part(seeding.generator(recipe.seed, "views", step), own_rows, recipe.batch_size),
+                crops=config.crops,
+                colour=config.colour,
+                generator=seeding.Part(seeding.generator(seed, "views", step), own_rows, config.batch_size),
             )
             waiting += time.perf_counter() - asked
             rate = optim.set_rate(update.optimiser, schedule, step)
             method.before_step(step)
-            with seeding.seeded(recipe.seed, "network", step, distributed.rank()):  # dropout, where a backbone has it
+            with seeding.seeded(seed, "network", step, distributed.rank()):  # dropout, where a backbone has it
                 loss, norm, logged, wishes = update.prepare(
                     method,
                     [normalise(crop) for crop in crops],
                     indices,
-                    seeding.generator(recipe.seed, "method", step),
+                    seeding.generator(seed, "method", step),
                     keeper.wishes(step),
                 )
             update.check(loss, norm, where=f"step {step} of epoch {epoch}", rate=rate)
@@ -213,23 +182,24 @@ def train(
             if step % per_epoch:
                 keeper.after(step - 1, wishes)
         with distributed.together():
-            images_done = (per_epoch - done) * recipe.batch_size
+            images_done = (per_epoch - done) * config.batch_size
             on_epoch(Epoch(epoch, time.perf_counter() - started, waiting, images_done))
         keeper.after(step - 1, wishes)
     return step
 
 
 class _Update:
-    """From a batch to gradients and from these to an update, in parts and in the precision that the recipe wants."""
+    """From a batch to gradients and from these to an update, in parts and in the precision that is wanted."""
 
-    def __init__(self, optimiser: torch.optim.Optimizer, recipe: Recipe, device: torch.device) -> None:
-        self.optimiser = optimiser
-        self._parts = recipe.accumulate
-        precision = effective_precision(recipe.precision, device)
+    def __init__(self, method: Method, precision: optim.Precision, device: torch.device) -> None:
+        config = method.config
+        self.optimiser = optim.build(config.optimiser, method.parameter_groups())
+        self._parts = config.accumulate
+        precision = effective_precision(precision, device)
         # What is switched off passes everything through, bit for bit: autocast, the scaler, and an infinite norm.
         self._autocast = torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "float32")
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._largest_norm = math.inf if recipe.optimiser.clip_norm is None else recipe.optimiser.clip_norm
+        self._largest_norm = math.inf if config.optimiser.clip_norm is None else config.optimiser.clip_norm
 
     def prepare(
         self, method: Method, crops: list[Tensor], indices: Tensor, generator: torch.Generator, wishes: Tensor

@@ -3,59 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from timm.optim.lars import Lars
 
-from deepclust.errors import ConfigError
+from deepclust.config import BY_NAME, Config, Flag, Fraction, NotNegative, Positive, Share, config
 
+Precision = Literal["float32", "bf16", "fp16"]
 RATE_BATCH = 256  # images of the update that a stated rate is for
-_EPSILON = 1e-8  # keeps the local rate of LARS finite
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """How the parameters move.
+@config
+class OptimiserConfig(Config):
+    """What all optimisers share: for each step, a rate of a linear warm-up and then of a cosine."""
 
-    Attributes:
-        name: `sgd`, `lars`, `larc` or `adamw`.
-        rate: Learning rate after the warm-up for an update on 256 images; scaled linearly with the batch size
-            (arXiv 1706.02677, section 2.1).
-        weight_decay: Weight decay; decoupled in AdamW, part of the gradient elsewhere.
-        decay_norm_and_bias: Whether parameters of one dimension (norms, biases) decay too. If not, LARS and LARC do
-            not adapt their rate either.
-        clip_norm: Largest norm of the whole gradient; None leaves it as it is.
-        warmup_epochs: Length of the linear warm-up.
-        final_rate: Share of the rate that the cosine ends at.
-        options: The optimiser's own: `momentum` (sgd); `momentum`, `trust` (lars, larc); `betas` (adamw).
+    rate: Positive = 0.05
+    """Learning rate after the warm-up, for 256 images an update; scaled linearly by batch_size (arXiv 1706.02677)."""
+    weight_decay: NotNegative = 1e-4
+    """Weight decay; decoupled in AdamW, part of the gradient elsewhere."""
+    decay_norm_and_bias: Flag = True
+    """Whether parameters of one dimension decay too; if not, LARS and LARC do not adapt their rate either."""
+    clip_norm: Positive | None = None
+    """Largest norm of the whole gradient; null leaves it as it is."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs of a linear warm-up."""
+    final_rate: Share = 0.0
+    """Share of the rate that the cosine ends at."""
 
-    Raises:
-        ConfigError: If there is no such optimiser, or its options are not exactly those it has.
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """torch's optimiser over groups that each state their weight decay."""
+        raise NotImplementedError
+
+
+@config
+class SGD(OptimiserConfig):
+    """SGD with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    """Which optimiser."""
+    momentum: Fraction = 0.9
+    """Share of the last step that is kept."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """See the base class."""
+        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)
+
+
+@config
+class LARS(OptimiserConfig):
+    """SGD with a trust ratio for each parameter (arXiv 1708.03888); LARC's never exceeds SGD's own rate.
+
+    The global rate is outside the momentum buffer, as in torch's SGD and unlike the paper's algorithm 1.
     """
 
-    name: str
-    rate: float
-    weight_decay: float
-    decay_norm_and_bias: bool
-    clip_norm: float | None
-    warmup_epochs: float
-    final_rate: float
-    options: Mapping[str, Any]
+    name: Literal["lars", "larc"] = "lars"
+    """Which optimiser."""
+    momentum: Fraction = 0.9
+    """Share of the last step that is kept."""
+    trust: Positive = 0.001
+    """Trust coefficient η."""
 
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMISERS:
-            raise ConfigError(f"optimiser.name: expected one of {', '.join(OPTIMISERS)}; got {self.name!r}")
-        _, expected = OPTIMISERS[self.name]
-        if set(self.options) != expected:
-            raise ConfigError(
-                f"optimiser: {self.name} takes {', '.join(sorted(expected))}; "
-                f"got {', '.join(sorted(self.options)) or 'nothing'}; state exactly these"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ConfigError(f"optimiser.clip_norm: expected a positive norm, or null for none; got {self.clip_norm}")
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """See the base class."""
+        clip = self.name == "larc"
+        made: torch.optim.Optimizer = Lars(
+            groups, lr=0.0, momentum=self.momentum, trust_coeff=self.trust, trust_clip=clip
+        )
+        return made
+
+
+@config
+class AdamW(OptimiserConfig):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    """Which optimiser."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """See the base class."""
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas)
+
+
+Optimiser = Annotated[SGD | LARS | AdamW, BY_NAME]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +116,7 @@ class Schedule:
         return low + (self.rate - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def schedule(settings: Optimiser, *, batch_size: int, epochs: int, steps_per_epoch: int) -> Schedule:
+def schedule(settings: OptimiserConfig, *, batch_size: int, epochs: int, steps_per_epoch: int) -> Schedule:
     """The schedule of a run whose updates are on `batch_size` images."""
     return Schedule(
         rate=settings.rate * batch_size / RATE_BATCH,
@@ -102,104 +135,23 @@ def set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int) ->
     return rate
 
 
-def build(settings: Optimiser, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build(settings: OptimiserConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser over a method's parameter groups; `set_rate` gives it its rate.
 
     Args:
         settings: What to build.
         groups: `params`, and `constant_rate: True` where the group keeps the schedule's rate without its decline.
     """
-    constructor, _ = OPTIMISERS[settings.name]
-    split = [part for group in groups for part in _by_decay({"constant_rate": False, **group}, settings)]
-    return constructor(split, lr=0.0, **settings.options)
+    return settings.build([part for group in groups for part in _by_decay({"constant_rate": False, **group}, settings)])
 
 
-def _by_decay(group: dict[str, Any], settings: Optimiser) -> list[dict[str, Any]]:
+def _by_decay(group: dict[str, Any], settings: OptimiserConfig) -> list[dict[str, Any]]:
+    """Norms and biases apart where they do not decay; `always_adapt` is read by LARS and LARC alone."""
     parameters = list(group["params"])
-    plain = [] if settings.decay_norm_and_bias else [p for p in parameters if p.ndim <= 1]
-    decayed = parameters if settings.decay_norm_and_bias else [p for p in parameters if p.ndim > 1]
+    plain = [] if settings.decay_norm_and_bias else [parameter for parameter in parameters if parameter.ndim <= 1]
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1] if plain else parameters
     parts = [
-        {**group, "params": decayed, "weight_decay": settings.weight_decay, "adapted": True},
-        {**group, "params": plain, "weight_decay": 0.0, "adapted": False},
+        {**group, "params": decayed, "weight_decay": settings.weight_decay, "always_adapt": True},
+        {**group, "params": plain, "weight_decay": 0.0, "always_adapt": False},
     ]
     return [part for part in parts if part["params"]]
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum and a local rate for each parameter tensor (LARS, arXiv 1708.03888).
-
-    Unlike the paper's algorithm 1, and like torch's SGD, the global rate is outside the momentum buffer.
-
-    The local rate trust · ‖w‖ / (‖g‖ + weight_decay · ‖w‖) multiplies g + weight_decay · w before the momentum. Where
-    ‖w‖ or ‖g‖ is zero, and in groups with `adapted: False`, it is 1. Parameters without gradient stay as they are.
-
-    Args:
-        params: Parameters or groups.
-        lr: Global learning rate.
-        momentum: Share of the last step that is kept.
-        trust: The trust coefficient, η.
-        weight_decay: Of groups that do not state their own.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        momentum: float,
-        trust: float,
-        weight_decay: float = 0.0,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay, "adapted": True}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one update."""
-        assert closure is None, "a closure is not supported"
-        for group in self.param_groups:
-            moving = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
-            if moving:
-                self._step([parameter for parameter, _ in moving], [gradient for _, gradient in moving], group)
-
-    def _step(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        if group["adapted"]:
-            # The norms stay on the device: one vector for all tensors, no synchronisation for any.
-            weight_norms = torch.stack(torch._foreach_norm(parameters))
-            gradient_norms = torch.stack(torch._foreach_norm(gradients))
-            local = group["trust"] * weight_norms
-            local = local / (gradient_norms + group["weight_decay"] * weight_norms + _EPSILON)
-            local = torch.where((weight_norms > 0) & (gradient_norms > 0), self._limited(local, group["lr"]), 1.0)
-            torch._foreach_mul_(updates, list(local.unbind()))
-        torch._foreach_add_(parameters, self._with_momentum(parameters, updates, group["momentum"]), alpha=-group["lr"])
-
-    def _limited(self, local: Tensor, rate: float) -> Tensor:
-        return local
-
-    def _with_momentum(
-        self, parameters: list[Tensor], updates: list[Tensor] | tuple[Tensor, ...], momentum: float
-    ) -> list[Tensor]:
-        new = [parameter for parameter in parameters if "momentum_buffer" not in self.state[parameter]]
-        for parameter in new:
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, updates)
-        return buffers
-
-
-class LARC(LARS):
-    """LARS whose local rate, times the global one, never exceeds the latter: min(local / lr, 1) in place of local."""
-
-    def _limited(self, local: Tensor, rate: float) -> Tensor:
-        return (local / rate).clamp(max=1.0)
-
-
-OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], set[str]]] = {
-    "sgd": (torch.optim.SGD, {"momentum"}),
-    "lars": (LARS, {"momentum", "trust"}),
-    "larc": (LARC, {"momentum", "trust"}),
-    "adamw": (torch.optim.AdamW, {"betas"}),
-}
-"""Constructor and options of each optimiser."""

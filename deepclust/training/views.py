@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deepclust.config import Config, Count, Positive, Share, Turn, config
 from deepclust.models.features import to_float
 from deepclust.seeding import Part, uniform
 
@@ -27,28 +27,52 @@ _GREY = (0.299, 0.587, 0.114)
 _BLUR_SIGMA = (0.1, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crop:
-    """`count` random crops: area share in `scale`, width to height in `ratio`, resized to `size` pixels."""
+@config
+class Crop(Config):
+    """Random resized crops of one resolution."""
 
-    count: int
-    size: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    count: Count = 2
+    """How many of each image."""
+    size: Positive = 1.0
+    """Side after resizing: whole pixels, or a share of the image's side if at most 1."""
+    scale: tuple[Share, Share] = (0.2, 1.0)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Smallest and largest width to height."""
+
+    def _check(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be [low, high] with 0 < low <= high, got {list(self.scale)}")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"ratio must be [low, high] with low <= high, got {list(self.ratio)}")
+        if self.size > 1 and self.size != int(self.size):
+            raise ValueError(f"size must be whole pixels, or a share of at most 1; got {self.size}")
+
+    def pixels(self, image_size: int) -> int:
+        """Side of the crop for images of `image_size` pixels; a share is rounded, and at least 8 pixels."""
+        return int(self.size) if self.size > 1 else max(8, round(self.size * image_size))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Colour:
-    """Probabilities of flip, jitter, grey and blur; the jitter's strengths, as in torchvision's ColorJitter."""
+@config
+class Colour(Config):
+    """Flip and colour augmentation: probabilities, and the strengths of torchvision's ColorJitter."""
 
-    flip: float
-    jitter: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grey: float
-    blur: float
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    jitter: Share = 0.8
+    """Probability of the colour jitter."""
+    brightness: Share = 0.4
+    """Strength: factors within 1 ± this."""
+    contrast: Share = 0.4
+    """Strength: factors within 1 ± this."""
+    saturation: Share = 0.4
+    """Strength: factors within 1 ± this."""
+    hue: Turn = 0.1
+    """Strength: shifts within ± this share of a turn."""
+    grey: Share = 0.2
+    """Probability of a grey image."""
+    blur: Share = 0.5
+    """Probability of a Gaussian blur."""
 
 
 def multi_crop(
@@ -73,7 +97,7 @@ def _view(images: Tensor, crop: Crop, colour: Colour, generator: torch.Generator
     batch, _, height, width = images.shape
     boxes = random_boxes(batch, height=height, width=width, scale=crop.scale, ratio=crop.ratio, generator=generator)
     flips = uniform(batch, generator=generator) < colour.flip
-    view = resample(images, boxes, flips, size=crop.size)
+    view = resample(images, boxes, flips, size=crop.pixels(height))
     view = _jitter(view, colour, generator)
     if colour.blur > 0:
         view = _blur(view, colour.blur, generator)

@@ -22,10 +22,11 @@ from torch import Tensor
 from deepclust import seeding
 from deepclust.adaptation import measuring, shifts
 from deepclust.adaptation.normalisation import align_statistics
+from deepclust.config import Config
 from deepclust.models.devices import default_device
 from deepclust.models.features import to_float
 from tasks.adapt import classifiers, domains
-from tasks.shared.operations.params import adapt, schema
+from tasks.shared.operations.params import schema
 from tasks.shared.outputs import prepared, stage
 
 SOURCE_IMAGES = 1024  # training images, without their labels, that tell statistics and confidence without a shift
@@ -164,7 +165,7 @@ def run(
     kind: str,
     met: Sequence[shifts.Shift],
     source_images: Sequence[Tensor],
-    values: adapt.Adapt,
+    values: schema.Adapt,
     long_tables: Mapping[str, LongTable],
     *,
     seed: int,
@@ -204,9 +205,9 @@ def run(
     return parts, not_applicable
 
 
-def options_of(values: adapt.Adapt) -> dict[str, dict[str, Any]]:
+def options_of(values: schema.Adapt) -> dict[str, Config]:
     """Options of each adapter that the parameters name."""
-    return {name: getattr(values, name).model_dump() if hasattr(values, name) else {} for name in values.adapters}
+    return {name: values.adapter(name) for name in values.adapters}
 
 
 def _setting(

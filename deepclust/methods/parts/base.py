@@ -1,4 +1,4 @@
-"""The contract of a pretraining method: a loss, parameter groups, a check and four hooks with empty defaults."""
+"""The contract of a pretraining method: options, a loss, parameter groups, a check, and hooks with empty defaults."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deepclust import distributed
+from deepclust.errors import ConfigError
+from deepclust.methods.parts.options import TrainedConfig
 
 Embed = Callable[[nn.Module], Tensor]
 """Applies a module to the centre view of this process's share of the training images, in eval mode and in order."""
@@ -25,10 +27,21 @@ class Method(nn.Module, ABC):
     Attributes:
         name: The method's in params.yaml, and its file's.
         backbone: Images (batch, C, H, W), normalised, to features; the encoder that pretraining is for.
+        config: The options, without `auto`.
     """
 
     name: ClassVar[str] = ""
     backbone: nn.Module
+    config: TrainedConfig
+
+    def __init__(self, backbone: nn.Module, config: TrainedConfig) -> None:
+        super().__init__()
+        undecided = [name for name, value in vars(config).items() if value == "auto"]
+        if undecided:
+            raise ConfigError(
+                f"{', '.join(undecided)}: expected a number, got 'auto'; let the data decide it by config.sized(…)"
+            )
+        self.backbone, self.config = backbone, config
 
     @abstractmethod
     def loss(

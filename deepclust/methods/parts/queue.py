@@ -32,14 +32,19 @@ class Queue(nn.Module):
         """Take over `pushed`."""
         self.pushed = int(state)
 
+    @property
+    def length(self) -> int:
+        """Number of places."""
+        return self.rows.shape[-2]
+
     def full(self) -> bool:
         """Whether as many rows were pushed as there are places."""
-        return self.pushed >= self.rows.shape[-2]
+        return self.pushed >= self.length
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
         """Put rows (*shape, count, D) in the places of the oldest."""
-        length, count = self.rows.shape[-2], rows.shape[-2]
+        length, count = self.length, rows.shape[-2]
         assert count <= length, f"a batch of {count} rows is longer than the queue of {length}"
         places = (self.pushed + torch.arange(count, device=self.rows.device)) % length
         self.rows.index_copy_(-2, places, rows)

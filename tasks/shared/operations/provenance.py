@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepclust.config import as_dict
 from tasks.shared.operations.params import read
 from tasks.shared.operations.params.schema import Params
 from tasks.shared.outputs import layout
@@ -123,9 +124,11 @@ def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, s
     """A stage's parameters, flat; without the section's own name, so that methods line up in a comparison."""
     if stage == "pretrain":
         assert encoder
-        own = params.method(encoder).model_dump(mode="json")
-        return flatten({"seed": params.seed} | params.pretrain.shared.model_dump(mode="json") | own)
-    everything = params.model_dump(mode="json")
+        own = {"method": params.method(encoder)} | as_dict(params.options(encoder))
+        shared = params.pretrain.shared  # its blocks are in each encoder's options
+        network = {name: getattr(shared, name) for name in ("backbone", "stem", "precision")}
+        return flatten({"seed": params.seed} | network | own)
+    everything = params.resolved()
     if stage == "report":
         return flatten({"seed": params.seed, "encoders": everything["encoders"]} | everything["report"])
     seed = {"seed": params.seed} if stage in _SEEDED else {}
@@ -134,10 +137,7 @@ def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, s
 
 def all_params(params: Params) -> dict[str, str]:
     """Every parameter with its dotted path in params.yaml; of the encoders, those that run."""
-    everything = params.model_dump(mode="json")
-    sections = everything["pretrain"].pop("encoders")
-    everything["pretrain"] |= {name: sections[name] for name in params.encoders}
-    return flatten(everything)
+    return flatten(params.resolved(params.encoders))
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,8 @@ from torch import nn
 from deepclust import seeding
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
-from deepclust.methods.deepcluster_v2 import DeepClusterV2, assignment_loss
+from deepclust.methods.deepcluster_v2 import Config, DeepClusterV2, assignment_loss
+from deepclust.training.views import Crop
 from tests.deepclust.methods.toys import Array, backbone, embedder, exact_rows, log_softmax, normal, update
 
 IMAGES = 26
@@ -20,16 +21,14 @@ IMAGES = 26
 def toy(seed: int = 0, **changes: object) -> DeepClusterV2:
     torch.manual_seed(seed)
     options = {
+        "crops": [Crop(count=4)],
         "hidden_dim": 0,
         "dim": 6,
         "prototypes": [5, 8, 4],
-        "temperature": 0.1,
         "assign_crops": [2, 0],
         "kmeans_iterations": 10,
-        "kmeans_engine": "faiss",
-        "kmeans_restarts": 1,
     }
-    method = DeepClusterV2(backbone(norm=True), 8, **(options | changes))  # type: ignore[arg-type]
+    method = DeepClusterV2(backbone(norm=True), 8, Config(**(options | changes)))  # type: ignore[arg-type]
     method.bind(IMAGES)
     return method
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepclust.errors import ConfigError
-from deepclust.methods.moco import MoCo
+from deepclust.methods.moco import Config, MoCo
 from deepclust.methods.parts.momentum_contrast import info_nce
 from tests.deepclust.methods.toys import Array, as_sets, backbone, exact_rows, normal, unit, update
 
@@ -21,10 +21,10 @@ def toy(seed: int = 0, **changes: object) -> MoCo:
         "dim": 6,
         "key_momentum": 0.9,
         "queue_length": 24,
-        "temperature": 0.2,
         "key_groups": 1,
+        "batch_size": 12,
     }
-    return MoCo(backbone(norm=True), 8, **(options | changes))  # type: ignore[arg-type]
+    return MoCo(backbone(norm=True), 8, Config(**(options | changes)))  # type: ignore[arg-type]
 
 
 def plain_info_nce(queries: Array, keys: Array, queue: Array, temperature: float) -> float:

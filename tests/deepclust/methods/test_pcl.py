@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
-from deepclust.methods.pcl import PCL, proto_nce
+from deepclust.methods.pcl import PCL, Config, proto_nce
 from tests.deepclust.clustering.test_kmeans import plain_concentration
 from tests.deepclust.methods.toys import Array, backbone, embedder, exact_rows, log_softmax, normal, unit, update
 
@@ -23,19 +23,14 @@ def toy(seed: int = 0, **changes: object) -> PCL:
         "dim": 6,
         "key_momentum": 0.9,
         "queue_length": 24,
-        "temperature": 0.2,
         "key_groups": 1,
+        "batch_size": 12,
         "clusters": [20, 30],
         "negatives": 8,
         "warmup_epochs": 1,
         "kmeans_iterations": 5,
-        "kmeans_engine": "faiss",
-        "kmeans_restarts": 1,
-        "kmeans_every": 1,
-        "kmeans_warm_start": False,
-        "spherical": False,
     }
-    method = PCL(backbone(norm=True), 8, **(options | changes))  # type: ignore[arg-type]
+    method = PCL(backbone(norm=True), 8, Config(**(options | changes)))  # type: ignore[arg-type]
     method.bind(IMAGES)
     return method
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deepclust.errors import ConfigError
-from deepclust.methods.simsiam import SimSiam, symmetric_loss
+from deepclust.methods.simsiam import Config, SimSiam, symmetric_loss
 from deepclust.models import backbones
 from tests.deepclust.methods.toys import Array, backbone, normal
 
@@ -20,10 +20,8 @@ def toy(seed: int = 0, body: nn.Module | None = None, **changes: object) -> SimS
         "dim": 10,
         "projector_layers": 2,
         "predictor_dim": 4,
-        "constant_predictor_rate": True,
-        "zero_init_residual": False,
     }
-    return SimSiam(body or backbone(), 8, **(options | changes))  # type: ignore[arg-type]
+    return SimSiam(body or backbone(), 8, Config(**(options | changes)))  # type: ignore[arg-type]
 
 
 def cosines(left: Array, right: Array) -> float:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deepclust.methods.parts import heads
-from deepclust.methods.swav import SwAV, harden, swapped_loss
+from deepclust.methods.swav import Config, SwAV, harden, swapped_loss
+from deepclust.training.views import Crop
 from tests.deepclust.methods.parts.test_sinkhorn import plain_sinkhorn
 from tests.deepclust.methods.toys import Array, as_sets, backbone, embedder, exact_rows, log_softmax, normal, update
 
@@ -18,19 +19,16 @@ BATCH = 12
 def toy(seed: int = 0, **changes: object) -> SwAV:
     torch.manual_seed(seed)
     options = {
+        "batch_size": BATCH,
+        "crops": [Crop(count=4)],
         "hidden_dim": 0,
         "dim": 6,
         "prototypes": [10],
-        "temperature": 0.1,
-        "epsilon": 0.05,
-        "sinkhorn_iterations": 3,
-        "assign_crops": [0, 1],
         "freeze_prototypes_steps": 0,
-        "hard_assignment_steps": 0,
         "queue_length": 0,
         "queue_start_epoch": 0,
     }
-    return SwAV(backbone(), 8, **(options | changes))  # type: ignore[arg-type]
+    return SwAV(backbone(), 8, Config(**(options | changes)))  # type: ignore[arg-type]
 
 
 def crops(count: int = 4, batch: int = BATCH, seed: int = 1) -> list[torch.Tensor]:

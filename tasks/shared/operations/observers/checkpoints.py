@@ -129,15 +129,14 @@ class Run:
 def fingerprint(here: stage.Here) -> dict[str, str]:
     """All that defines a run of `pretrain`, in named parts."""
     assert here.encoder
-    section = here.params.method(here.encoder)
-    shared = here.params.pretrain.shared
-    parameters = {"seed": here.params.seed, "shared": shared.model_dump(), "section": section.model_dump()}
+    method = here.params.method(here.encoder)
+    parameters = provenance.stage_params("pretrain", here.encoder, here.params)
     return {
-        "method": section.method,
+        "method": method,
         "parameters": _sha(parameters),
         "data": _sha([prepared.meta()["content_hash"], prepared.statistics()]),
         # The observers' state is saved too, so they have to be able to read it.
-        "code": provenance.code_hash(*provenance.code_deps("pretrain", section.method), *_OBSERVERS),
+        "code": provenance.code_hash(*provenance.code_deps("pretrain", method), *_OBSERVERS),
     }
 
 

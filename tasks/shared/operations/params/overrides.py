@@ -136,7 +136,7 @@ def _edit(path: Path, change: Callable[[Any], None], *, write: bool, whole: bool
     """The change as a diff, and the parameters after it; everything is checked before anything is written."""
     params.read(path)  # a missing or broken file is reported in the usual words
     before = path.read_text(encoding="utf-8")
-    yaml = _round_trip()
+    yaml = round_trip()
     document = yaml.load(before)
     earlier = document.get("encoders")
     change(document)
@@ -170,7 +170,7 @@ def _with_old_gaps(before: str, after: str) -> str:
     return "".join(new)
 
 
-def _round_trip() -> YAML:
+def round_trip() -> YAML:
     """A YAML reader and writer that leaves every line as it is that it need not change."""
     yaml = YAML(typ="rt")  # keeps comments, and constructs no Python objects
     yaml.preserve_quotes = True
@@ -188,7 +188,7 @@ def _set(document: Any, override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"expected an override like pretrain.swav.epochs=5, got {override!r}")
     try:
-        value = _round_trip().load(text)
+        value = round_trip().load(text)
     except YAMLError as error:
         raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
     *parents, last = dotted.split(".")

@@ -1,83 +1,251 @@
-"""What params.yaml may say: one frozen class a section. `tasks.params` reads them.
+"""All of params.yaml, one class a section.
 
-No field has a default: params.yaml is the whole statement of a run, and DVC tracks it by value.
+The options of methods and adapters stand in the `Config` of each one's file, and are read only when they are asked for:
+so a stage loads no code that cannot change its outputs. `Params.check` reads them all.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from deepclust.errors import ConfigError
-from tasks.shared.operations.params.adapt import Adapt
-from tasks.shared.operations.params.fields import (
+from deepclust.config import (
+    AtLeastTen,
     Auto,
+    Config,
     Count,
-    EncoderName,
     Flag,
+    Name,
     Natural,
+    NotEmpty,
+    NotNegative,
+    Pixels,
     Positive,
-    Section,
+    SetShare,
+    Several,
+    Severity,
     Share,
+    as_dict,
+    config,
     hint,
+    parse,
 )
-from tasks.shared.operations.params.pretrain import Method, MethodName, Pretrain
+from deepclust.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepclust.methods.parts.options import Shared
+
+_C = TypeVar("_C", bound=Config)
 
 
-class Data(Section):
+@config
+class Data(Config):
     """What `prepare` makes the arrays from."""
 
     source: Literal["FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10", "folder"]
+    """Name of a published data set, or folder."""
     folder: str
-    image_size: Annotated[int, Field(strict=True, ge=8, le=1024)] | Auto
+    """The images, where source is folder; a DVC dependency in any case."""
+    image_size: Pixels | Auto
+    """Pixels of a side; auto: the data set's own, for a folder the median shorter side, at most 64."""
     resize: Literal["crop", "pad", "stretch"]
+    """crop: shorter side to image_size, then the centre; pad: the whole image on black; stretch."""
     colour: Literal["grey", "rgb", "auto"]
-    test_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
-    heldout_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    """grey, rgb, or auto: rgb as soon as one image has colour."""
+    test_fraction: SetShare
+    """Share of a folder without a test folder that is drawn, per class, for test."""
+    heldout_fraction: SetShare
+    """Share of the labelled training images that recipes and champions are chosen on."""
     max_skipped: Share
+    """Share of unreadable files above which preparing fails."""
     max_pixels: Count
+    """An image with more pixels is skipped unread."""
 
 
-class Embed(Section):
+@config
+class Checkpoint(Config):
+    """How often an unfinished run's state is saved."""
+
+    every_steps: Count | None
+    """Updates between two states."""
+    every_seconds: Positive | None
+    """Seconds between two states."""
+    keep: Count
+    """How many states are kept."""
+
+
+@config
+class _WithSections(Config):
+    """Options beside sections that are read when asked for."""
+
+    sections: dict[str, Any]
+    """The sections as they stand in the file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        own = {field.name for field in dataclasses.fields(cls)} - {"sections"}
+        return {name: value[name] for name in own if name in value} | {
+            "sections": {name: section for name, section in value.items() if name not in own}
+        }
+
+    def own(self) -> dict[str, Any]:
+        """The options without the sections, as plain values."""
+        return {name: value for name, value in as_dict(self).items() if name != "sections"}
+
+    def section(self, name: str, kind: type[_C], path: str) -> _C:
+        """A section, with what it does not state from `shared`. Raises: ConfigError."""
+        stated, shared = self.sections.get(name, {}), self.sections.get("shared", {})
+        blocks = kind.inherits
+        return parse(kind, _merged({key: shared[key] for key in blocks if key in shared}, stated), f"{path}.{name}")
+
+
+@config
+class Pretrain(_WithSections):
+    """How pretraining runs; its sections are `shared`, and one for each encoder."""
+
+    watchdog: Literal["warn", "stop"]
+    """What happens when training collapses or diverges; docs/methods/watchdog.md says how it is judged."""
+    resume: Literal["auto", "require", "never"]
+    """Whether a run that was cut off goes on: auto, if there is one; require, or refuse; never, begin anew."""
+    checkpoint: Checkpoint
+    """How often an unfinished run's state is saved."""
+
+    def encoders(self) -> list[str]:
+        """Names of the encoders' sections."""
+        return [name for name in self.sections if name != "shared"]
+
+    @cached_property
+    def shared(self) -> Shared:
+        """What all encoders have in common. Raises: ConfigError."""
+        from deepclust.methods.parts.options import Shared
+
+        return parse(Shared, self.sections.get("shared", {}), "pretrain.shared")
+
+
+@config
+class Embed(Config):
     """Feature extraction."""
 
     batch_size: Count
+    """Images that go through the network at once."""
 
 
-class Cluster(Section):
+@config
+class Cluster(Config):
     """k-means on the embeddings."""
 
-    k: Annotated[int, Field(strict=True, ge=2)] | Auto
-    other_k: tuple[Annotated[int, Field(strict=True, ge=2)], ...]
+    k: Several | Auto
+    """The primary k; auto: the number of classes, without labels sqrt(images / 2), at most 100."""
+    other_k: tuple[Several, ...]
+    """Further numbers of clusters to measure."""
     seeds: Count
+    """How often k-means is fitted; metrics are means, the clusters shown are those of the lowest inertia."""
     iterations: Count
+    """Most Lloyd iterations."""
     engine: Literal["faiss", "torch"]
+    """What searches for the nearest centroids; torch also stands in where faiss is not installed."""
     normalise: Flag
-    silhouette_images: Annotated[int, Field(strict=True, ge=10)]
+    """Whether features are brought to unit length first."""
+    silhouette_images: AtLeastTen
+    """Images that the silhouette is computed on."""
     gallery_images: Count
+    """The most central images of each cluster on its contact sheet."""
 
 
-class Linear(Section):
+@config
+class Linear(Config):
     """kNN and the linear classifier."""
 
-    neighbours: Annotated[tuple[Count, ...], Field(min_length=1)]
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    weight_decays: Annotated[tuple[Annotated[float, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+    neighbours: Annotated[tuple[Count, ...], NotEmpty]
+    """Numbers of neighbours of kNN to measure."""
+    temperatures: Annotated[tuple[Positive, ...], NotEmpty]
+    """Temperatures of its weights to measure."""
+    weight_decays: Annotated[tuple[NotNegative, ...], NotEmpty]
+    """Weight decays of the classifier; the best on the held-out images is used."""
     iterations: Count
+    """Most L-BFGS iterations."""
 
 
-class Report(Section):
+@config
+class Adapt(_WithSections):
+    """Test-time adaptation to shifted streams; its sections are `shared`, `fine_tune`, and one for each adapter."""
+
+    classifiers: Annotated[tuple[Literal["linear", "fine_tuned", "clusters"], ...], NotEmpty]
+    """linear; fine_tuned: that, the whole network trained on the labels; clusters: needs no labels."""
+    adapters: Annotated[tuple[str, ...], NotEmpty]
+    """Which adapters are measured; source is always among them."""
+    guard: Flag
+    """Whether each adapter is measured a second time, with a fallback to bn and source."""
+    align: Flag
+    """Whether BatchNorm's running statistics become those of plain training images first."""
+    settings: Annotated[tuple[Literal["reset", "continual", "mixed", "correlated"], ...], NotEmpty]
+    """How shifts and classes follow one another."""
+    batch_sizes: Annotated[tuple[Count, ...], NotEmpty]
+    """Images that are met at once."""
+    corruptions: tuple[str, ...]
+    """Corruptions of the test images."""
+    severities: Annotated[tuple[Severity, ...], NotEmpty]
+    """Strengths of each corruption, 1 to 5."""
+    domains: str
+    """A folder domain/class/images that is met as it is; a DVC dependency in any case."""
+    images: Count
+    """Most test images of each shift."""
+
+    def _check(self) -> None:
+        # Twice the same would count double in every mean.
+        for name in ("classifiers", "adapters", "settings", "batch_sizes", "corruptions", "severities"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be distinct, got {list(values)}")
+
+    def adapter(self, name: str) -> Config:
+        """The options of an adapter, or of `fine_tune`. Raises: ConfigError."""
+        from deepclust.adaptation import ADAPTERS, fine_tuning
+
+        kind = fine_tuning.Config if name == "fine_tune" else ADAPTERS[name].config_class
+        options: Config = self.section(name, kind, "adapt")
+        return options
+
+    def check(self) -> None:
+        """Read every section, and compare names with what there is. Raises: ConfigError."""
+        from deepclust.adaptation import ADAPTERS
+        from deepclust.adaptation.base import LearnerConfig
+        from deepclust.corruptions import CORRUPTIONS
+
+        names = [name for name in ADAPTERS if name != "source"] + ["fine_tune"]
+        for name in {"shared", *self.sections}.difference(names, ["shared"]):
+            raise ConfigError(f"adapt.{name}: unknown parameter{hint(name, [*names, *self.own()])}")
+        _check_names("adapt.adapters", self.adapters, ADAPTERS)
+        _check_names("adapt.corruptions", self.corruptions, CORRUPTIONS)
+        if "shared" in self.sections:
+            parse(LearnerConfig, self.sections["shared"], "adapt.shared")
+        for name in names:
+            self.adapter(name)
+
+
+@config
+class Report(Config):
     """The comparison."""
 
-    map_images: Annotated[int, Field(strict=True, ge=10)]
+    map_images: AtLeastTen
+    """Images on each map."""
 
 
-class Params(Section):
+@config
+class Params(Config):
     """All of params.yaml."""
 
     seed: Natural
-    encoders: Annotated[dict[EncoderName, MethodName], Field(min_length=1)]
+    """Decides everything that is random."""
+    encoders: Annotated[dict[Name, str], NotEmpty]
+    """The encoders that go through the stages, each with its method."""
     data: Data
     pretrain: Pretrain
     embed: Embed
@@ -88,46 +256,83 @@ class Params(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_methods(cls, value: Any) -> Any:
-        """An encoder's method stands in `encoders`, where dvc.yaml finds it; its section is read as that method's."""
-        if not isinstance(value, dict):
-            return value
-        encoders, pretrain = value.get("encoders"), value.get("pretrain")
-        if isinstance(encoders, list):
+    def _refuse_an_earlier_list(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("encoders"), list):
             raise ValueError("encoders: expected {name: method, …}, got a list; run `python -m tasks.params migrate`")
-        if not isinstance(encoders, dict) or not isinstance(pretrain, dict):
-            return value
-        named = dict(pretrain)
-        for name, method in encoders.items():
-            section = pretrain.get(name)
-            if isinstance(section, dict) and isinstance(method, str):
-                if section.get("method", method) != method:
-                    raise ValueError(
-                        f"pretrain.{name}.method: expected {method!r}, as encoders says, got {section['method']!r}; "
-                        "leave it out"
-                    )
-                named[name] = {"method": method, **section}
-        return {**value, "pretrain": named}
+        return value
 
-    @model_validator(mode="after")
-    def _check(self) -> Params:
+    def check(self) -> None:
+        """Read what is read on demand: all sections of methods and adapters. Raises: ConfigError."""
+        known = self.pretrain.encoders()
         for name in self.encoders:
-            if name not in self.pretrain.encoders:
-                raise ValueError(
+            if name not in known:
+                raise ConfigError(
                     f"encoders names {name!r}, but there is no section pretrain.{name}; there are "
-                    f"{', '.join(self.pretrain.encoders)}; add the section or mend the name"
+                    f"{', '.join(known)}; add the section or mend the name"
                 )
-        return self
+        assert self.pretrain.shared
+        for name in known:
+            self.options(name)
+        self.adapt.check()
 
-    def method(self, encoder: str) -> Method:
-        """The encoder's section.
+    def resolved(self, encoders: Iterable[str] | None = None) -> dict[str, Any]:
+        """All values as plain ones, each section complete; of the encoders those given, or all."""
+        names = encoders if encoders is not None else self.pretrain.encoders()
+        shared = {name: value for name, value in as_dict(self.pretrain.shared).items() if value is not None}
+        sections = {name: as_dict(self.options(name)) for name in names}
+        adapters = {name: as_dict(self.adapt.adapter(name)) for name in self.adapt.sections if name != "shared"}
+        return as_dict(self) | {
+            "pretrain": self.pretrain.own() | {"shared": shared} | sections,
+            "adapt": self.adapt.own() | adapters,
+        }
+
+    def method(self, encoder: str) -> str:
+        """Name of an encoder's method: what `encoders` says, else its own name.
 
         Raises:
-            ConfigError: If params.yaml has no such encoder.
+            ConfigError: If params.yaml has no such encoder, or its section states another method.
         """
-        if encoder not in self.pretrain.encoders:
-            known = list(self.pretrain.encoders)
+        if encoder not in self.pretrain.sections or encoder == "shared":
+            known = self.pretrain.encoders()
             raise ConfigError(
                 f"expected an encoder of params.yaml ({', '.join(known)}), got {encoder!r}{hint(encoder, known)}"
             )
-        return self.pretrain.encoders[encoder]
+        section = self.pretrain.sections[encoder]
+        stated = section.get("method") if isinstance(section, dict) else None
+        method = self.encoders.get(encoder) or stated or encoder
+        if stated not in (None, method):
+            raise ConfigError(
+                f"pretrain.{encoder}.method: expected {method!r}, as encoders says, got {stated!r}; leave it out"
+            )
+        return method
+
+    def options(self, encoder: str) -> Config:
+        """The options of an encoder's method.
+
+        Raises:
+            ConfigError: If params.yaml has no such encoder or method, or the section is not valid.
+        """
+        from deepclust.methods import METHODS, config_class
+
+        method = self.method(encoder)
+        if method not in METHODS:
+            where = f"encoders.{encoder}" if encoder in self.encoders else f"pretrain.{encoder}"
+            raise ConfigError(
+                f"{where}: expected a method ({', '.join(METHODS)}), got {method!r}{hint(method, METHODS)}"
+            )
+        options: Config = self.pretrain.section(encoder, config_class(method), "pretrain")
+        return options
+
+
+def _merged(shared: Any, own: Any) -> Any:
+    """Mappings key by key, everything else as a whole; an optimiser takes none of another's options with it."""
+    both = isinstance(shared, Mapping) and isinstance(own, Mapping)
+    if not both or own.get("name", shared.get("name")) != shared.get("name"):
+        return own
+    return {**shared, **{key: _merged(shared[key], value) if key in shared else value for key, value in own.items()}}
+
+
+def _check_names(path: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
+    for index, name in enumerate(names):
+        if name not in known:
+            raise ConfigError(f"{path}.{index}: expected one of {', '.join(known)}; got {name!r}{hint(name, known)}")

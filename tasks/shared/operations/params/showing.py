@@ -1,0 +1,71 @@
+"""Every value that holds, with its meaning: what sections take over from shared blocks written out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TextIO
+
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+from deepclust.config import Config, meanings
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.params.schema import Params
+
+
+def show(values: Params, encoder: str | None, out: TextIO) -> None:
+    """Write all parameters, or those of one encoder's pretraining, as YAML with comments.
+
+    Raises:
+        ConfigError: If there is no such encoder.
+    """
+    yaml = overrides.round_trip()
+    if encoder is not None:
+        method, shared = values.method(encoder), values.pretrain.shared
+        found = CommentedMap({"seed": values.seed, "encoders": _flow({encoder: method})})
+        network = _commented(shared, leave_out=shared.may_be_left_out)
+        found["pretrain"] = CommentedMap({"shared": network, encoder: _commented(values.options(encoder))})
+        yaml.dump(found, out)
+        return
+    found = _commented(values)
+    found["encoders"] = _flow(values.encoders)
+    shared = values.pretrain.shared
+    found["pretrain"]["shared"] = _commented(shared, leave_out=shared.may_be_left_out)
+    for name in values.pretrain.encoders():
+        found["pretrain"][name] = _commented(values.options(name))
+    for name in values.adapt.sections:
+        if name != "shared":
+            found["adapt"][name] = _commented(values.adapt.adapter(name))
+    yaml.dump(found, out)
+
+
+def _commented(options: Config, leave_out: tuple[str, ...] = ()) -> CommentedMap:
+    found, texts = CommentedMap(), meanings(type(options))
+    for field in dataclasses.fields(options):
+        if field.name not in {"sections", *leave_out}:
+            value = getattr(options, field.name)
+            found[field.name] = _plain(value)
+            if texts[field.name] and not isinstance(found[field.name], CommentedMap):
+                found.yaml_add_eol_comment(texts[field.name], field.name)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return _commented(value)
+    if isinstance(value, tuple):
+        if any(isinstance(item, Config) for item in value):
+            return CommentedSeq(_flow(vars(item)) for item in value)
+        return _flow(list(value))
+    return value
+
+
+def _flow(value: Any) -> Any:
+    """A mapping or list in one line."""
+    if isinstance(value, dict):
+        value = CommentedMap({name: _flow(item) for name, item in value.items()})
+    elif isinstance(value, list | tuple):
+        value = CommentedSeq(value)
+    else:
+        return value
+    value.fa.set_flow_style()
+    return value
