@@ -141,11 +141,12 @@ class Config(MomentumConfig, options.KMeansConfig):
         if len(set(self.clusters)) < len(self.clusters):
             raise ValueError(f"clusters must be distinct, got {list(self.clusters)}: equal ones cluster alike")
         most = min(self.clusters) - self.part
-        if not 1 <= (most if self.negatives == "auto" else self.negatives) <= most:
+        negatives = most if self.negatives == "auto" else self.negatives
+        if not 1 <= negatives <= most:
             raise ValueError(
                 f"negatives must be at least 1, and with {self.part} images at once not exceed {most}: the smallest of "
                 f"clusters is {min(self.clusters)}, and as many clusters as images may be positives; got "
-                f"{self.negatives}; raise clusters, or lower negatives or batch_size"
+                f"{negatives}; raise clusters, or lower negatives or batch_size"
             )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from timm.optim.lars import Lars
 
 from deepclust.config import BY_NAME, Config, Flag, Fraction, NotNegative, Positive, Share, config
 
@@ -67,6 +66,8 @@ class LARS(OptimiserConfig):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See the base class."""
+        from timm.optim.lars import Lars  # seconds, as it loads all of timm
+
         clip = self.name == "larc"
         made: torch.optim.Optimizer = Lars(
             groups, lr=0.0, momentum=self.momentum, trust_coeff=self.trust, trust_clip=clip

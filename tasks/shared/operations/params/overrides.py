@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from deepclust.errors import ConfigError
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.operations.params.schema import Params
+from tasks.shared.operations.params.schema import Params, merged
 from tasks.shared.outputs import layout
 
 
@@ -67,9 +67,29 @@ def apply_recipe(recipe: Path, path: Path = layout.PARAMS) -> str:
         raise ConfigError(f"expected a recipe in {recipe}, found none; there are: {known}")
     changes = params.read(recipe)
     try:
-        return _edit(path, lambda document: _merge(document, changes), write=True)[0]
+        return _edit(path, lambda document: _merge(document, _news(document, changes)), write=True)[0]
     except ConfigError as error:
         raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _news(document: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes without what a section says already through its group's `shared`."""
+    left = dict(changes)
+    for group in ("pretrain", "adapt"):
+        stated = changes.get(group)
+        shared = document.get(group, {}).get("shared", {})
+        if not isinstance(stated, dict) or not isinstance(shared, dict):
+            continue
+        shared = merged(shared, stated.get("shared", {}))
+        left[group] = {name: _not_said(document[group].get(name), section, shared) for name, section in stated.items()}
+    return left
+
+
+def _not_said(own: Any, section: Any, shared: Any) -> Any:
+    if not isinstance(section, dict) or not isinstance(own, dict):
+        return section
+    holds = merged({key: value for key, value in shared.items() if key in section}, own)
+    return {key: value for key, value in section.items() if key not in shared or holds.get(key) != value}
 
 
 def _merge(document: Any, changes: dict[str, Any]) -> None:
@@ -78,8 +98,15 @@ def _merge(document: Any, changes: dict[str, Any]) -> None:
         same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name"))
         if same_kind:
             _merge(old, value)
-        elif old != value:
+        elif key in document and old != value:
             document[key] = _styled(value)
+        elif key not in document:
+            _add(document, key, _styled(value))
+
+
+def _add(section: CommentedMap, key: str, value: Any) -> None:
+    """Put a new key behind the first, as what follows the last one, an empty line, belongs to it."""
+    section.insert(min(1, len(section)), key, value)
 
 
 def _styled(value: Any) -> Any:
@@ -194,15 +221,29 @@ def _set(document: Any, override: str) -> None:
     *parents, last = dotted.split(".")
     here = document
     for depth, part in enumerate(parents):
+        if depth == 2 and isinstance(here, dict) and part not in here:
+            _take_over(document[parents[0]].get("shared"), here, part)
         here = _child(here, part, ".".join(parents[: depth + 1]))
     if isinstance(here, list):
         _child(here, last, dotted)
         here[int(last)] = value
     elif isinstance(here, dict):
         # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
-        here[last] = value
+        if last in here:
+            here[last] = value
+        else:
+            _add(here, last, value)
     else:
         raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
+
+
+def _take_over(shared: Any, section: CommentedMap, key: str) -> None:
+    """Make a section state a block of its group's `shared`, so that a part of it can be changed: a list as it is."""
+    block = shared.get(key) if isinstance(shared, dict) else None
+    if isinstance(block, dict):
+        _add(section, key, _styled({}))
+    elif isinstance(block, list):
+        _add(section, key, _styled([dict(item) for item in block]))
 
 
 def _child(parent: Any, part: str, dotted: str) -> Any:

@@ -103,7 +103,7 @@ class _WithSections(Config):
         """A section, with what it does not state from `shared`. Raises: ConfigError."""
         stated, shared = self.sections.get(name, {}), self.sections.get("shared", {})
         blocks = kind.inherits
-        return parse(kind, _merged({key: shared[key] for key in blocks if key in shared}, stated), f"{path}.{name}")
+        return parse(kind, merged({key: shared[key] for key in blocks if key in shared}, stated), f"{path}.{name}")
 
 
 @config
@@ -324,12 +324,12 @@ class Params(Config):
         return options
 
 
-def _merged(shared: Any, own: Any) -> Any:
+def merged(shared: Any, own: Any) -> Any:
     """Mappings key by key, everything else as a whole; an optimiser takes none of another's options with it."""
     both = isinstance(shared, Mapping) and isinstance(own, Mapping)
     if not both or own.get("name", shared.get("name")) != shared.get("name"):
         return own
-    return {**shared, **{key: _merged(shared[key], value) if key in shared else value for key, value in own.items()}}
+    return {**shared, **{key: merged(shared[key], value) if key in shared else value for key, value in own.items()}}
 
 
 def _check_names(path: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import ConfigError
+from deepclust.methods.parts.options import TrainedConfig
 from tasks.shared.operations import params
-from tasks.shared.operations.params import overrides, pretrain
+from tasks.shared.operations.params import overrides
 from tests.paths import ROOT
 
 
@@ -28,13 +29,13 @@ def _changed(before: str, after: str) -> list[str]:
 
 def test_only_the_named_line_changes_and_the_diff_says_so(file: Path) -> None:
     before = file.read_text()
-    difference = overrides.apply(["pretrain.swav.batch_size=128"], file)
+    difference = overrides.apply(["pretrain.shared.batch_size=128"], file)
     assert _changed(before, file.read_text()) == [
         "-     batch_size: 256  # images of an update",
         "+     batch_size: 128  # images of an update",
     ]
     assert "+    batch_size: 128  # images of an update\n" in difference
-    assert params.load(file).pretrain.encoders["swav"].batch_size == 128  # type: ignore[union-attr]
+    assert params.load(file).options("swav").batch_size == 128  # type: ignore[attr-defined]
 
 
 def test_a_comment_stays_as_far_behind_the_value_as_it_was(file: Path) -> None:
@@ -57,9 +58,9 @@ def test_lists_items_and_nested_values_can_be_set_at_once(file: Path) -> None:
     values = params.load(file)
     assert values.encoders == {"pixels": "pixels", "swav": "swav"}
     assert values.cluster.k == 7
-    assert values.adapt.tsd.filter_k is None
-    swav = values.method("swav")
-    assert isinstance(swav, pretrain.SwAV)
+    assert values.adapt.adapter("tsd").filter_k is None  # type: ignore[attr-defined]
+    swav = values.options("swav")
+    assert isinstance(swav, TrainedConfig)
     assert (swav.optimiser.rate, swav.crops[1].count) == (0.01, 4)
     assert len(_changed(before, file.read_text())) == 2 * len(edits)
 
@@ -73,7 +74,28 @@ def test_the_repositorys_own_file_survives_a_round_trip_unchanged(file: Path) ->
 
 def test_a_new_encoder_is_a_valid_key(file: Path) -> None:
     overrides.apply(["pretrain.untrained={method: random}", "encoders=[pixels, untrained]"], file)
-    assert params.load(file).method("untrained") == pretrain.Frozen(method="random")
+    assert params.load(file).method("untrained") == "random"
+
+
+def test_a_section_can_differ_from_a_shared_block_in_one_value(file: Path) -> None:
+    before = file.read_text()
+    edits = ["moco.optimiser.rate=0.3", "moco.crops.0.size=20", "simsiam.batch_size=64", "simsiam.colour.blur=1.0"]
+    overrides.apply([f"pretrain.{edit}" for edit in edits], file)
+    values = params.load(file)
+    moco, simsiam = values.options("moco"), values.options("simsiam")
+    assert isinstance(moco, TrainedConfig)
+    assert isinstance(simsiam, TrainedConfig)
+    assert (moco.optimiser.rate, moco.optimiser.weight_decay) == (0.3, 5e-4)
+    assert (moco.crops[0].size, moco.crops[0].scale) == (20, (0.4, 1.0))
+    assert (simsiam.batch_size, simsiam.colour.blur, simsiam.colour.jitter) == (64, 1.0, 1.0)
+    assert simsiam.crops[0].size == 0.79
+    assert [line[2:] for line in _changed(before, file.read_text())] == [
+        "    crops:",
+        "      - {count: 2, size: 20, scale: [0.4, 1.0], ratio: [1.0, 1.0]}",
+        "    optimiser: {rate: 0.3}",
+        "    colour: {blur: 1.0}",
+        "    batch_size: 64",
+    ]
 
 
 @pytest.mark.parametrize(
