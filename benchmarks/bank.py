@@ -13,7 +13,6 @@ Time is the processor's, which other work on the machine disturbs less than the 
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import multiprocessing
 import statistics
@@ -94,7 +93,7 @@ def peak() -> int:
 
 def _process(name: str, options: dict[str, Any], batches: int, found: multiprocessing.Queue[Part]) -> None:
     torch.set_num_threads(1)
-    adapter = ADAPTERS[name](classifier(), **options)
+    adapter = ADAPTERS[name](classifier(), ADAPTERS[name].config_class(**options))
     stream = images(batches, drift=0.5, seed=1)
     before = peak()
     for part in range(PARTS):
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--growing", type=int, default=1_000, help="batches with filter_k=None; 0 for none")
     parser.add_argument("--adapters", nargs="+", default=["tsd", "t3a"])
     arguments = parser.parse_args()
-    banks = [name for name, adapter in ADAPTERS.items() if "filter_k" in inspect.signature(adapter).parameters]
+    banks = [name for name, adapter in ADAPTERS.items() if hasattr(adapter.config_class(), "filter_k")]
     for name in arguments.adapters:
         if name not in banks:
             raise SystemExit(f"error: expected adapters with a bank, {' or '.join(banks)}; got {name!r}")

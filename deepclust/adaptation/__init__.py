@@ -1,10 +1,8 @@
 """Test-time adaptation: one method a file, all with the contract of `base`.
 
-adapter = Tent(model)
+adapter = Tent(model)  # or Tent(model, tent.Config(rate=1e-4)), from deepclust.adaptation.adapters
 logits = adapter(images)
 """
-
-from collections.abc import Callable
 
 from deepclust.adaptation.adapters.bn import BN
 from deepclust.adaptation.adapters.lame import LAME
@@ -40,6 +38,6 @@ __all__ = [
     "align_statistics",
 ]
 
-ADAPTERS: dict[str, Callable[..., Adapter]] = {
+ADAPTERS: dict[str, type[Adapter]] = {
     adapter.name: adapter for adapter in (Source, BN, Tent, PseudoLabel, ShotIM, T3A, TSD, LAME, RoTTA, ROID)
 }

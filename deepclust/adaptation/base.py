@@ -3,28 +3,53 @@
 An adapter meets a stream of unlabelled, shifted batches: `adapter(images)` returns logits and may learn from the
 images, `reset()` forgets everything since it was made. It works on a copy: the model it was given never changes.
 
-A method's file has Tent's shape (arXiv 2006.10726): `collect_params` (what learns), `configure_model` (the state the
-model must be in), `check_model` (whether it can be adapted, with the remedy), and one step as a free function.
+A method is a file with its options (`Config`), its maths as functions of tensors, one step, and a subclass of `Adapter`
+or `Learner` that joins them.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from deepclust.adaptation.classifier import Classifier, as_classifier, check_images
-from deepclust.adaptation.parameters import Parameters, select_parameters
-from deepclust.errors import AdaptationError
+from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics, use_batch_statistics
+from deepclust.adaptation.parameters import AFFINE_NORMS, Parameters, select_parameters
+from deepclust.config import Config, Count, Flag, Positive, config
+from deepclust.errors import AdaptationError, ConfigError
 
 Predict = Literal["before", "after"]
 
 INFERENCE = "{} keeps what it learns, which torch.inference_mode() forbids; use torch.no_grad() instead"
+ANOTHER_MODEL = "load it into an adapter of the model it was saved from"
+ANOTHER_VERSION = "load what this version's state_dict() returned"
+
+
+@config
+class AdapterConfig(Config):
+    """The options that all adapters have."""
+
+    episodic: Flag = False
+    """Forget everything before each batch, so that no batch depends on another."""
+    predict: Predict = "before"
+    """Whether a batch's prediction is made `before` or `after` the adapter has learnt from it."""
+
+
+@config
+class LearnerConfig(AdapterConfig):
+    """The options of all adapters that take gradient steps."""
+
+    rate: Positive = 1e-3
+    """Adam's rate."""
+    parameters: Parameters = "affine"
+    """Which parameters learn: `all`, `affine` (of the normalisations), `body` (all but the head's) or `head`."""
+    steps: Count = 1
+    """Gradient steps a batch; the prediction is from before the first or after the last."""
 
 
 class Adapter(ABC):
@@ -32,27 +57,33 @@ class Adapter(ABC):
 
     Args:
         model: The source model: a `Classifier`, or any model that returns logits; copied.
-        episodic: Forget everything before each batch, so that no batch depends on another.
-        predict: Whether a batch's prediction is made `before` or `after` the adapter has learnt from it.
+        config: The method's options; None takes the defaults.
 
     Attributes:
         name: The method's name, as in `ADAPTERS`.
+        config_class: The class of its options.
         model: The copy that adapts.
 
     Raises:
-        AdaptationError: If an option is unknown, or the method does not fit the model.
+        AdaptationError: If the method does not fit the model.
+        ConfigError: If the options are another method's.
     """
 
     name: ClassVar[str]
+    config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
+    config: AdapterConfig
     model: Classifier
     # Parts of the state that a batch changes in place; the others are replaced, so that holding them is enough.
     _in_place: ClassVar[tuple[str, ...]] = ()
+    # Those of them that only a gradient step changes.
+    _by_steps: ClassVar[tuple[str, ...]] = ()
     _remedy: ClassVar[str] = "leave the batch out, or mend the model"
 
-    def __init__(self, model: nn.Module, *, episodic: bool = False, predict: Predict = "before") -> None:
-        if predict not in get_args(Predict):
-            raise AdaptationError(f"expected predict to be one of {', '.join(get_args(Predict))}; got {predict!r}")
-        self.episodic, self.predict = episodic, predict
+    def __init__(self, model: nn.Module, config: AdapterConfig | None = None) -> None:
+        self.config = self.config_class() if config is None else config
+        if not isinstance(self.config, self.config_class):
+            kind = f"{self.config_class.__module__}.{self.config_class.__qualname__}"
+            raise ConfigError(f"expected the options of {self.name} as a {kind}, got {config!r}")
         source = as_classifier(model)
         self._check_model(source)
         self.model = self._configure(copy.deepcopy(source))
@@ -64,22 +95,24 @@ class Adapter(ABC):
         """Logits (batch, classes) of a batch of images (batch, …), without gradient.
 
         Raises:
-            AdaptationError: If the batch can not be used; the adapter is then as before.
+            AdaptationError: If the batch cannot be used; the adapter is then as before.
         """
-        return self.attempt(images)[0]
+        return self._tried(images, whole=self._can_fail_late(images))[0]
 
     def attempt(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """As the call, and what `undo` needs to take the batch back."""
+        """As the call, and what `undo` needs to take the batch back: a copy of all that the batch may change."""
+        return self._tried(images, whole=True)
+
+    def _tried(self, images: Tensor, *, whole: bool) -> tuple[Tensor, dict[str, Any]]:
         self.check_mode(images)
         check_images(images)
         self._check_batch(images)
-        before = self._snapshot()
+        before = self._snapshot(whole=whole)
         try:
-            if self.episodic:
+            if self.config.episodic:
                 self.reset()
             logits = self._adapt(images)
-            if not torch.isfinite(logits).all():
-                raise AdaptationError(f"{self.name}: the model's logits are not finite; {self._remedy}")
+            check_logits(logits, name=self.name, remedy=self._remedy)
         except BaseException:
             self.undo(before)
             raise
@@ -117,10 +150,10 @@ class Adapter(ABC):
         if state.keys() != expected:
             raise AdaptationError(
                 f"expected a state with {', '.join(sorted(expected))}, got {', '.join(sorted(state))}; "
-                "load what this version's state_dict() returned"
+                f"{ANOTHER_VERSION}"
             )
         self.check_mode()
-        state, before = copy.deepcopy(state), self._snapshot()
+        state, before = copy.deepcopy(state), self._snapshot(whole=True)
         try:
             self._check_state(state)
             self._load(state)
@@ -129,8 +162,8 @@ class Adapter(ABC):
         except Exception as error:
             self._load(before)
             raise AdaptationError(
-                f"expected a state of the adapter {self.name}, got one that can not be loaded ({error}); "
-                "load what this version's state_dict() returned"
+                f"expected a state of the adapter {self.name}, got one that cannot be loaded ({error}); "
+                f"{ANOTHER_VERSION}"
             ) from error
 
     @property
@@ -139,20 +172,27 @@ class Adapter(ABC):
         values = itertools.chain(self.model.parameters(), self.model.buffers())
         return next((value.device for value in values), torch.device("cpu"))
 
-    def _snapshot(self) -> dict[str, Any]:
-        """What `_load` needs to undo what comes."""
-        state = self._state()
-        return state | {name: copy.deepcopy(state[name]) for name in self._in_place}
+    def _can_fail_late(self, images: Tensor) -> bool:
+        """Whether a batch can fail after its first gradient step, so that parameters have to be copied before it."""
+        return False
+
+    def _snapshot(self, *, whole: bool) -> dict[str, Any]:
+        """What `_load` needs to undo what comes; without the parts that gradient steps change, unless `whole`."""
+        return {
+            name: copy.deepcopy(part) if name in self._in_place else part
+            for name, part in self._state().items()
+            if whole or name not in self._by_steps
+        }
 
     def _check_model(self, model: Classifier) -> None:
         """Raises AdaptationError if the method does not fit the model. Nothing is changed."""
 
     def _check_batch(self, images: Tensor) -> None:
-        """Raises AdaptationError if the method can not use the batch. Nothing is changed."""
+        """Raises AdaptationError if the method cannot use the batch. Nothing is changed."""
 
-    @abstractmethod
     def _configure(self, model: Classifier) -> Classifier:
-        """Bring a fresh copy of the source model into the method's state."""
+        """Bring a fresh copy of the source model into the method's state: eval mode without gradients, if not said."""
+        return model.eval().requires_grad_(False)
 
     def _start(self) -> None:
         """Make what the method keeps beside the model, from the configured `self.model`."""
@@ -169,43 +209,17 @@ class Adapter(ABC):
         """Raises AdaptationError if `_load` could not take the state. Nothing is changed."""
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was checked and belongs to nobody else."""
+        """Take over a state that was checked and belongs to nobody else; or what `_snapshot` has of one."""
 
 
 class Learner(Adapter):
-    """An adapter that takes gradient steps.
+    """An adapter that takes gradient steps, where nothing else is said with batch statistics in BatchNorm."""
 
-    Args:
-        model: The source model; copied.
-        rate: The optimiser's rate.
-        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
-        steps: Gradient steps a batch.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the method does not fit the model.
-    """
-
+    config_class = LearnerConfig
+    config: LearnerConfig
     _in_place: ClassVar[tuple[str, ...]] = ("parameters", "buffers", "optimizer")
+    _by_steps: ClassVar[tuple[str, ...]] = ("parameters", "optimizer")
     _remedy = "lower the rate, or reset the adapter sooner"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rate: float,
-        parameters: Parameters,
-        steps: int = 1,
-        episodic: bool = False,
-        predict: Predict = "before",
-    ) -> None:
-        if not 0 < rate < math.inf:
-            raise AdaptationError(f"expected a finite rate above 0, got {rate}")
-        if steps < 1:
-            raise AdaptationError(f"expected at least one step a batch, got {steps}")
-        self.rate, self.parameters, self.steps = rate, parameters, steps
-        super().__init__(model, episodic=episodic, predict=predict)
 
     def check_mode(self, images: Tensor | None = None) -> None:
         """Raises AdaptationError in torch.inference_mode(), or if the images were made there: they have no gradient."""
@@ -216,19 +230,48 @@ class Learner(Adapter):
                 "make them under torch.no_grad(), or give images.clone()"
             )
 
-    def _start(self) -> None:
-        self._learning = select_parameters(self.model, self.parameters)
-        self._optimizer = self._make_optimizer(list(self._learning.values()))
+    def _check_model(self, model: Classifier) -> None:
+        which = self.config.parameters
+        if which == "affine" and not any(isinstance(module, AFFINE_NORMS) for module in model.modules()):
+            raise AdaptationError(
+                f"{self.name} adapts scale and shift of normalisation layers, and this model has none; "
+                "choose other parameters, or use the source adapter"
+            )
+        select_parameters(model, which)
+        check_trained_statistics(model)
 
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.rate)
+    def _check_batch(self, images: Tensor) -> None:
+        check_batch_statistics(images, self.model)
+
+    def _configure(self, model: Classifier) -> Classifier:
+        use_batch_statistics(model)
+        return self._learn_only(model)
+
+    def _learn_only(self, model: Classifier) -> Classifier:
+        """Gradients for the chosen parameters alone; where the head tells them, its output is checked. In place."""
+        model.requires_grad_(False)
+        for parameter in select_parameters(model, self.config.parameters).values():
+            parameter.requires_grad_(True)
+        if self.config.parameters in ("body", "head"):
+            model.rely_on_head()
+        return model
+
+    def _start(self) -> None:
+        self._learning = select_parameters(self.model, self.config.parameters)
+        self._optimizer = torch.optim.Adam(self._learning.values(), lr=self.config.rate)
+
+    def _can_fail_late(self, images: Tensor) -> bool:
+        # A single step comes last, after all checks (`descend`); what follows it is arithmetic on finite numbers. Only
+        # an interrupt or a lack of memory inside the optimiser could leave the step half done. `episodic` changes the
+        # parameters first of all.
+        return self.config.episodic or self.config.predict == "after" or self.config.steps > 1
 
     def _adapt(self, images: Tensor) -> Tensor:
         self._begin(images)
         logits = self._step(images)
-        for _ in range(self.steps - 1):
+        for _ in range(self.config.steps - 1):
             self._step(images)
-        if self.predict == "before":
+        if self.config.predict == "before":
             return logits
         with torch.no_grad():
             after: Tensor = self.model(images)
@@ -239,7 +282,7 @@ class Learner(Adapter):
 
     @abstractmethod
     def _step(self, images: Tensor) -> Tensor:
-        """Take one gradient step on a batch; logits from before it, without gradient."""
+        """Take one gradient step on a batch by `descend`; logits from before it, without gradient."""
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -259,39 +302,30 @@ class Learner(Adapter):
             if shapes.get(name) != got.get(name):
                 raise AdaptationError(
                     f"expected a state of a model with {name} of shape {shapes.get(name)}, got {got.get(name)}; "
-                    "load it into an adapter of the model it was saved from"
+                    f"{ANOTHER_MODEL}"
                 )
         check_optimizer(self._optimizer, state["optimizer"])
 
     def _load(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._learning.items():
-                parameter.copy_(state["parameters"][name])
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(state["buffers"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        copy_into(self._learning, state.get("parameters", {}))
+        copy_into(dict(self.model.named_buffers()), state["buffers"])
+        if "optimizer" in state:
+            self._optimizer.load_state_dict(state["optimizer"])
         self._optimizer.zero_grad()
 
 
-def learn_only(model: Classifier, parameters: Parameters) -> Classifier:
-    """Gradients for the chosen parameters alone; where the head tells them, its output is checked. In place.
+def check_logits(logits: Tensor, *, name: str, remedy: str) -> None:
+    """Raises AdaptationError if logits are not finite."""
+    if not torch.isfinite(logits).all():
+        raise AdaptationError(f"{name}: the model's logits are not finite; {remedy}")
+
+
+def descend(loss: Tensor, logits: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> None:
+    """Take one step on a loss of logits. Changes the parameters through the optimiser, when all else is checked.
 
     Raises:
-        AdaptationError: If the model has none of them.
-    """
-    model.requires_grad_(False)
-    for parameter in select_parameters(model, parameters).values():
-        parameter.requires_grad_(True)
-    if parameters in ("body", "head"):
-        model.rely_on_head()
-    return model
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> None:
-    """Take one step on a loss. Changes the parameters through the optimiser.
-
-    Raises:
-        AdaptationError: If the loss or its gradient is not finite, or there is none; no parameter is then changed.
+        AdaptationError: If the loss, its gradient or the logits are not finite, or there is no gradient; no parameter
+            is then changed.
     """
     if not torch.isfinite(loss):
         raise AdaptationError(
@@ -299,6 +333,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
         )
     if not loss.requires_grad:
         raise AdaptationError(f"{name}: no gradient reaches the chosen parameters; choose others, or mend the model")
+    check_logits(logits, name=name, remedy=Learner._remedy)
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     # A finite loss can have an infinite gradient, as a square root has at 0: one step, and every weight is NaN.
@@ -308,12 +343,15 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, name: str) -> Non
     optimizer.step()
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Check that an optimiser's state fits.
+@torch.no_grad()
+def copy_into(own: dict[str, Any], given: dict[str, Tensor]) -> None:
+    """Copy the values given into the adapter's own tensors of their names."""
+    for name, value in given.items():
+        own[name].copy_(value)
 
-    Raises:
-        AdaptationError: If it is of other groups, or of parameters of other shapes.
-    """
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises AdaptationError if an optimiser's state is of other groups, or of parameters of other shapes."""
     groups = optimizer.state_dict()["param_groups"]
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     fits = [(group.keys(), group["params"]) for group in groups] == [
@@ -325,16 +363,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     if not fits:
         raise AdaptationError(
             f"expected the optimiser's state of {len(learning)} parameters of this model, got one of other groups or "
-            "shapes; load it into an adapter of the model it was saved from"
+            f"shapes; {ANOTHER_MODEL}"
         )
 
 
 def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    """Check that a state's tensors fit.
-
-    Raises:
-        AdaptationError: If names or shapes differ, as where the model has another number of classes.
-    """
+    """Raises AdaptationError if names or shapes of a state's tensors differ, as with another number of classes."""
     if expected.keys() != got.keys():
         differ = ", ".join(sorted(expected.keys() ^ got.keys())[:3])
         raise AdaptationError(f"expected a state of this model and these parameters, got one that differs in {differ}")
@@ -342,5 +376,5 @@ def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
         if value.shape != got[name].shape:
             raise AdaptationError(
                 f"expected {name} of shape {tuple(value.shape)} in the state, got {tuple(got[name].shape)}; "
-                "load it into an adapter of the model it was saved from"
+                f"{ANOTHER_MODEL}"
             )

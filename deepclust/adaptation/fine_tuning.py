@@ -10,20 +10,32 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from deepclust import config as configs
+from deepclust.config import Count, Positive, Several, config
 from deepclust.errors import DataError, TrainingError
 from deepclust.models.features import to_float
 
 WEIGHT_DECAY = 1e-4
 
 
+@config
+class Config(configs.Config):
+    """The options of fine-tuning."""
+
+    epochs: Count = 3
+    """Passes over the labelled images."""
+    batch_size: Several = 128
+    """Images of an update; the last ones of an epoch that do not fill a batch are left out."""
+    rate: Positive = 1e-3
+    """AdamW's highest rate, at the start of a cosine."""
+
+
 def fine_tune(
     model: nn.Module,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
+    config: Config,
     *,
-    epochs: int,
-    batch_size: int,
-    rate: float,
     generator: torch.Generator,
     device: torch.device,
 ) -> None:
@@ -35,9 +47,7 @@ def fine_tune(
         model: Images (B, C, H, W) in [0, 1] to logits; on the device.
         images: (N, H, W, C) uint8, possibly memory-mapped.
         labels: (N,) classes; images of -1 are left out.
-        epochs: Passes over the images.
-        batch_size: Images of an update; the last ones of an epoch that do not fill a batch are left out.
-        rate: Highest rate.
+        config: The options.
         generator: Draws the order of the images; on the CPU.
         device: Where the model is.
 
@@ -48,7 +58,7 @@ def fine_tune(
     labelled = np.flatnonzero(labels >= 0)
     if len(labelled) < 2:
         raise DataError(f"expected at least two labelled images to fine-tune on, got {len(labelled)}; label more")
-    batch_size = min(batch_size, len(labelled))
+    epochs, rate, batch_size = config.epochs, config.rate, min(config.batch_size, len(labelled))
     steps = epochs * (len(labelled) // batch_size)
     model.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)

@@ -156,7 +156,7 @@ class Guard:
             raise AdaptationError(INFERENCE.format(self.name))
         self.adapter.check_mode(images)
         adapted_BC, before, problem = bn_BC, None, "bn has no answer: it needs two images, and finite logits"
-        if not isinstance(self.adapter, BN) or self.adapter.prior:
+        if not isinstance(self.adapter, BN) or self.adapter.config.prior:
             try:
                 adapted_BC, before = self.adapter.attempt(images)
             except AdaptationError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepclust.adaptation import ADAPTERS, Classifier
 from deepclust.adaptation.adapters.bn import BN
 from deepclust.adaptation.adapters.source import Source
-from deepclust.adaptation.base import Adapter
+from deepclust.adaptation.base import Adapter, AdapterConfig
 from deepclust.adaptation.guard import Baselines, Guard
 from deepclust.adaptation.shifts import Shift, Stream, load
 from deepclust.errors import AdaptationError
@@ -106,7 +106,7 @@ class Adapters:
 
 
 def make(
-    model: Classifier, options: Mapping[str, Mapping[str, Any]], source_images: Sequence[Tensor], *, guard: bool
+    model: Classifier, options: Mapping[str, AdapterConfig], source_images: Sequence[Tensor], *, guard: bool
 ) -> Adapters:
     """Make the adapters.
 
@@ -119,9 +119,9 @@ def make(
     found = Adapters({}, {}, Baselines(model, source_images))
     for name in dict.fromkeys(("source", *options)):
         try:
-            found.free[name] = ADAPTERS[name](model, **options.get(name, {}))
+            found.free[name] = ADAPTERS[name](model, options.get(name))
             if guard and name not in UNGUARDED:
-                found.guarded[name] = Guard(ADAPTERS[name](model, **options[name]), found.baselines)
+                found.guarded[name] = Guard(ADAPTERS[name](model, options[name]), found.baselines)
         except AdaptationError as error:
             found.not_applicable[name] = str(error)
             found.free.pop(name, None)
@@ -157,7 +157,7 @@ def follow(
             known, spent = None, 0.0
             if isinstance(adapter, Source):
                 known, spent = source, after_source - begin
-            elif isinstance(adapter, BN) and not adapter.prior:
+            elif isinstance(adapter, BN) and not adapter.config.prior:
                 known, spent = bn, after_bn - after_source
             start = _now(device)
             try:

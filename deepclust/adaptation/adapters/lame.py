@@ -16,17 +16,33 @@ Shapes: B images, C classes, D features.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepclust.adaptation.base import Adapter, Predict
+from deepclust.adaptation.base import Adapter, AdapterConfig
 from deepclust.adaptation.classifier import Classifier
-from deepclust.errors import AdaptationError
+from deepclust.config import Count, config
 
 Affinity = Literal["knn", "rbf", "linear"]
+NEIGHBOURS = 5
+"""The published choice."""
+
+
+@config
+class Config(AdapterConfig):
+    """LAME's options."""
+
+    affinity: Affinity = "knn"
+    """How the pull between images depends on their features: `knn`, `rbf` or `linear`."""
+    neighbours: Count | None = None
+    """Nearest images that pull (`knn`), or that set the bandwidth (`rbf`); None is 5. `linear` has none."""
+
+    def _check(self) -> None:
+        if self.affinity == "linear" and self.neighbours is not None:
+            raise ValueError(f"affinity 'linear' has no neighbours, got {self.neighbours}; make them null")
 
 
 def affinity(features_BD: Tensor, *, kind: Affinity, neighbours: int) -> Tensor:
@@ -39,14 +55,14 @@ def affinity(features_BD: Tensor, *, kind: Affinity, neighbours: int) -> Tensor:
     """
     unit_BD = F.normalize(features_BD.double(), dim=1)
     product_BB = unit_BD @ unit_BD.T
-    cosines_BB = (
-        product_BB + product_BB.T
-    ) / 2  # not every processor's product of a matrix and its transpose is symmetric
+    # On some processors the product of a matrix and its transpose is not symmetric to the last bit.
+    cosines_BB = (product_BB + product_BB.T) / 2
     itself_BB = torch.eye(len(unit_BD), dtype=torch.bool, device=unit_BD.device)
     if kind == "linear" or len(unit_BD) == 1:
         return cosines_BB.masked_fill(itself_BB, 0)
     neighbours = min(neighbours, len(unit_BD) - 1)
-    # Stable: of equally near images the earlier one counts.
+    # Stable, so that of equal cosines the earlier image comes first. Cosines that ought to be equal, as of copies of an
+    # image, may still differ in the last bit.
     ranked_BB = cosines_BB.masked_fill(itself_BB, -torch.inf).sort(dim=1, descending=True, stable=True)
     if kind == "knn":
         nearest_BB = torch.zeros_like(cosines_BB).scatter_(1, ranked_BB.indices[:, :neighbours], 1)
@@ -95,64 +111,20 @@ def step(images: Tensor, *, model: Classifier, kind: Affinity, neighbours: int) 
     return assign(logits_BC, affinity(features_BD, kind=kind, neighbours=neighbours)).to(logits_BC)
 
 
-def collect_params() -> list[nn.Parameter]:
-    """No parameter learns."""
-    return []
-
-
-def configure_model(model: Classifier) -> Classifier:
-    """Eval mode, no gradients. In place."""
-    model.eval()
-    return model.requires_grad_(False)
-
-
-def check_model(model: Classifier) -> None:
-    """Raises AdaptationError if the model has no linear head, whose input are the features that are compared."""
-    model.check_head()
-
-
 class LAME(Adapter):
     """Lets images that look alike to the model agree on their class; made for streams of correlated labels.
 
-    A batch of one is predicted as the source model does.
-
-    Args:
-        model: The source model; copied.
-        affinity: How the pull between images depends on their features: `knn`, `rbf` or `linear`.
-        neighbours: Nearest images that pull (`knn`), or that set the bandwidth (`rbf`); None is 5, the published
-            choice, where it matters. `linear` has none.
-        episodic: As for all adapters; no batch depends on another anyway.
-        predict: As for all adapters; nothing is learnt, so both are the same.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the model has no linear head.
+    A batch of one is predicted as the source model does. Nothing is learnt, so before and after, episodic or not, are
+    the same.
     """
 
     name = "lame"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        affinity: Affinity = "knn",
-        neighbours: int | None = None,
-        episodic: bool = False,
-        predict: Predict = "before",
-    ) -> None:
-        if affinity not in get_args(Affinity):
-            raise AdaptationError(f"expected affinity to be one of {', '.join(get_args(Affinity))}; got {affinity!r}")
-        if neighbours is not None and affinity == "linear":
-            raise AdaptationError(f"affinity 'linear' has no neighbours, got {neighbours}; leave them out")
-        if neighbours is not None and neighbours < 1:
-            raise AdaptationError(f"expected neighbours of at least 1, got {neighbours}")
-        self.affinity, self.neighbours = affinity, 5 if neighbours is None else neighbours
-        super().__init__(model, episodic=episodic, predict=predict)
+    config_class = Config
+    config: Config
 
     def _check_model(self, model: Classifier) -> None:
-        check_model(model)
-
-    def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model)
+        model.check_head()
 
     def _adapt(self, images: Tensor) -> Tensor:
-        return step(images, model=self.model, kind=self.affinity, neighbours=self.neighbours)
+        neighbours = self.config.neighbours or NEIGHBOURS
+        return step(images, model=self.model, kind=self.config.affinity, neighbours=neighbours)

@@ -16,28 +16,40 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.adaptation.adapters.tent import (  # what learns, and how, is Tent's
-    collect_params,
-    configure_model,
-    entropy,
-)
-from deepclust.adaptation.base import Learner, Predict, check_shapes, descend
+from deepclust.adaptation.adapters.tent import entropy
+from deepclust.adaptation.base import Learner, LearnerConfig, check_shapes, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics
-from deepclust.adaptation.parameters import AFFINE_NORMS, Parameters, select_parameters
 from deepclust.adaptation.views import view
-from deepclust.errors import AdaptationError
+from deepclust.config import Flag, Natural, Positive, Share, config
 
 PriorCorrection = Literal["probabilities", "logits", "none"]
 
 PROBABILITY_MOMENTUM = 0.9
 """Share of itself that the mean prediction over the stream keeps at each batch."""
+
+
+@config
+class Config(LearnerConfig):
+    """ROID's options."""
+
+    rate: Positive = 1e-3
+    """Adam's rate; the paper's for CIFAR."""
+    momentum: Share = 0.99
+    """Share of itself that the model keeps at each step; the rest is the source's."""
+    temperature: Positive = 1 / 3
+    """τ of the weights of images."""
+    prior_correction: PriorCorrection = "probabilities"
+    """What the batch's classes weight: `probabilities`, `logits`, or nothing (`none`)."""
+    flip: Flag = True
+    """Whether the second view may be flipped left to right; not for digits and letters."""
+    seed: Natural = 0
+    """Of the second views."""
 
 
 def soft_likelihood_ratio(logits_BC: Tensor, *, clip: float = 0.99, eps: float = 1e-5) -> Tensor:
@@ -102,13 +114,11 @@ def step(
     mean_C: Tensor | None,
     *,
     model: Classifier,
+    learning: dict[str, nn.Parameter],
     source: dict[str, Tensor],
-    parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-    momentum: float,
-    temperature: float,
-    flip: bool,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Predict a batch, take one step on its loss, and go a little back to the source. Changes the model.
 
@@ -116,124 +126,56 @@ def step(
         images: The batch.
         mean_C: Mean prediction over the stream before the batch; None where the stream begins: all classes alike.
         model: Adapts.
-        source: What the learning parameters were at the source, by name.
-        parameters: Which parameters learn.
+        learning: Its parameters that learn, by name.
+        source: What they were at the source.
         optimizer: Theirs.
         generator: Source of the view's randomness.
-        momentum: Share of itself that the model keeps against the source.
-        temperature: τ of the weights.
-        flip: Whether the view may be flipped.
+        config: The options.
 
     Returns:
         Logits (B, C) from before the step, not corrected, and the mean prediction with the batch.
 
     Raises:
-        AdaptationError: If the loss is not finite; nothing is then changed but the generator.
+        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed but the generator.
     """
     with torch.enable_grad():
         logits_BC: Tensor = model(images)
         p_BC = logits_BC.detach().softmax(dim=1)
         if mean_C is None:
             mean_C = torch.full_like(p_BC[0], 1 / p_BC.shape[1])
-        weights_B = sample_weights(logits_BC, mean_C, temperature=temperature)
-        viewed_BC: Tensor = model(view(images, generator=generator, flip=flip))
+        weights_B = sample_weights(logits_BC, mean_C, temperature=config.temperature)
+        viewed_BC: Tensor = model(view(images, generator=generator, flip=config.flip))
         losses_B = soft_likelihood_ratio(logits_BC) + symmetric_cross_entropy(viewed_BC, logits_BC)
-        descend((weights_B * losses_B).mean(), optimizer, name="roid")
+        descend((weights_B * losses_B).mean(), logits_BC, optimizer, name="roid")
     with torch.no_grad():
-        for name, parameter in select_parameters(model, parameters).items():
-            parameter.lerp_(source[name], 1 - momentum)
+        for name, parameter in learning.items():
+            parameter.lerp_(source[name], 1 - config.momentum)
     return logits_BC.detach(), PROBABILITY_MOMENTUM * mean_C + (1 - PROBABILITY_MOMENTUM) * p_BC.mean(dim=0)
-
-
-def check_model(model: Classifier, parameters: Parameters) -> None:
-    """Check that the model has what ROID adapts.
-
-    Raises:
-        AdaptationError: If the chosen parameters do not exist, or BatchNorm never saw data.
-    """
-    if parameters == "affine" and not any(isinstance(module, AFFINE_NORMS) for module in model.modules()):
-        raise AdaptationError(
-            "roid adapts scale and shift of normalisation layers, and this model has none; "
-            "choose other parameters, or use the source adapter"
-        )
-    collect_params(model, parameters)
-    check_trained_statistics(model)
 
 
 class ROID(Learner):
     """Makes certain and diverse predictions more certain and consistent, close to the source.
 
-    Args:
-        model: The source model; copied.
-        rate: Adam's rate; the paper's for CIFAR.
-        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
-        momentum: Share of itself that the model keeps at each step; the rest is the source's.
-        temperature: τ of the weights of images.
-        prior_correction: What the batch's classes weight: `probabilities`, `logits`, or nothing (`none`).
-        flip: Whether the second view may be flipped left to right; not for digits and letters.
-        seed: Of the second views.
-        steps: Gradient steps a batch.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
-
     Attributes:
         mean_prediction: Mean prediction (classes,) over the stream; None before the first batch.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the model has nothing that ROID could adapt.
     """
 
     name = "roid"
+    config_class = Config
+    config: Config
     mean_prediction: Tensor | None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rate: float = 1e-3,
-        parameters: Parameters = "affine",
-        momentum: float = 0.99,
-        temperature: float = 1 / 3,
-        prior_correction: PriorCorrection = "probabilities",
-        flip: bool = True,
-        seed: int = 0,
-        steps: int = 1,
-        episodic: bool = False,
-        predict: Predict = "before",
-    ) -> None:
-        if not (0 <= momentum <= 1 and temperature > 0):
-            raise AdaptationError(
-                f"expected a momentum from 0 to 1 and a temperature above 0, got {momentum} and {temperature}"
-            )
-        if prior_correction not in get_args(PriorCorrection):
-            raise AdaptationError(
-                f"expected prior_correction to be one of {', '.join(get_args(PriorCorrection))}; "
-                f"got {prior_correction!r}"
-            )
-        self.momentum, self.temperature, self.prior_correction = momentum, temperature, prior_correction
-        self.flip, self.seed = flip, seed
-        super().__init__(model, rate=rate, parameters=parameters, steps=steps, episodic=episodic, predict=predict)
-
-    def _check_model(self, model: Classifier) -> None:
-        check_model(model, self.parameters)
-
-    def _check_batch(self, images: Tensor) -> None:
-        check_batch_statistics(images, self.model)
-
-    def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model, self.parameters)
 
     def _start(self) -> None:
         super()._start()
         self._source = {name: parameter.detach().clone() for name, parameter in self._learning.items()}
         self.mean_prediction = None
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator().manual_seed(self.config.seed)
 
     def _begin(self, images: Tensor) -> None:
         self._before = self.mean_prediction
 
     def _adapt(self, images: Tensor) -> Tensor:
-        return correct_prior(super()._adapt(images), how=self.prior_correction)
+        return correct_prior(super()._adapt(images), how=self.config.prior_correction)
 
     def _step(self, images: Tensor) -> Tensor:
         # Every step starts from the mean before the batch, so that the batch counts once, by its newest prediction.
@@ -241,13 +183,11 @@ class ROID(Learner):
             images,
             self._before,
             model=self.model,
+            learning=self._learning,
             source=self._source,
-            parameters=self.parameters,
             optimizer=self._optimizer,
             generator=self._generator,
-            momentum=self.momentum,
-            temperature=self.temperature,
-            flip=self.flip,
+            config=self.config,
         )
         return logits_BC
 

@@ -27,12 +27,39 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.adaptation.base import Learner, Predict, check_shapes, descend, learn_only
+from deepclust.adaptation.base import Learner, LearnerConfig, check_logits, check_shapes, copy_into, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import batch_norms, check_trained_statistics, renormalise, statistics
-from deepclust.adaptation.parameters import AFFINE_NORMS, Parameters, select_parameters
+from deepclust.adaptation.normalisation import batch_norms, renormalise, statistics
+from deepclust.adaptation.parameters import select_parameters
 from deepclust.adaptation.views import view
+from deepclust.config import Count, Flag, Natural, NotNegative, Positive, Share, config
 from deepclust.errors import AdaptationError
+
+
+@config
+class Config(LearnerConfig):
+    """RoTTA's options."""
+
+    rate: Positive = 1e-3
+    """Adam's rate; the paper's."""
+    steps: Count = 1
+    """Gradient steps an update; the teacher's prediction is from before or after the updates that a batch brings."""
+    memory_size: Count = 64
+    """N, the most images that the memory holds."""
+    update_frequency: Count = 64
+    """Images between two updates."""
+    alpha: Share = 0.05
+    """α, the share of the memory's statistics in BatchNorm's at each step."""
+    nu: Share = 1e-3
+    """ν, the share of the student in the teacher at each step."""
+    lambda_t: NotNegative = 1.0
+    """Weight of the age in what leaves the memory."""
+    lambda_u: NotNegative = 1.0
+    """Weight of the uncertainty in what leaves the memory."""
+    flip: Flag = True
+    """Whether the student's view may be flipped left to right; not for digits and letters."""
+    seed: Natural = 0
+    """Of the student's views."""
 
 
 class Member(NamedTuple):
@@ -133,12 +160,9 @@ def step(
     *,
     student: Classifier,
     teacher: Classifier,
-    parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-    alpha: float,
-    nu: float,
-    flip: bool,
+    config: Config,
 ) -> Tensor:
     """Teach the student the memory, and let the teacher follow. Changes both, and their statistics.
 
@@ -148,62 +172,28 @@ def step(
         images: The memory's (M, …).
         ages_M: Their ages as fractions of the memory's capacity.
         student: Learns.
-        teacher: Follows: θ ← (1 − ν) θ + ν θ_student.
-        parameters: Which parameters learn, and follow.
+        teacher: Follows: θ ← (1 − ν) θ + ν θ_student, for the parameters that learn.
         optimizer: The student's.
         generator: Source of the view's randomness.
-        alpha: α of the robust statistics.
-        nu: ν.
-        flip: Whether the view may be flipped.
+        config: The options.
 
     Returns:
         The teacher's logits (M, C) from before the step.
 
     Raises:
-        AdaptationError: If the loss is not finite.
+        AdaptationError: If loss or gradient are not finite; only statistics and generator are then changed.
     """
-    with torch.no_grad(), robust_statistics(teacher, alpha):
+    with torch.no_grad(), robust_statistics(teacher, config.alpha):
         taught_MC: Tensor = teacher(images)
-    with torch.enable_grad(), robust_statistics(student, alpha):
-        log_p_MC = student(view(images, generator=generator, flip=flip)).log_softmax(dim=1)
+    with torch.enable_grad(), robust_statistics(student, config.alpha):
+        log_p_MC = student(view(images, generator=generator, flip=config.flip)).log_softmax(dim=1)
         divergence_M = -(taught_MC.softmax(dim=1) * log_p_MC).sum(dim=1)
-        descend((torch.sigmoid(-ages_M) * divergence_M).mean(), optimizer, name="rotta")
-    learnt = select_parameters(student, parameters)
+        descend((torch.sigmoid(-ages_M) * divergence_M).mean(), log_p_MC, optimizer, name="rotta")
+    learnt = select_parameters(student, config.parameters)
     with torch.no_grad():
-        for name, parameter in select_parameters(teacher, parameters).items():
-            parameter.lerp_(learnt[name], nu)
+        for name, parameter in select_parameters(teacher, config.parameters).items():
+            parameter.lerp_(learnt[name], config.nu)
     return taught_MC
-
-
-def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Parameter]:
-    """The parameters that learn. Raises: AdaptationError, if there are none."""
-    return list(select_parameters(model, parameters).values())
-
-
-def configure_model(model: Classifier, parameters: Parameters) -> Classifier:
-    """Eval mode, so that BatchNorm uses its moving statistics, and gradients for the chosen parameters. In place."""
-    model.eval()
-    return learn_only(model, parameters)
-
-
-def check_model(model: Classifier, parameters: Parameters) -> None:
-    """Check that the model has what RoTTA adapts.
-
-    Raises:
-        AdaptationError: If the chosen parameters do not exist, or BatchNorm has no statistics or never saw data.
-    """
-    if parameters == "affine" and not any(isinstance(module, AFFINE_NORMS) for module in model.modules()):
-        raise AdaptationError(
-            "rotta adapts scale and shift of normalisation layers, and this model has none; "
-            "choose other parameters, or use the source adapter"
-        )
-    collect_params(model, parameters)
-    if any(norm.running_mean is None or norm.running_var is None for norm in batch_norms(model)):
-        raise AdaptationError(
-            "rotta moves BatchNorm's running statistics, and this model has a BatchNorm layer without any; "
-            "train it with track_running_stats, or use another adapter"
-        )
-    check_trained_statistics(model)
 
 
 class RoTTA(Learner):
@@ -212,103 +202,66 @@ class RoTTA(Learner):
     Nothing changes before `update_frequency` images have come; with `episodic` a smaller batch changes nothing at all.
     Neither memory nor time grow along a stream.
 
-    Args:
-        model: The source model; copied.
-        rate: Adam's rate; the paper's.
-        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
-        memory_size: N, the most images that the memory holds.
-        update_frequency: Images between two updates.
-        alpha: α, the share of the memory's statistics in BatchNorm's at each step.
-        nu: ν, the share of the student in the teacher at each step.
-        lambda_t: Weight of the age in what leaves the memory.
-        lambda_u: Weight of the uncertainty in what leaves the memory.
-        flip: Whether the student's view may be flipped left to right; not for digits and letters.
-        seed: Of the student's views.
-        steps: Gradient steps an update.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch's prediction is the teacher's `before` or `after` the updates that the batch brings.
-
     Attributes:
         model: The student.
         teacher: The model that predicts.
         memory: The memory's members, oldest first.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the model has nothing that RoTTA could adapt.
     """
 
     name = "rotta"
-    _in_place = (*Learner._in_place, "teacher")
+    config_class = Config
+    config: Config
+    _in_place = (*Learner._in_place, "teacher", "teacher_buffers")
+    _by_steps = (*Learner._by_steps, "teacher")
     teacher: Classifier
     memory: list[Member]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rate: float = 1e-3,
-        parameters: Parameters = "affine",
-        memory_size: int = 64,
-        update_frequency: int = 64,
-        alpha: float = 0.05,
-        nu: float = 1e-3,
-        lambda_t: float = 1.0,
-        lambda_u: float = 1.0,
-        flip: bool = True,
-        seed: int = 0,
-        steps: int = 1,
-        episodic: bool = False,
-        predict: Predict = "before",
-    ) -> None:
-        if memory_size < 1 or update_frequency < 1:
-            raise AdaptationError(
-                "expected memory_size and update_frequency of at least 1 image; "
-                f"got {memory_size} and {update_frequency}"
-            )
-        if not (0 <= alpha <= 1 and 0 <= nu <= 1):
-            raise AdaptationError(f"expected alpha and nu from 0 to 1, got alpha {alpha}, nu {nu}")
-        if not (lambda_t >= 0 and lambda_u >= 0):
-            raise AdaptationError(
-                f"expected lambda_t and lambda_u of at least 0, got lambda_t {lambda_t}, lambda_u {lambda_u}"
-            )
-        self.memory_size, self.update_frequency = memory_size, update_frequency
-        self.alpha, self.nu, self.lambda_t, self.lambda_u = alpha, nu, lambda_t, lambda_u
-        self.flip, self.seed = flip, seed
-        super().__init__(model, rate=rate, parameters=parameters, steps=steps, episodic=episodic, predict=predict)
-
     def _check_model(self, model: Classifier) -> None:
-        check_model(model, self.parameters)
+        super()._check_model(model)
+        if any(norm.running_mean is None or norm.running_var is None for norm in batch_norms(model)):
+            raise AdaptationError(
+                "rotta moves BatchNorm's running statistics, and this model has a BatchNorm layer without any; "
+                "train it with track_running_stats, or use another adapter"
+            )
+
+    def _check_batch(self, images: Tensor) -> None:
+        """Moving statistics take any batch."""
 
     def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model, self.parameters)
+        return self._learn_only(model.eval())
 
     def _start(self) -> None:
         super()._start()
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
-        self._following = select_parameters(self.teacher, self.parameters)
+        self._following = select_parameters(self.teacher, self.config.parameters)
         self.memory = []
         self._seen = 0
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+
+    def _can_fail_late(self, images: Tensor) -> bool:
+        before, frequency = self._seen % self.config.update_frequency, self.config.update_frequency
+        return super()._can_fail_late(images) or before + len(images) >= 2 * frequency
 
     def _adapt(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             logits_BC: Tensor = self.teacher(images)
+        check_logits(logits_BC, name=self.name, remedy=self._remedy)
         labels, uncertainties = logits_BC.argmax(dim=1).tolist(), entropy(logits_BC).tolist()
         for image, label, uncertainty in zip(images, labels, uncertainties, strict=True):
             self.memory = remember(
                 self.memory,
                 Member(image.detach().clone(), label, uncertainty, age=0),
-                capacity=self.memory_size,
+                capacity=self.config.memory_size,
                 classes=logits_BC.shape[1],
-                lambda_t=self.lambda_t,
-                lambda_u=self.lambda_u,
+                lambda_t=self.config.lambda_t,
+                lambda_u=self.config.lambda_u,
             )
             self._seen += 1
-            if self._seen % self.update_frequency == 0:
+            if self._seen % self.config.update_frequency == 0:
                 remembered = torch.stack([member.image for member in self.memory])
-                for _ in range(self.steps):
+                for _ in range(self.config.steps):
                     self._step(remembered)
-        if self.predict == "before":
+        if self.config.predict == "before":
             return logits_BC
         with torch.no_grad():
             after: Tensor = self.teacher(images)
@@ -318,23 +271,18 @@ class RoTTA(Learner):
         ages_M = torch.tensor([member.age for member in self.memory], dtype=images.dtype, device=images.device)
         return step(
             images,
-            ages_M / self.memory_size,
+            ages_M / self.config.memory_size,
             student=self.model,
             teacher=self.teacher,
-            parameters=self.parameters,
             optimizer=self._optimizer,
             generator=self._generator,
-            alpha=self.alpha,
-            nu=self.nu,
-            flip=self.flip,
+            config=self.config,
         )
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {
-            "teacher": {
-                "parameters": {name: parameter.detach() for name, parameter in self._following.items()},
-                "buffers": dict(self.teacher.named_buffers()),
-            },
+            "teacher": {name: parameter.detach() for name, parameter in self._following.items()},
+            "teacher_buffers": dict(self.teacher.named_buffers()),
             "memory": [member._asdict() for member in self.memory],
             "seen": self._seen,
             "generator": self._generator.get_state(),
@@ -342,22 +290,19 @@ class RoTTA(Learner):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)
-        own = self._state()["teacher"]
-        for kind in ("parameters", "buffers"):
-            check_shapes(own[kind], state["teacher"][kind])
-        if len(state["memory"]) > self.memory_size:
+        own, size = self._state(), self.config.memory_size
+        for kind in ("teacher", "teacher_buffers"):
+            check_shapes(own[kind], state[kind])
+        if len(state["memory"]) > size:
             raise AdaptationError(
-                f"expected a state with at most {self.memory_size} images in the memory, got {len(state['memory'])}; "
+                f"expected a state with at most {size} images in the memory, got {len(state['memory'])}; "
                 "load it into an adapter of the memory_size it was saved from"
             )
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
-        with torch.no_grad():
-            for name, parameter in self._following.items():
-                parameter.copy_(state["teacher"]["parameters"][name])
-            for name, buffer in self.teacher.named_buffers():
-                buffer.copy_(state["teacher"]["buffers"][name])
+        copy_into(self._following, state.get("teacher", {}))
+        copy_into(dict(self.teacher.named_buffers()), state["teacher_buffers"])
         members = [Member(**member) for member in state["memory"]]
         self.memory = [member._replace(image=member.image.to(self.device)) for member in members]
         self._seen = state["seen"]

@@ -17,18 +17,24 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepclust.adaptation.adapters.tent import (  # what learns, and how, is Tent's
-    collect_params,
-    configure_model,
-    entropy,
-)
-from deepclust.adaptation.base import Learner, Predict, descend
+from deepclust.adaptation.adapters.tent import entropy
+from deepclust.adaptation.base import Learner, LearnerConfig, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_trained_statistics
 from deepclust.adaptation.parameters import Parameters
+from deepclust.config import Positive, config
 from deepclust.errors import AdaptationError
+
+
+@config
+class Config(LearnerConfig):
+    """SHOT-IM's options."""
+
+    rate: Positive = 1e-4
+    """Adam's rate; for `affine` alone 1e-3 is usual."""
+    parameters: Parameters = "body"
+    """Which parameters learn: `all`, `affine` (of the normalisations), `body` (all but the head's) or `head`."""
 
 
 def information_loss(logits_BC: Tensor) -> Tensor:
@@ -45,55 +51,19 @@ def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer)
         Logits (B, C) from before the step.
 
     Raises:
-        AdaptationError: If the loss is not finite; nothing is then changed.
+        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed.
     """
     with torch.enable_grad():
         logits_BC: Tensor = model(images)
-        descend(information_loss(logits_BC), optimizer, name="shot_im")
+        descend(information_loss(logits_BC), logits_BC, optimizer, name="shot_im")
     return logits_BC.detach()
 
 
-def check_model(model: Classifier, parameters: Parameters) -> None:
-    """Check that the model has what SHOT-IM adapts.
-
-    Raises:
-        AdaptationError: If the chosen parameters do not exist, or BatchNorm never saw data.
-    """
-    collect_params(model, parameters)
-    check_trained_statistics(model)
-
-
 class ShotIM(Learner):
-    """Makes each prediction certain and all of them together diverse.
-
-    Args:
-        model: The source model; copied.
-        rate: Adam's rate; for `affine` alone 1e-3 is usual.
-        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
-        steps: Gradient steps a batch.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the model has nothing that SHOT-IM could adapt.
-    """
+    """Makes each prediction certain and all of them together diverse."""
 
     name = "shot_im"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rate: float = 1e-4,
-        parameters: Parameters = "body",
-        steps: int = 1,
-        episodic: bool = False,
-        predict: Predict = "before",
-    ) -> None:
-        super().__init__(model, rate=rate, parameters=parameters, steps=steps, episodic=episodic, predict=predict)
-
-    def _check_model(self, model: Classifier) -> None:
-        check_model(model, self.parameters)
+    config_class = Config
 
     def _check_batch(self, images: Tensor) -> None:
         # Adam would make whole steps of the rounding errors that are left of the gradient.
@@ -102,9 +72,6 @@ class ShotIM(Learner):
                 "expected at least two images a batch, got one, whose prediction is its own mean and the loss always "
                 "0; collect a larger batch, or use the source adapter"
             )
-
-    def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model, self.parameters)
 
     def _step(self, images: Tensor) -> Tensor:
         return step(images, model=self.model, optimizer=self._optimizer)

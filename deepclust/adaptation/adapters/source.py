@@ -6,27 +6,12 @@ import torch
 from torch import Tensor
 
 from deepclust.adaptation.base import Adapter
-from deepclust.adaptation.classifier import Classifier
-
-
-def configure_model(model: Classifier) -> Classifier:
-    """Eval mode, without gradients. In place."""
-    return model.eval().requires_grad_(False)
 
 
 class Source(Adapter):
-    """Predicts and learns nothing, so before and after, episodic or not, are the same.
-
-    Args:
-        model: The source model; copied.
-        episodic: As for all adapters.
-        predict: As for all adapters.
-    """
+    """Predicts and learns nothing, so before and after, episodic or not, are the same."""
 
     name = "source"
-
-    def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model)
 
     @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:

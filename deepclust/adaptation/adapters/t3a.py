@@ -19,13 +19,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepclust.adaptation.adapters.tent import entropy
 from deepclust.adaptation.bank import check_bank, class_sums
-from deepclust.adaptation.base import Adapter, Predict
+from deepclust.adaptation.base import ANOTHER_MODEL, Adapter, AdapterConfig, Predict
 from deepclust.adaptation.classifier import Classifier
+from deepclust.config import Count, config
 from deepclust.errors import AdaptationError
+
+
+@config
+class Config(AdapterConfig):
+    """T3A's options."""
+
+    filter_k: Count | None = 100
+    """Members kept per pseudo-class; None keeps all. The paper chooses among 1, 5, 20, 50, 100 and all."""
+    predict: Predict = "after"
+    """Whether a batch is predicted with the bank `before` or `after` it was added."""
 
 
 class Supports(NamedTuple):
@@ -82,50 +93,22 @@ def step(
     return features_BD @ prototypes_CD.T, after
 
 
-def configure_model(model: Classifier) -> Classifier:
-    """Eval mode, without gradients. In place."""
-    return model.eval().requires_grad_(False)
-
-
-def check_model(model: Classifier) -> None:
-    """Raises AdaptationError if the model has no linear head, whose rows the bank begins with."""
-    model.check_head()
-
-
 class T3A(Adapter):
     """Predicts by prototypes of the confident features seen so far.
 
     With `filter_k` the bank holds at most `filter_k` members a class, so neither memory nor time grow along a stream.
 
-    Args:
-        model: The source model; copied.
-        filter_k: Members kept per pseudo-class; None keeps all. The paper chooses among 1, 5, 20, 50, 100 and all.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch is predicted with the bank `before` or `after` it was added.
-
     Attributes:
         bank: The members; starts with the head's weight rows, one for each class.
-
-    Raises:
-        AdaptationError: If an option is out of range, or the model has no linear head.
     """
 
     name = "t3a"
+    config_class = Config
+    config: Config
     bank: Supports
 
-    def __init__(
-        self, model: nn.Module, *, filter_k: int | None = 100, episodic: bool = False, predict: Predict = "after"
-    ) -> None:
-        if filter_k is not None and filter_k < 1:
-            raise AdaptationError(f"expected filter_k of at least 1, or None to keep all members; got {filter_k}")
-        self.filter_k = filter_k
-        super().__init__(model, episodic=episodic, predict=predict)
-
     def _check_model(self, model: Classifier) -> None:
-        check_model(model)
-
-    def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model)
+        model.check_head()
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -135,19 +118,20 @@ class T3A(Adapter):
 
     @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
-        logits_BC, self.bank = step(images, self.bank, model=self.model, filter_k=self.filter_k, predict=self.predict)
+        filter_k, predict = self.config.filter_k, self.config.predict
+        logits_BC, self.bank = step(images, self.bank, model=self.model, filter_k=filter_k, predict=predict)
         return logits_BC
 
     def _state(self) -> dict[str, Any]:
         return {"classes": self.model.head.out_features, "bank": self.bank._asdict()}
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        if state["classes"] != self.model.head.out_features:
+        classes = self.model.head.out_features
+        if state["classes"] != classes:
             raise AdaptationError(
-                f"expected a bank of {self.model.head.out_features} classes in the state, got one of "
-                f"{state['classes']}; load it into an adapter of the model it was saved from"
+                f"expected a bank of {classes} classes in the state, got one of {state['classes']}; {ANOTHER_MODEL}"
             )
-        check_bank(self.bank._asdict(), state["bank"], classes=self.model.head.out_features)
+        check_bank(self.bank._asdict(), state["bank"], classes=classes)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.bank = Supports(*(state["bank"][name].to(own) for name, own in self.bank._asdict().items()))

@@ -1,21 +1,23 @@
 """TSD: Feature Alignment and Uniformity for Test Time Adaptation (arXiv 2303.10902, CVPR 2023).
 
 Test-time self-distillation towards prototypes, and local clustering. The default is what the paper means. The authors'
-code (SakurajimaMaiii/TSD) does something else in places: each is an option here, and `compat="original"` sets them all.
+code (SakurajimaMaiii/TSD) deviates from it in places: each can be chosen by `Deviations` or an option, and
+`compat="original"` sets them all.
 
-| option                | default, the paper's                | the code's (`ORIGINAL`)                               |
+| deviation             | default, the paper's                | the code's (`ORIGINAL`)                               |
 |-----------------------|-------------------------------------|-------------------------------------------------------|
 | `normalise`           | `l2`: cosines                       | `l1`: lengths by the L1 norm, an almost flat softmax  |
 | `target`              | `prediction`                        | `softmax_of_prediction`: softmax of the softmax       |
 | `divergence`          | `forward`: KL(target ‖ prototypes') | `reverse`: KL(prototypes' ‖ target)                   |
 | `consistency_filter`  | True; mean over those that pass it  | False; mean over the batch                            |
 | `empty_classes`       | `left_out`, target renormalised     | `zero`: a class without members keeps its exp(0)      |
-| `local_weight`        | .1                                  | 0: never on; the three below show only where it is    |
 | `local_compares`      | `probabilities`                     | `logits` of the sample with neighbours' probabilities |
 | `local_itself`        | False                               | True: a sample is its own nearest neighbour           |
 | `local_repels`        | False: neighbours pull              | True: neighbours push apart                           |
 | `train_mode`          | False: dropout off                  | True: dropout on; `seed` says which random numbers    |
-| `filter_k`            | 100, or None for all members        | 100; -1, meant to keep all, drops one of each class   |
+| `drop_last`           | False: `filter_k` members stay      | its `filter_k` -1, meant to keep all: one of each     |
+|                       |                                     | class goes at every step; `ORIGINAL` leaves it off    |
+| option `local_weight` | .1                                  | 0, so `local_compares` to `local_repels` have no use  |
 | `steps`, `episodic`   | honoured                            | ignored: errors beside `compat`                       |
 
 The prototypes are sums of features of L2 length 1 under either norm, as in the code. There is no option for this: the
@@ -29,115 +31,113 @@ Shapes: B images, C classes, D features, M members of the bank, N neighbours, P 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepclust import config as configs
 from deepclust import seeding
 from deepclust.adaptation.bank import DROP_LAST, Bank, EmptyClasses, check_bank, members, prototypes, remember
-from deepclust.adaptation.base import Learner, Predict, descend, learn_only
+from deepclust.adaptation.base import Learner, LearnerConfig, descend
 from deepclust.adaptation.classifier import Classifier
-from deepclust.adaptation.normalisation import check_batch_statistics, check_trained_statistics, use_batch_statistics
 from deepclust.adaptation.parameters import Parameters, select_parameters
-from deepclust.errors import AdaptationError
+from deepclust.config import Count, Flag, Natural, NotNegative, Positive, config
+from deepclust.errors import AdaptationError, ConfigError
 
 Norm = Literal["l2", "l1"]
 Target = Literal["prediction", "softmax_of_prediction"]
 Divergence = Literal["forward", "reverse"]
 Compares = Literal["probabilities", "logits"]
-Compat = Literal["original"]
 
 ORDER: dict[Norm, float] = {"l2": 2.0, "l1": 1.0}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
+@config
+class Config(LearnerConfig):
+    """TSD's options."""
+
+    compat: Literal["original"] | None = None
+    """`original` computes what the authors' code computes: `ORIGINAL`, and no local term."""
+    rate: Positive = 1e-4
+    """Adam's rate; the paper's for all parameters is 1e-4, for `affine` alone 1e-3 is usual."""
+    parameters: Parameters = "all"
+    """Which parameters learn: `all`, `affine` (of the normalisations), `body` (all but the head's) or `head`."""
+    filter_k: Count | None = 100
+    """Members kept per pseudo-class; None keeps all, and memory grows with every image."""
+    neighbours: Count = 3
+    """Members that the local term pulls towards."""
+    local_weight: NotNegative | None = None
+    """λ of the local term; None is the paper's .1, or what compat means."""
+    temperature: Positive = 1.0
+    """τ of the prototypes' prediction."""
+
+    @property
+    def weight(self) -> float:
+        """λ of the local term."""
+        paper = 0.1 if self.compat is None else 0.0
+        return paper if self.local_weight is None else self.local_weight
+
+    def _check(self) -> None:
+        its = {"local_weight": 0, "steps": 1, "episodic": False, "predict": "before"}
+        for name, value in its.items() if self.compat else ():
+            given = getattr(self, name)
+            if given not in (None, value):
+                remedy = "make it null" if name == "local_weight" else f"make it {value}"
+                raise ValueError(f"compat {self.compat!r} means {name} {value}, got {given}; {remedy}, or compat null")
+        if self.compat and self.filter_k is None:
+            raise ValueError(f"compat {self.compat!r} can not keep all members; give filter_k, or make compat null")
+        if self.parameters == "head" and not self.weight:
+            raise ValueError(
+                "without the local term no gradient reaches parameters head; choose other parameters, or compat null "
+                "and a local_weight above 0"
+            )
+
+
+@config
+class Deviations(configs.Config):
     """What paper and code do differently, each as the table above has it; the defaults are the paper's.
 
-    Raises:
-        AdaptationError: If a value is none of an option's.
+    They are for the library alone: params.yaml has `compat`.
     """
 
     normalise: Norm = "l2"
+    """The norm of unit features: `l2` or `l1`."""
     target: Target = "prediction"
+    """What the prototypes' prediction learns: the `prediction`, or the `softmax_of_prediction`."""
     divergence: Divergence = "forward"
-    consistency_filter: bool = True
+    """`forward` or `reverse` Kullback–Leibler divergence."""
+    consistency_filter: Flag = True
+    """Learn only from samples on which head and prototypes agree."""
     empty_classes: EmptyClasses = "left_out"
-    local_weight: float = 0.1
+    """A class without members is `left_out` of the prototypes' prediction, or `zero` is its prototype."""
     local_compares: Compares = "probabilities"
-    local_itself: bool = False
-    local_repels: bool = False
-    train_mode: bool = False
+    """What the local term compares with the neighbours' probabilities: `probabilities` or `logits`."""
+    local_itself: Flag = False
+    """A sample is its own neighbour."""
+    local_repels: Flag = False
+    """The local term pushes neighbours apart."""
+    drop_last: Flag = False
+    """In place of `filter_k`, each step drops the least certain member of each pseudo-class; memory grows."""
+    train_mode: Flag = False
+    """Dropout and stochastic depth are on, in predictions too. Their random numbers depend on `seed` and on how many
+    batches came before, and leave torch's global generators as they were; they differ between kinds of devices."""
+    seed: Natural = 0
+    """Of train_mode's random numbers."""
 
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices or type(value) is not type(choices[0]):
-                raise AdaptationError(f"expected {name} to be one of {', '.join(map(str, choices))}; got {value!r}")
-        if not self.local_weight >= 0:
-            raise AdaptationError(f"expected a local_weight of at least 0, got {self.local_weight}")
 
-
-CHOICES: dict[str, tuple[str | bool, ...]] = {
-    "normalise": get_args(Norm),
-    "target": get_args(Target),
-    "divergence": get_args(Divergence),
-    "consistency_filter": (True, False),
-    "empty_classes": get_args(EmptyClasses),
-    "local_compares": get_args(Compares),
-    "local_itself": (True, False),
-    "local_repels": (True, False),
-    "train_mode": (True, False),
-}
-
-ORIGINAL = Variant(
+ORIGINAL = Deviations(
     normalise="l1",
     target="softmax_of_prediction",
     divergence="reverse",
     consistency_filter=False,
     empty_classes="zero",
-    local_weight=0.0,
     local_compares="logits",
     local_itself=True,
     local_repels=True,
     train_mode=True,
 )
-
-
-def choose(compat: Compat | None, **given: Any) -> Variant:
-    """The variant that compat names or, without it, the paper's with the given options; None is one not given.
-
-    Raises:
-        AdaptationError: If an option contradicts compat, has no effect, or is none of those there are.
-    """
-    if compat is not None and compat not in get_args(Compat):
-        raise AdaptationError(f"expected compat to be {' or '.join(get_args(Compat))} or None, got {compat!r}")
-    given = {name: value for name, value in given.items() if value is not None}
-    if compat is not None:
-        check_compat(compat, asdict(ORIGINAL), given)
-        return ORIGINAL
-    paper, variant = Variant(), replace(Variant(), **given)
-    local = ("local_compares", "local_itself", "local_repels")
-    idle = [name for name in local if not variant.local_weight and getattr(variant, name) != getattr(paper, name)]
-    if idle:
-        raise AdaptationError(
-            f"{', '.join(idle)} without effect: local_weight is 0, so there is no local term; raise local_weight, or "
-            "leave these out"
-        )
-    return variant
-
-
-def check_compat(compat: Compat, its: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises AdaptationError if a given option is not as the code of that name has it."""
-    for name, value in given.items():
-        if value != its[name]:
-            raise AdaptationError(
-                f"compat {compat!r} means {name} {its[name]}, got {value}; leave out one of the two, and without "
-                "compat give each deviation by its own option"
-            )
 
 
 def distillation_loss(
@@ -231,10 +231,8 @@ def step(
     *,
     model: Classifier,
     optimizer: torch.optim.Optimizer,
-    filter_k: int | None,
-    neighbours: int,
-    temperature: float,
-    variant: Variant,
+    config: Config,
+    deviations: Deviations,
 ) -> tuple[Tensor, Bank]:
     """Predict a batch, remember it, and take one step on its loss. Changes the model through the optimiser.
 
@@ -242,8 +240,9 @@ def step(
         Logits (B, C) from before the step, and the new bank.
 
     Raises:
-        AdaptationError: If the loss is not finite; model, optimiser and bank are then as before.
+        AdaptationError: If loss, gradient or logits are not finite; model, optimiser and bank are then as before.
     """
+    filter_k = DROP_LAST if deviations.drop_last else config.filter_k
     with torch.enable_grad():
         features_BD, logits_BC = model.outputs(images)
         scores_BC = logits_BC.softmax(dim=1)
@@ -252,167 +251,73 @@ def step(
             features_BD,
             scores_BC,
             bank,
-            temperature=temperature,
-            normalise=variant.normalise,
-            target=variant.target,
-            divergence=variant.divergence,
-            consistency_filter=variant.consistency_filter,
-            empty_classes=variant.empty_classes,
+            temperature=config.temperature,
+            normalise=deviations.normalise,
+            target=deviations.target,
+            divergence=deviations.divergence,
+            consistency_filter=deviations.consistency_filter,
+            empty_classes=deviations.empty_classes,
         )
-        if variant.local_weight:
-            loss = loss + variant.local_weight * local_loss(
+        if config.weight:
+            loss = loss + config.weight * local_loss(
                 features_BD,
-                logits_BC if variant.local_compares == "logits" else scores_BC,
+                logits_BC if deviations.local_compares == "logits" else scores_BC,
                 bank,
                 rows_M,
-                neighbours=neighbours,
-                normalise=variant.normalise,
-                itself=variant.local_itself,
-                repels=variant.local_repels,
+                neighbours=config.neighbours,
+                normalise=deviations.normalise,
+                itself=deviations.local_itself,
+                repels=deviations.local_repels,
             )
-        descend(loss, optimizer, name="tsd")
+        descend(loss, logits_BC, optimizer, name="tsd")
     return logits_BC.detach(), bank
-
-
-def collect_params(model: Classifier, parameters: Parameters) -> list[nn.Parameter]:
-    """The parameters that learn. Raises: AdaptationError, if there are none."""
-    return list(select_parameters(model, parameters).values())
-
-
-def configure_model(model: Classifier, parameters: Parameters, *, train_mode: bool = False) -> Classifier:
-    """Batch statistics in BatchNorm, eval or train mode elsewhere, gradients for the chosen parameters. In place."""
-    use_batch_statistics(model)
-    if train_mode:
-        model.train()
-    return learn_only(model, parameters)
-
-
-def check_model(model: Classifier, parameters: Parameters, *, local_weight: float) -> None:
-    """Check that the model has what TSD adapts.
-
-    Raises:
-        AdaptationError: If the chosen parameters do not exist, no gradient reaches them, or BatchNorm never saw data.
-    """
-    model.check_head()
-    collect_params(model, parameters)
-    if parameters == "all" and len(list(model.parameters())) == len(list(model.head_parameters())):
-        raise AdaptationError("tsd adapts the features, and this featurizer has no parameters; use the source adapter")
-    check_trained_statistics(model)
-    if parameters == "head" and not local_weight:
-        raise AdaptationError(
-            "parameters head with local_weight 0: no gradient reaches the head; raise local_weight, or adapt the body"
-        )
 
 
 class TSD(Learner):
     """Aligns features with the prototypes and the neighbours of confident samples seen so far.
 
     With `filter_k` the bank holds at most `filter_k` members a class, so neither memory nor time grow along a stream.
-    Options that are None are as the paper has them, or as compat says.
 
     Args:
         model: The source model; copied.
-        rate: Adam's rate; the paper's for all parameters is 1e-4, for `affine` alone 1e-3 is usual.
-        parameters: Which parameters learn: `all`, `affine`, `body` or `head`.
-        filter_k: Members kept per pseudo-class; None keeps all, and memory grows with every image. -1 is the code's: it
-            drops the least certain of each pseudo-class at every step, and memory grows too.
-        steps: Gradient steps a batch.
-        episodic: Forget everything before each batch.
-        predict: Whether a batch's prediction is the model's `before` its first or `after` its last step.
-        neighbours: Members that the local term pulls towards.
-        local_weight: λ of the local term; .1 where None and without compat.
-        temperature: τ of the prototypes' prediction.
-        compat: `original` computes what the authors' code computes: all the options below, and local_weight, at once.
-        normalise: The norm of unit features: `l2` or `l1`.
-        target: What the prototypes' prediction learns: the `prediction`, or the `softmax_of_prediction`.
-        divergence: `forward` or `reverse` Kullback–Leibler divergence.
-        consistency_filter: Learn only from samples on which head and prototypes agree.
-        empty_classes: A class without members is `left_out` of the prototypes' prediction, or `zero` is its prototype.
-        local_compares: What the local term compares with the neighbours' probabilities: `probabilities` or `logits`.
-        local_itself: A sample is its own neighbour.
-        local_repels: The local term pushes neighbours apart.
-        train_mode: Dropout and stochastic depth are on, in predictions too. Their random numbers depend on `seed` and
-            on how many batches came before, and leave torch's global generators as they were; they are the same on one
-            kind of device alone.
-        seed: Seed of train_mode's random numbers; 0 where None.
+        config: The options; None takes the defaults.
+        deviations: What to do as the authors' code does; None is the paper, or what compat means.
 
     Attributes:
         bank: The support bank; starts with the head's weight rows and their own predictions.
         batches: Batches since the adapter was made or reset.
-        variant: What compat and the options between paper and code came to.
+        deviations: Those in force.
 
     Raises:
-        AdaptationError: If an option is out of range, contradicts compat or has no effect, or the model has nothing
-            that TSD could adapt.
+        AdaptationError: If the model has nothing that TSD could adapt.
+        ConfigError: If deviations are given beside compat.
     """
 
     name = "tsd"
+    config_class = Config
+    config: Config
     bank: Bank
     batches: int
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rate: float = 1e-4,
-        parameters: Parameters = "all",
-        filter_k: int | None = 100,
-        neighbours: int = 3,
-        local_weight: float | None = None,
-        temperature: float = 1.0,
-        steps: int = 1,
-        episodic: bool = False,
-        predict: Predict = "before",
-        compat: Compat | None = None,
-        normalise: Norm | None = None,
-        target: Target | None = None,
-        divergence: Divergence | None = None,
-        consistency_filter: bool | None = None,
-        empty_classes: EmptyClasses | None = None,
-        local_compares: Compares | None = None,
-        local_itself: bool | None = None,
-        local_repels: bool | None = None,
-        train_mode: bool | None = None,
-        seed: int | None = None,
-    ) -> None:
-        if filter_k is not None and filter_k != DROP_LAST and filter_k < 1:
-            raise AdaptationError(f"expected filter_k of at least 1, or None to keep all members; got {filter_k}")
-        if not temperature > 0 or neighbours < 1:
-            raise AdaptationError(
-                "expected a temperature above 0 and neighbours of at least 1; got "
-                f"temperature {temperature}, neighbours {neighbours}"
-            )
-        self.variant = choose(
-            compat,
-            normalise=normalise,
-            target=target,
-            divergence=divergence,
-            consistency_filter=consistency_filter,
-            empty_classes=empty_classes,
-            local_weight=local_weight,
-            local_compares=local_compares,
-            local_itself=local_itself,
-            local_repels=local_repels,
-            train_mode=train_mode,
-        )
-        if compat is not None:
-            its: dict[str, Any] = {"steps": 1, "episodic": False, "predict": "before"}
-            check_compat(compat, its, {"steps": steps, "episodic": episodic, "predict": predict})
-            if filter_k is None:
-                raise AdaptationError(f"compat {compat!r} can not keep all members; leave out filter_k None or compat")
-        if seed is not None and not self.variant.train_mode:
-            raise AdaptationError(f"seed {seed} without effect: nothing is random but in train_mode; leave it out")
-        self.filter_k, self.neighbours, self.temperature, self.seed = filter_k, neighbours, temperature, seed or 0
-        super().__init__(model, rate=rate, parameters=parameters, steps=steps, episodic=episodic, predict=predict)
+    def __init__(self, model: nn.Module, config: Config | None = None, *, deviations: Deviations | None = None) -> None:
+        compat = config is not None and config.compat
+        if compat and deviations is not None:
+            raise ConfigError(f"compat {compat!r} says all deviations; leave out one of the two")
+        self.deviations = ORIGINAL if compat else deviations or Deviations()
+        super().__init__(model, config)
 
     def _check_model(self, model: Classifier) -> None:
-        check_model(model, self.parameters, local_weight=self.variant.local_weight)
-
-    def _check_batch(self, images: Tensor) -> None:
-        check_batch_statistics(images, self.model)
+        model.check_head()
+        learning = select_parameters(model, self.config.parameters)
+        if self.config.parameters == "all" and len(learning) == len(list(model.head_parameters())):
+            raise AdaptationError(
+                "tsd adapts the features, and this featurizer has no parameters; use the source adapter"
+            )
+        super()._check_model(model)
 
     def _configure(self, model: Classifier) -> Classifier:
-        return configure_model(model, self.parameters, train_mode=self.variant.train_mode)
+        super()._configure(model)
+        return model.train() if self.deviations.train_mode else model
 
     def _start(self) -> None:
         super()._start()
@@ -423,8 +328,8 @@ class TSD(Learner):
 
     def _adapt(self, images: Tensor) -> Tensor:
         # Dropout takes no generator: the global one is lent a seed of ours for the batch, and given back.
-        random = seeding.seeded(self.name, self.seed, self.batches) if self.variant.train_mode else nullcontext()
-        with random:
+        its = self.deviations
+        with seeding.seeded(self.name, its.seed, self.batches) if its.train_mode else nullcontext():
             logits_BC = super()._adapt(images)
         self.batches += 1
         return logits_BC
@@ -439,10 +344,8 @@ class TSD(Learner):
             self._before,
             model=self.model,
             optimizer=self._optimizer,
-            filter_k=self.filter_k,
-            neighbours=self.neighbours,
-            temperature=self.temperature,
-            variant=self.variant,
+            config=self.config,
+            deviations=self.deviations,
         )
         return logits_BC
 
