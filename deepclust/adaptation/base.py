@@ -34,6 +34,8 @@ ANOTHER_VERSION = "load what this version's state_dict() returned"
 class AdapterConfig(Config):
     """The options that all adapters have."""
 
+    inherits: ClassVar[tuple[str, ...]] = ("episodic", "predict")
+
     episodic: Flag = False
     """Forget everything before each batch, so that no batch depends on another."""
     predict: Predict = "before"
@@ -43,6 +45,8 @@ class AdapterConfig(Config):
 @config
 class LearnerConfig(AdapterConfig):
     """The options of all adapters that take gradient steps."""
+
+    inherits: ClassVar[tuple[str, ...]] = ("rate", "parameters", "steps", *AdapterConfig.inherits)
 
     rate: Positive = 1e-3
     """Adam's rate."""

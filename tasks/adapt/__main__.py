@@ -21,8 +21,8 @@ from torch import Tensor
 
 from deepclust import seeding
 from deepclust.adaptation import measuring, shifts
+from deepclust.adaptation.base import AdapterConfig
 from deepclust.adaptation.normalisation import align_statistics
-from deepclust.config import Config
 from deepclust.models.devices import default_device
 from deepclust.models.features import to_float
 from tasks.adapt import classifiers, domains
@@ -205,7 +205,7 @@ def run(
     return parts, not_applicable
 
 
-def options_of(values: schema.Adapt) -> dict[str, Config]:
+def options_of(values: schema.Adapt) -> dict[str, AdapterConfig]:
     """Options of each adapter that the parameters name."""
     return {name: values.adapter(name) for name in values.adapters}
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust import bundle, seeding
-from deepclust.adaptation import Classifier
-from deepclust.adaptation.fine_tuning import fine_tune
+from deepclust.adaptation import Classifier, fine_tuning
 from deepclust.errors import CheckpointError
 from deepclust.models import encoder as encoders
 from deepclust.models.devices import default_device
@@ -74,15 +73,13 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
     if kind == "fine_tuned":
         if not any(parameter.numel() for parameter in network.parameters()):
             return Found(None, [], "the encoder has no parameters to fine-tune")
-        options = values.adapt.fine_tune
+        options = values.adapt.fine_tune()
         with seeding.seeded("fine-tune", values.seed, "network"):  # dropout, where a backbone has it
-            fine_tune(
+            fine_tuning.fine_tune(
                 model,
                 prepared.images("train"),
                 prepared.labels("train"),
-                epochs=options.epochs,
-                batch_size=options.batch_size,
-                rate=options.rate,
+                options,
                 generator=seeding.generator("fine-tune", values.seed),
                 device=default_device(),
             )

@@ -37,6 +37,8 @@ from deepclust.config import (
 from deepclust.errors import ConfigError
 
 if TYPE_CHECKING:
+    from deepclust.adaptation import fine_tuning
+    from deepclust.adaptation.base import AdapterConfig
     from deepclust.methods.parts.options import Shared
 
 _C = TypeVar("_C", bound=Config)
@@ -205,13 +207,22 @@ class Adapt(_WithSections):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must be distinct, got {list(values)}")
 
-    def adapter(self, name: str) -> Config:
-        """The options of an adapter, or of `fine_tune`. Raises: ConfigError."""
-        from deepclust.adaptation import ADAPTERS, fine_tuning
+    def adapter(self, name: str) -> AdapterConfig:
+        """The options of an adapter. Raises: ConfigError."""
+        from deepclust.adaptation import ADAPTERS
 
-        kind = fine_tuning.Config if name == "fine_tune" else ADAPTERS[name].config_class
-        options: Config = self.section(name, kind, "adapt")
-        return options
+        return self.section(name, ADAPTERS[name].config_class, "adapt")
+
+    def fine_tune(self) -> fine_tuning.Config:
+        """The options of the classifier `fine_tuned`. Raises: ConfigError."""
+        from deepclust.adaptation import fine_tuning
+
+        return self.section("fine_tune", fine_tuning.Config, "adapt")
+
+    def complete(self) -> dict[str, Config]:
+        """The options of `fine_tune` and of each adapter that has a section."""
+        adapters = [name for name in self.sections if name not in ("shared", "fine_tune")]
+        return {"fine_tune": self.fine_tune()} | {name: self.adapter(name) for name in adapters}
 
     def check(self) -> None:
         """Read every section, and compare names with what there is. Raises: ConfigError."""
@@ -226,7 +237,8 @@ class Adapt(_WithSections):
         _check_names("adapt.corruptions", self.corruptions, CORRUPTIONS)
         if "shared" in self.sections:
             parse(LearnerConfig, self.sections["shared"], "adapt.shared")
-        for name in names:
+        self.fine_tune()
+        for name in names[:-1]:
             self.adapter(name)
 
 
@@ -280,7 +292,7 @@ class Params(Config):
         names = encoders if encoders is not None else self.pretrain.encoders()
         shared = {name: value for name, value in as_dict(self.pretrain.shared).items() if value is not None}
         sections = {name: as_dict(self.options(name)) for name in names}
-        adapters = {name: as_dict(self.adapt.adapter(name)) for name in self.adapt.sections if name != "shared"}
+        adapters = {name: as_dict(options) for name, options in self.adapt.complete().items()}
         return as_dict(self) | {
             "pretrain": self.pretrain.own() | {"shared": shared} | sections,
             "adapt": self.adapt.own() | adapters,

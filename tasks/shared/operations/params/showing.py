@@ -32,9 +32,8 @@ def show(values: Params, encoder: str | None, out: TextIO) -> None:
     found["pretrain"]["shared"] = _commented(shared, leave_out=shared.may_be_left_out)
     for name in values.pretrain.encoders():
         found["pretrain"][name] = _commented(values.options(name))
-    for name in values.adapt.sections:
-        if name != "shared":
-            found["adapt"][name] = _commented(values.adapt.adapter(name))
+    for name, options in values.adapt.complete().items():
+        found["adapt"][name] = _commented(options)
     yaml.dump(found, out)
 
 
