@@ -125,9 +125,7 @@ def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, s
     if stage == "pretrain":
         assert encoder
         own = {"method": params.method(encoder)} | as_dict(params.options(encoder))
-        shared = params.pretrain.shared  # its blocks are in each encoder's options
-        network = {name: getattr(shared, name) for name in ("backbone", "stem", "precision")}
-        return flatten({"seed": params.seed} | network | own)
+        return flatten({"seed": params.seed} | params.pretrain.network() | own)
     everything = params.resolved()
     if stage == "report":
         return flatten({"seed": params.seed, "encoders": everything["encoders"]} | everything["report"])

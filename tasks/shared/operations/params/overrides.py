@@ -104,7 +104,7 @@ def _merge(document: Any, changes: dict[str, Any]) -> None:
             _add(document, key, _styled(value))
 
 
-def _add(section: CommentedMap, key: str, value: Any) -> None:
+def _add(section: Any, key: str, value: Any) -> None:
     """Put a new key behind the first, as what follows the last one, an empty line, belongs to it."""
     section.insert(min(1, len(section)), key, value)
 
@@ -237,7 +237,7 @@ def _set(document: Any, override: str) -> None:
         raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
 
 
-def _take_over(shared: Any, section: CommentedMap, key: str) -> None:
+def _take_over(shared: Any, section: dict[str, Any], key: str) -> None:
     """Make a section state a block of its group's `shared`, so that a part of it can be changed: a list as it is."""
     block = shared.get(key) if isinstance(shared, dict) else None
     if isinstance(block, dict):

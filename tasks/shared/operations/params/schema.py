@@ -119,6 +119,10 @@ class Pretrain(_WithSections):
     checkpoint: Checkpoint
     """How often an unfinished run's state is saved."""
 
+    def network(self) -> dict[str, Any]:
+        """What all encoders have in common, without the blocks, which are part of each one's options."""
+        return {name: getattr(self.shared, name) for name in ("backbone", "stem", "precision")}
+
     def encoders(self) -> list[str]:
         """Names of the encoders' sections."""
         return [name for name in self.sections if name != "shared"]
@@ -290,11 +294,11 @@ class Params(Config):
     def resolved(self, encoders: Iterable[str] | None = None) -> dict[str, Any]:
         """All values as plain ones, each section complete; of the encoders those given, or all."""
         names = encoders if encoders is not None else self.pretrain.encoders()
-        shared = {name: value for name, value in as_dict(self.pretrain.shared).items() if value is not None}
+        network = self.pretrain.network()
         sections = {name: as_dict(self.options(name)) for name in names}
         adapters = {name: as_dict(options) for name, options in self.adapt.complete().items()}
         return as_dict(self) | {
-            "pretrain": self.pretrain.own() | {"shared": shared} | sections,
+            "pretrain": self.pretrain.own() | {"shared": network} | sections,
             "adapt": self.adapt.own() | adapters,
         }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from typing import Any, TextIO
 
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -18,23 +20,22 @@ def show(values: Params, encoder: str | None, out: TextIO) -> None:
     Raises:
         ConfigError: If there is no such encoder.
     """
-    yaml = overrides.round_trip()
-    if encoder is not None:
-        method, shared = values.method(encoder), values.pretrain.shared
-        found = CommentedMap({"seed": values.seed, "encoders": _flow({encoder: method})})
-        network = _commented(shared, leave_out=shared.may_be_left_out)
-        found["pretrain"] = CommentedMap({"shared": network, encoder: _commented(values.options(encoder))})
-        yaml.dump(found, out)
-        return
-    found = _commented(values)
-    found["encoders"] = _flow(values.encoders)
     shared = values.pretrain.shared
-    found["pretrain"]["shared"] = _commented(shared, leave_out=shared.may_be_left_out)
-    for name in values.pretrain.encoders():
-        found["pretrain"][name] = _commented(values.options(name))
-    for name, options in values.adapt.complete().items():
-        found["adapt"][name] = _commented(options)
-    yaml.dump(found, out)
+    network = _commented(shared, leave_out=shared.may_be_left_out)
+    if encoder is not None:
+        found = CommentedMap({"seed": values.seed, "encoders": _flow({encoder: values.method(encoder)})})
+        found["pretrain"] = CommentedMap({"shared": network, encoder: _commented(values.options(encoder))})
+    else:
+        found = _commented(values)
+        found["encoders"] = _flow(values.encoders)
+        found["pretrain"]["shared"] = network
+        for name in values.pretrain.encoders():
+            found["pretrain"][name] = _commented(values.options(name))
+        for name, options in values.adapt.complete().items():
+            found["adapt"][name] = _commented(options)
+    text = io.StringIO()
+    overrides.round_trip().dump(found, text)
+    out.write(re.sub(r"^([^#\n]*[^#\s]) +# ", r"\1  # ", text.getvalue(), flags=re.MULTILINE))
 
 
 def _commented(options: Config, leave_out: tuple[str, ...] = ()) -> CommentedMap:

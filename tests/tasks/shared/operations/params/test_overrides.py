@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,9 +127,15 @@ def test_a_preview_writes_nothing(file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_the_command_prints_the_diff_and_a_mistake_is_one_line(file: Path) -> None:
-    command = [sys.executable, "-m", "tasks.overrides"]
-    done = subprocess.run([*command, "seed=5"], cwd=file.parent, capture_output=True, text=True, check=True)
-    assert "-seed: 0\n+seed: 5\n" in done.stdout
-    done = subprocess.run([*command, "sead=5"], cwd=file.parent, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: sead: unknown parameter; did you mean seed?\n")
+def test_the_command_prints_the_diff_and_a_mistake_is_one_line(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr("sys.argv", ["overrides", "seed=5"])
+    overrides.main()
+    assert "-seed: 0\n+seed: 5\n" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["overrides", "sead=5"])
+    with pytest.raises(SystemExit) as stopped:
+        overrides.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: sead: unknown parameter; did you mean seed?\n"

@@ -178,9 +178,9 @@ def test_check_and_show_are_commands(tmp_path: Path) -> None:
 
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     done = run("check", root=tmp_path)
-    assert (done.returncode, done.stderr[:25]) == (2, "error: encoders: missing; ")
+    assert (done.returncode, done.stderr[:24]) == (2, "error: encoders: missing")
     (tmp_path / "params.yaml").write_text(run("show", root=ROOT).stdout)
     assert params.load(tmp_path / "params.yaml").resolved() == params.load(ROOT / "params.yaml").resolved()
     shown = run("show", "moco", root=ROOT).stdout
     assert "    key_momentum: 0.99  # Momentum m of the momentum encoder.\n" in shown
-    assert "      weight_decay: 0.0005 # Weight decay; " in shown, "what it takes over from pretrain.shared"
+    assert "      weight_decay: 0.0005  # Weight decay; " in shown, "what it takes over from pretrain.shared"
