@@ -3,14 +3,16 @@
 So a run of one method depends on no other's file: what trains SwAV need not be trained again when PCL changes.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepclust.config import Config, hint
 from deepclust.errors import ConfigError
-from deepclust.methods.parts.base import Method
 
-__all__ = ["METHODS", "Method", "config_class", "method_class"]
+if TYPE_CHECKING:
+    from deepclust.methods.parts.base import Method
 
 # What each file offers beside its `Config`: a function that makes a frozen encoder, or the class of a trained method.
 METHODS = {

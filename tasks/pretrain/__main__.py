@@ -16,7 +16,8 @@ from torch import Tensor
 from deepclust import seeding
 from deepclust.config import Config, as_dict
 from deepclust.errors import TrainingError
-from deepclust.methods import Method, method_class
+from deepclust.methods import method_class
+from deepclust.methods.parts.base import Method
 from deepclust.methods.parts.options import TrainedConfig
 from deepclust.models import backbones, encoder
 from deepclust.models.devices import default_device

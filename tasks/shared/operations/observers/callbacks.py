@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deepclust.errors import TrainingError
 from deepclust.evaluation import watchdog
-from deepclust.methods import Method
+from deepclust.methods.parts.base import Method
 from deepclust.models import encoder
 from deepclust.training import loop
 from tasks.shared.operations.observers import probe
