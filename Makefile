@@ -1,5 +1,5 @@
-# The commands of this repository. Each sets up .venv first, and again whenever the lock has changed.
-#   make pipeline   images to compared encoders; ARGS="--targets … --override key=value … --force"
+# The commands of this repository. Each sets up .venv first, and again when the lock has changed.
+#   make pipeline   the whole pipeline; ARGS="--targets … --override key=value … --force"
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
 #   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…
@@ -45,8 +45,8 @@ lock: $(BIN)/uv
 
 setup: $(READY)
 
-# uv installs the lock in seconds. From whatever index the files come, the lock's hashes refuse any other build of torch or torchvision.
-# Compiling at once saves every stage's process some seconds, where Python may not write its own caches.
+# uv installs the lock in seconds. Whatever index the files come from, the lock's hashes refuse any other build of torch or torchvision.
+# Compiling bytecode here saves each stage's process some seconds where Python may not write its caches.
 $(READY): requirements.lock pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .

@@ -3,8 +3,8 @@
 #
 # Two stages do the same. Each writes a folder that is cached and a small CSV that is kept in git (`cache: false`): `first` lists the CSV
 # under `outs:`, `second` under `plots:`. A parameter goes from 1 to 2 and back to 1.
-# A guess: going back is as cheap for both, since the folder's content for 1 is in the cache.
-# Seen: `second` is restored ("is cached - skipping run"), `first` runs its command a third time; DVC says nothing of why.
+# Expected: going back runs neither, since the folder's content for 1 is in the cache.
+# Seen: `second` is restored ("is cached - skipping run"), `first` runs its command a third time, and DVC does not say why.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
