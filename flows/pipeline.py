@@ -1,4 +1,4 @@
-"""The whole pipeline: each stage of DVC's graph as a Prefect task run that waits for the stages upstream of it.
+"""The whole pipeline: each stage of DVC's graph as a Prefect task that waits for the stages upstream of it.
 
 python -m flows.pipeline --targets embed --override pretrain.swav.epochs=5
 """
@@ -9,10 +9,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from queue import SimpleQueue
-from typing import Any, cast
+from threading import Semaphore
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -20,9 +18,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import server
 from flows.stage import RETRIES, RETRY_SECONDS
@@ -47,7 +44,9 @@ def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
     retry_delay_seconds=RETRY_SECONDS,
     retry_condition_fn=_preempted,
 )
-def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool, env: dict[str, str]) -> State[Outcome]:
+def run_stage(
+    stage: str, workspace: Workspace, slots: Semaphore, *, unchanged: bool, force: bool, env: dict[str, str]
+) -> State[Outcome]:
     """One stage of the graph. DVC alone decides whether there is anything to do, so nothing is cached here.
 
     A preempted stage is tried again and goes on, a failed one is not. A forced one begins anew, but only once.
@@ -62,7 +61,8 @@ def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool,
             name="Unchanged", message="nothing it depends on has changed", data=Outcome(stage, "unchanged", 0.0, {})
         )
     try:
-        outcome = workspace.run_stage(stage, on_line=logger.info, force=force, env=env)
+        with slots:
+            outcome = workspace.run_stage(stage, on_line=logger.info, force=force, env=env)
     except StageError as error:
         logger.log(logging.WARNING if isinstance(error, PreemptedStage) else logging.ERROR, "%s", error)
         return Failed(message=str(error).partition("\n")[0], data=error)
@@ -70,12 +70,7 @@ def run_stage(stage: str, workspace: Workspace, *, unchanged: bool, force: bool,
     return Completed(name=name, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome)
 
 
-@flow(
-    name="pretrain-and-eval",
-    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=environment.parallel())),  # its type variable is unbound
-    persist_result=False,
-    validate_parameters=True,
-)
+@flow(name="pretrain-and-eval", persist_result=False, validate_parameters=True)
 def pretrain_and_eval(
     targets: list[str] | None = None, overrides: list[str] | None = None, force: bool = False
 ) -> State[Any]:
@@ -112,7 +107,7 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
     status = "KILLED"
     try:
-        report = _Schedule(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {}).run()
+        report = _run_stages(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {})
         status = "FAILED" if report.failed else "FINISHED"
     finally:
         workspace.stop()
@@ -129,60 +124,37 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     return Completed(message=f"{len(stages)} stages up to date")
 
 
-@dataclass
-class _Schedule:
-    """Submits each stage when everything upstream of it is done, at most `parallel()` at once.
+def _run_stages(
+    workspace: Workspace, stages: Sequence[str], unchanged: set[str], force: bool, env: dict[str, str]
+) -> summary.Report:
+    """Run the stages, upstream first, `parallel()` at once; a failed one stops only those that depend on it.
 
-    A stage that others wait for goes first, the more of them the sooner: pretraining before anything else.
+    Prefect gives each task a thread, in which it waits for the stages upstream. The limit is not the number of threads:
+    one that waits would hold up a stage that could run.
     """
-
-    workspace: Workspace
-    stages: list[str]
-    unchanged: set[str]
-    force: bool
-    env: dict[str, str]
-    _futures: dict[str, PrefectFuture[Any]] = field(default_factory=dict)
-
-    def run(self) -> summary.Report:
-        """Run all stages; a failed one holds up only what depends on it."""
-        waiting, running, done = list(self.stages), set[str](), set[str]()
-        finished: SimpleQueue[str] = SimpleQueue()
-        report = summary.Report()
-        while waiting or running:
-            ready = [stage for stage in waiting if done.issuperset(self.workspace.graph[stage])]
-            ready.sort(key=self.workspace.waiting_for, reverse=True)
-            for stage in ready[: environment.parallel() - len(running)]:
-                waiting.remove(stage)
-                running.add(stage)
-                self._submit(stage).add_done_callback(partial(lambda name, _: finished.put(name), stage))
-            stage = finished.get()
-            running.remove(stage)
-            done.add(stage)
-            self._note(stage, report)
-        return report
-
-    def _submit(self, stage: str) -> PrefectFuture[Any]:
-        named = run_stage.with_options(name=stage, task_run_name=stage)
-        self._futures[stage] = named.submit(
+    slots = Semaphore(environment.parallel())
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage in stages:
+        futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
             stage,
-            self.workspace,
-            unchanged=stage in self.unchanged,
-            force=self.force,
-            env=self.env,
-            wait_for=[self._futures[upstream] for upstream in self.workspace.graph[stage]],
+            workspace,
+            slots,
+            unchanged=stage in unchanged,
+            force=force,
+            env=env,
+            wait_for=[futures[upstream] for upstream in workspace.graph[stage]],
             return_state=False,
         )
-        return self._futures[stage]
-
-    def _note(self, stage: str, report: summary.Report) -> None:
-        self._futures[stage].wait()
-        state = self._futures[stage].state
-        if state.is_completed():
-            report.outcomes[stage] = self._futures[stage].result()
-        elif state.is_failed() or state.is_crashed():
-            report.failed[stage] = str(self._futures[stage].result(raise_on_failure=False))
+    wait(list(futures.values()))
+    report = summary.Report()
+    for stage, future in futures.items():
+        if future.state.is_completed():
+            report.outcomes[stage] = future.result()
+        elif future.state.is_failed() or future.state.is_crashed():
+            report.failed[stage] = str(future.result(raise_on_failure=False))
         else:
             report.held_up.append(stage)
+    return report
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ ROOMS = {
 DOORS = {
     "prefect": ("flows/",),
     "mlflow": ("tasks/shared/operations/tracking.py", "tasks/model/mlflow_model.py"),
-    "dvc": ("tasks/shared/operations/processes/dvc_runner.py",),
+    "dvc": ("tasks/shared/operations/processes/dvc_runner.py", "tasks/shared/operations/processes/repro.py"),
     "pydantic": ("deepclust/config.py", "tasks/shared/operations/params/"),
     "ruamel": ("tasks/shared/operations/params/",),
     "torch.distributed": ("deepclust/distributed.py", "tasks/shared/operations/processes/launcher.py"),

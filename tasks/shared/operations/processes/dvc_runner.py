@@ -1,4 +1,4 @@
-"""Running stages through DVC, which holds the graph and decides what has changed. The only place that imports it.
+"""Runs stages through DVC, which holds the graph and decides what has changed. Only this and repro.py import it.
 
 with Workspace() as workspace:
     for stage in workspace.select(["embed@swav"]):
@@ -26,24 +26,13 @@ from deepclust.errors import DeepclustError as DeepclustError
 from deepclust.errors import StageError as StageError
 from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
-from tasks.shared.operations.processes import child_processes
+from tasks.shared.operations.processes import child_processes, repro
 from tasks.shared.outputs import layout
 
 LOCK = layout.STATE / "flow.lock"
 TAIL = 20  # lines of a failed stage's output that are shown
-_DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
-# What DVC says if another DVC process holds its lock for the repository, or for one of the stage's files.
-_LOCKED = ("Unable to acquire lock. Most likely another DVC process is running", "' is busy, it is being blocked by:")
-# What DVC advises after each stage; noise in a log of thirty.
-_ADVICE = (
-    "To track the changes with git, run:",
-    "git add ",
-    "To enable auto staging, run:",
-    "dvc config core.autostage",
-    "Use `dvc push`",
-    "Updating lock file",
-)
-_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0)  # seconds before each further attempt
+_STATUS = (sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json")
+_REPRO = (sys.executable, "-P", repro.__file__)
 
 
 @dataclass(frozen=True)
@@ -175,27 +164,15 @@ class Workspace:
     def _members(self, target: str) -> list[str]:
         return _members(target, list(self.graph))
 
-    def waiting_for(self, stage: str) -> int:
-        """How many stages directly or indirectly depend on this one."""
-        found: set[str] = {stage}
-        for other, upstream in self.graph.items():
-            if found.intersection(upstream):
-                found.add(other)
-        return len(found) - 1
-
     def unchanged(self) -> set[str]:
         """The stages that need not run: nothing they depend on has changed, nor has anything upstream of them.
 
         Raises:
             StageError: If DVC fails.
         """
-        for pause in (*_WAITS, None):
-            status, out, error = self._children.run([*_DVC, "status", "--json"])
-            if status == 0:
-                break
-            if pause is None or not any(sign in error for sign in _LOCKED):
-                raise StageError(f"`dvc status` failed: {' '.join(error.split())}")
-            time.sleep(pause)
+        status, out, error = self._children.run(_STATUS)
+        if status:
+            raise StageError(f"`dvc status` failed: {' '.join(error.split())}")
         changed = set(json.loads(out))
         for stage, upstream in self.graph.items():
             if changed.intersection(upstream):
@@ -210,7 +187,7 @@ class Workspace:
         force: bool = False,
         env: dict[str, str] | None = None,
     ) -> Outcome:
-        """Run one stage by `dvc repro --single-item`, unless DVC finds that nothing has changed.
+        """Run one stage as `dvc repro --single-item` does, unless DVC finds that nothing has changed.
 
         Args:
             stage: A stage of `graph`; those upstream of it must be up to date.
@@ -226,22 +203,15 @@ class Workspace:
         marker = layout.preempted(name, encoder or None)
         marker.unlink(missing_ok=True)  # a stage that can not even start would leave an old one
         begin = time.monotonic()
-        command = [*_DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
-        for pause in (*_WAITS, None):
-            tail: deque[str] = deque(maxlen=200)
+        tail: deque[str] = deque(maxlen=200)
 
-            def note(line: str, tail: deque[str] = tail) -> None:
-                if not line.lstrip().startswith(_ADVICE):
-                    tail.append(line)
-                    on_line(line)
+        def note(line: str) -> None:
+            tail.append(line)
+            on_line(line)
 
-            status = self._children.stream(command, note, env=env)
-            if status == 0:
-                return Outcome(stage, _what(stage, tail), time.monotonic() - begin, metrics(stage))
-            if pause is None or not _locked(tail):
-                break
-            on_line(f"another DVC process holds the lock; trying again in {pause:g} s")
-            time.sleep(pause)
+        status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
+        if status in repro.WHAT:
+            return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics(stage))
         if self._children.stopped:
             raise StageError(f"{stage} was stopped")
         if marker.exists():
@@ -294,16 +264,6 @@ def _check_folder(name: str, folder: str, *, read: bool) -> None:
 
 def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{error} {error.__cause__ or ''}".split())
-
-
-def _locked(tail: Sequence[str]) -> bool:
-    return any(line.startswith("ERROR: ") and sign in line for line in tail for sign in _LOCKED)
-
-
-def _what(stage: str, tail: Sequence[str]) -> str:
-    if f"Stage '{stage}' didn't change, skipping" in tail:
-        return "unchanged"
-    return "restored" if any(line.startswith(f"Stage '{stage}' is cached - skipping run") for line in tail) else "run"
 
 
 def _failure(stage: str, status: int, tail: list[str]) -> str:
