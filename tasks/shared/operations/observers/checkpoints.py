@@ -54,7 +54,7 @@ class Run:
             raise ConfigError(f"{_MODE}: expected one of {', '.join(MODES)}; got {mode!r}; mend or unset it")
         with launcher.together():
             if launcher.is_main():
-                if mode == "never":
+                if mode == "never" and not launcher.has_begun():
                     self._store.clear()
                 self._remove_old()
         launcher.note_begun()

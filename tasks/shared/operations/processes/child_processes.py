@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from deepclust.errors import StageError
 
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL: time to write a checkpoint
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-_BAR_EVERY = 10.0  # seconds between two states of one progress bar
 
 
 class ChildProcesses:
@@ -40,9 +37,7 @@ class ChildProcesses:
     def __enter__(self) -> ChildProcesses:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -94,7 +89,7 @@ class ChildProcesses:
             ours = self._running.pop(process, None)
         if ours is not None:
             os.close(ours)
-            with contextlib.suppress(OSError):  # only if the supervisor itself was killed is anybody left in its group
+            with contextlib.suppress(OSError):  # there is a group left only if the supervisor itself was killed
                 os.killpg(process.pid, signal.SIGKILL)
         return status
 
@@ -123,49 +118,19 @@ class ChildProcesses:
     def stream(
         self, command: Sequence[str], on_line: Callable[[str], None], *, env: Mapping[str, str] | None = None
     ) -> int:
-        """Run a command to its end, with each line of its output passed on as it comes; its exit status."""
+        """Run a command to its end, with each line of its output passed on as it comes; its exit status.
+
+        Of a progress bar, which rewrites its line after a carriage return, only the last state is passed on.
+        """
         process = self.start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert process.stdout is not None
-        with process.stdout:
-            for line in lines(iter(lambda: os.read(process.stdout.fileno(), 65536), b"")):  # type: ignore[union-attr]
-                on_line(line)
+        assert isinstance(process.stdout, io.BufferedReader)
+        with io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="\n") as output:
+            for line in output:
+                if states := [state.rstrip() for state in line.split("\r") if state.strip()]:
+                    on_line(states[-1])
         return self.wait(process)
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PYTHONUNBUFFERED": "1", **extra, "PATH": path}
-
-
-def lines(chunks: Iterator[bytes], every: float = _BAR_EVERY) -> Iterator[str]:
-    """Lines of output as they come.
-
-    A progress bar rewrites its line after a carriage return: its last state is a line, and of the others one every
-    `every` seconds, so that a bar does not flood the log.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text = ""
-    shown = time.monotonic()
-    for chunk in chunks:
-        text += decoder.decode(chunk)
-        *whole, text = text.split("\n")
-        for line in whole:
-            if state := _last_state(line):
-                yield state
-        if "\r" not in text:
-            continue
-        head, tail = text.rsplit("\r", 1)
-        state = _last_state(head)
-        if state and time.monotonic() - shown >= every:
-            shown = time.monotonic()
-            yield state
-            state = ""
-        text = f"{state}\r{tail}"
-    if state := _last_state(text):
-        yield state
-
-
-def _last_state(line: str) -> str:
-    """What a terminal would show of a line with carriage returns."""
-    states = [state.rstrip() for state in line.split("\r")]
-    return next((state for state in reversed(states) if state), "")

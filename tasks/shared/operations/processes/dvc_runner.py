@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from deepclust.errors import DeepclustError as DeepclustError
@@ -53,13 +52,11 @@ class Outcome:
 
 
 class PreemptedStage(StageError):
-    """A stage was told to stop by somebody else than this flow; started again, it goes on."""
+    """A stage was told to stop, but not by this flow; started again, it goes on."""
 
 
 class Workspace:
-    """The repository in the current folder, with the one flow that may run in it at a time.
-
-    Leaving the context ends every process that was started in it.
+    """The repository in the current folder. Leaving the context ends every process that was started in it.
 
     Args:
         grace: Seconds a stage has to end after it was told to.
@@ -85,9 +82,9 @@ class Workspace:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            lock.close()
+            with lock:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
             raise StageError(
                 f"expected to be the only flow in {Path.cwd()}, but one already runs there (process {holder}); "
                 "wait for it or stop it"
@@ -96,17 +93,14 @@ class Workspace:
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
-        # The supervisors hold the lock too: after a SIGKILL to the flow nobody else begins until its stages are gone.
+        # The supervisors hold the lock too: after a SIGKILL to the flow, none begins until its stages are gone.
         self._children = child_processes.ChildProcesses(grace=self._grace, hold=[lock.fileno()])
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._children.stop()
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         if self._lock:
             self._lock.close()
-            self._lock = None
 
     def stop(self) -> None:
         """End every running stage; none can be started afterwards."""
@@ -124,16 +118,14 @@ class Workspace:
 
         try:
             with Repo() as repo:
-                index = repo.index
-                stages = [stage for stage in index.stages if not stage.is_data_source]
+                graph = repo.index.graph
                 edges = {
-                    stage.addressing: tuple(
-                        sorted(other.addressing for other in index.graph.successors(stage) if not other.is_data_source)
-                    )
-                    for stage in stages
+                    stage.addressing: tuple(sorted(up.addressing for up in graph[stage] if not up.is_data_source))
+                    for stage in graph
+                    if not stage.is_data_source
                 }
         except DvcException as error:
-            raise StageError(f"DVC can not read the pipeline in {Path.cwd()}: {_in_one_line(error)}") from error
+            raise StageError(f"DVC can not read the pipeline in {Path.cwd()}: {repro.in_one_line(error)}") from error
         return {stage: edges[stage] for stage in TopologicalSorter(edges).static_order()}
 
     def select(self, targets: Sequence[str] | None = None) -> list[str]:
@@ -146,23 +138,18 @@ class Workspace:
         """
         if not targets:
             return list(self.graph)
-        wanted: set[str] = set()
-        waiting = [stage for target in targets for stage in self._members(target)]
-        while waiting:
-            stage = waiting.pop()
-            if stage not in wanted:
-                wanted.add(stage)
-                waiting.extend(self.graph[stage])
+        wanted = {stage for target in targets for stage in _members(target, list(self.graph))}
+        for stage in reversed(self.graph):
+            if stage in wanted:
+                wanted.update(self.graph[stage])
         return [stage for stage in self.graph if stage in wanted]
 
     def one(self, name: str) -> str:
         """The name, if it is a single stage's. Raises: StageError if it is not."""
-        if self._members(name) != [name]:
-            raise StageError(f"expected a single stage, got {name!r}; name one of {', '.join(self._members(name))}")
+        members = _members(name, list(self.graph))
+        if members != [name]:
+            raise StageError(f"expected a single stage, got {name!r}; name one of {', '.join(members)}")
         return name
-
-    def _members(self, target: str) -> list[str]:
-        return _members(target, list(self.graph))
 
     def unchanged(self) -> set[str]:
         """The stages that need not run: nothing they depend on has changed, nor has anything upstream of them.
@@ -260,10 +247,6 @@ def _check_folder(name: str, folder: str, *, read: bool) -> None:
             f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
             f"name another one: {name}=path/to/images"
         )
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(f"{error} {error.__cause__ or ''}".split())
 
 
 def _failure(stage: str, status: int, tail: list[str]) -> str:

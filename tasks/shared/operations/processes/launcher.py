@@ -2,13 +2,8 @@
 
     PET_NPROC_PER_NODE=2 python -m tasks.pretrain swav
 
-becomes torchrun's launcher, with `-m tasks.pretrain swav` as its program. No exit status gets through torchrun, which
-also takes every status but 0 for a loss. So a process that ends on purpose, because all is done, by a user's mistake or
-by a preemption, leaves an outcome in a file and exits with 0 (worker.py); the launcher reads it, says its line
-and exits with its status.
-
-torchrun also starts a healthy group again when a machine comes, by the SIGTERM that a preemption is told by. The
-launcher knows the difference: after a preemption no group begins.
+becomes a launcher: torchrun's agent, with `-m tasks.pretrain swav` as its program. How its processes end on purpose is
+in worker.py; the launcher reads their outcomes, prints the line of the one that counts and exits with its status.
 
 Decides where a stage runs and how it ends, never what it writes.
 """
@@ -25,21 +20,19 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from deepclust.errors import ConfigError, DeepclustError, StageError
 from tasks.shared.operations.processes import child_processes, worker
-from tasks.shared.operations.processes.worker import end, is_main, is_worker, joined, note_begun, together
+from tasks.shared.operations.processes.worker import end, has_begun, is_main, is_worker, joined, note_begun, together
 from tasks.shared.outputs import environment
 
-__all__ = ["end", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
+__all__ = ["end", "has_begun", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
 
 STAGES = ("pretrain", "embed", "cluster")  # those that know how to share their work
 JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
 RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
 PORT = 29400  # torchrun's own default
-_MET = "SimpleElasticAgent._rendezvous.success"  # torchrun's metric between the end of a group and the next one's begin
 
 
 def wanted(stage: str) -> bool:
@@ -68,9 +61,9 @@ def start(module: str, arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers of the same kind
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        os.environ[worker.OUTCOME] = str(Path(folder) / "outcome")
-        finished, ended = _finished(), threading.Event()
-        threading.Thread(target=_end_after_outcome, args=(finished, ended), daemon=True).start()
+        os.environ[worker.FOLDER] = folder
+        ended = threading.Event()
+        threading.Thread(target=_end_after_outcome, args=(ended,), daemon=True).start()
         status, line, told = 0, "", False
         try:
             _torchrun(module, arguments)
@@ -81,21 +74,22 @@ def start(module: str, arguments: Sequence[str]) -> int:
         finally:
             _kill_what_is_left()
         found = worker.outcome()
-    if found and not (found.weak and told):
-        status, line, _ = found
+    if found and not (found.order == 2 and told):
+        status, line = found.status, found.line
     if line:
         print(line, file=sys.stderr)
     return status
 
 
 def _torchrun(module: str, arguments: Sequence[str]) -> None:
+    """Start the processes, again where one is lost, until all have ended.
+
+    Raises:
+        ConfigError: If the `PET_*` variables make no sense.
+        StageError: If the machines do not meet, or a process was lost too often.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import (
-        RendezvousClosedError,
-        RendezvousConnectionError,
-        RendezvousError,
-        RendezvousTimeoutError,
-    )
+    from torch.distributed.elastic.rendezvous import api
     from torch.distributed.launcher.api import elastic_launch
 
     config, command, rest = _configuration(module, arguments)
@@ -106,7 +100,7 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
         try:
             elastic_launch(config, command)(*rest)
             return
-        except RendezvousConnectionError as error:
+        except api.RendezvousConnectionError as error:
             if (found := worker.outcome()) and not found.status:
                 return
             # One attempt takes as long as the store's time-out; what lasted longer was a run that was cut off.
@@ -119,19 +113,19 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
                 ) from error
             begin = time.monotonic()
             time.sleep(1)
-        except RendezvousTimeoutError as error:
+        except api.RendezvousTimeoutError as error:
             raise StageError(
                 f"expected {where} within {patience} s, fewer came; start the same line on the others, mend "
                 f"PET_NNODES, or wait longer: PET_RDZV_CONF=join_timeout={2 * patience}"
             ) from error
-        except RendezvousClosedError as error:
+        except api.RendezvousClosedError as error:
             raise StageError(
                 f"expected to meet {where}, but the run has ended there; its message says why, run again on all"
             ) from error
-        except RendezvousError as error:
+        except api.RendezvousError as error:
             raise StageError(f"expected to meet {where}, got: {worker.in_one_line(error)}; run again") from error
         except ChildFailedError as error:
-            first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+            _, first = error.get_first_failure()
             how = f"signal {-first.exitcode}" if first.exitcode < 0 else f"status {first.exitcode}"
             raise StageError(
                 f"expected the processes to finish, but process {first.local_rank} of this machine ended by {how} "
@@ -207,32 +201,13 @@ def _refuse(message: str) -> NoReturn:
     )
 
 
-def _finished() -> threading.Event:
-    """Follow what torchrun says of the groups of this process; the event is set once one has finished."""
-    from torch.distributed.elastic.metrics import api
+def _end_after_outcome(ended: threading.Event) -> None:
+    """Stop what waits for a process that ended on purpose, until a collective's or torchrun's own time-out.
 
-    finished = threading.Event()
-
-    class Follower(api.MetricHandler):
-        def emit(self, metric_data: api.MetricData) -> None:
-            if metric_data.name == _MET:
-                finished.clear()
-                worker.forget_preemption()
-            elif metric_data.name.endswith(".succeeded"):
-                finished.set()
-
-    api.configure(Follower())
-    return finished
-
-
-def _end_after_outcome(finished: threading.Event, ended: threading.Event) -> None:
-    """Stop the processes that wait for one that ended on purpose, which they may do until a collective's time-out.
-
-    Also torchrun, when it waits for other machines whose processes were told to stop: it would for five minutes. Not
-    while it waits for the machines of a new group, nor after the work is done.
+    But not torchrun while it waits for the machines of a new group: it told the old one's processes to stop, and they
+    are gone.
 
     Args:
-        finished: Whether torchrun only waits for other machines.
         ended: Set before the signal.
     """
     import psutil
@@ -241,8 +216,8 @@ def _end_after_outcome(finished: threading.Event, ended: threading.Event) -> Non
         found = worker.outcome()
         if found and found.status:
             time.sleep(child_processes.GRACE)
-            waited_for = finished.is_set() or not found.preempted or psutil.Process().children()
-            if waited_for and worker.outcome() == found:
+            new_group = found.told and not psutil.Process().children()
+            if not new_group and worker.outcome() == found:
                 break
         time.sleep(0.5)
     ended.set()

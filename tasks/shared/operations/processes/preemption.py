@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that can wait until a safe moment.
+"""SIGTERM and SIGINT as a request that can wait until a safe moment.
 
     with preemption.deferred() as told:
         for batch in batches:
@@ -18,42 +18,37 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tasks.shared.operations.processes import worker
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_last: list[int] = []  # the signals that came in a deferred context
+from tasks.shared.operations.processes import signals, worker
 
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Only take note of SIGTERM and SIGINT inside.
+    """Only note SIGTERM and SIGINT inside.
 
-    A second one ends the process at once, unless torchrun started it: there both the supervisor and torchrun tell each
+    A second one ends the process at once, unless torchrun started it: there the supervisor and torchrun both tell each
     process, so that two signals are one request, and torchrun kills after a time of grace anyway.
 
     Yields:
-        A function that gives the number of the signal that came, or 0.
+        A function that returns the number of the signal that came, or 0.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
-    came: list[int] = []
-    _last.clear()
+    signals.came.clear()
 
     def note(number: int, _: object) -> None:
-        if came and not worker.is_worker():
+        if signals.came and not worker.is_worker():
             sys.exit(128 + number)
-        came.append(number)
-        _last.append(number)
+        signals.came.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: signals.came[0] if signals.came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def status() -> int:
-    """The exit status of a preempted process: 130 after SIGINT, else 143, also if another process was told."""
-    return 128 + (_last[0] if _last else signal.SIGTERM)
+    """The exit status of a preempted process: 130 after SIGINT, else 143, also if only another process was told."""
+    return 128 + (signals.came[-1] if signals.came else signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Runs one stage through DVC's Python API, which tells by values and classes what DVC's command line tells in sentences.
+"""Runs one stage through DVC's Python API: its command line says only in sentences what came of the stage.
 
-    python repro.py STAGE run|force
+python repro.py STAGE run|force
 
 A child process of the flow (dvc_runner.py), so that stopping it stops the stage. The exit status is one of `WHAT`, or 1
 after a line that begins with `ERROR: `.

@@ -1,4 +1,4 @@
-"""SIGTERM as an orderly exit."""
+"""SIGTERM as an orderly exit, and which signals have come."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TERMINATED = 128 + signal.SIGTERM
+came: list[int] = []  # the signals that were deferred (preemption.py)
 
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """SIGTERM as an exit that `finally` blocks see, unless somebody else handles it already."""
+    """Exit on SIGTERM in a way that `finally` blocks see, unless another handler is set already."""
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))

@@ -2,11 +2,11 @@
 
     python supervisor.py GRACE_SECONDS COMMAND [ARGUMENT …]
 
-The parent keeps the other end of the pipe open. If it is killed, even by SIGKILL, the pipe closes: nothing is left
-behind. SIGTERM, SIGINT and SIGHUP do the same. DVC dies of a SIGTERM and leaves its stage running, and torchrun puts
-its workers into sessions of their own, so the whole family is sought: descendants and members of the process group.
+The parent keeps the other end of the pipe open. If it is killed, even by SIGKILL, the pipe closes, and nothing is left
+behind. SIGTERM, SIGINT and SIGHUP have the same effect. A SIGTERM ends DVC but not the stage that it runs, and torchrun
+puts its workers into sessions of their own, so the signal goes to all descendants and members of the process group.
 
-Runs as a script, with next to no imports: one such process stands beside every stage.
+Runs as a script with few imports, because there is one such process for every running stage.
 """
 
 from __future__ import annotations
@@ -25,22 +25,18 @@ import psutil
 _SET_CHILD_SUBREAPER = 36  # prctl(2); Linux only
 
 
-def _family() -> set[psutil.Process]:
-    """Everything that descends from this process or shares its group, but not itself."""
-    me = psutil.Process()
-    found = set(me.children(recursive=True))
-    for pid in psutil.pids():
-        if pid != me.pid and _in_our_group(pid):
-            with contextlib.suppress(psutil.Error):
-                found.add(psutil.Process(pid))
-    return found
-
-
 def _in_our_group(pid: int) -> bool:
     try:
         return os.getpgid(pid) == os.getpgrp()
     except OSError:
         return False
+
+
+def _family() -> set[psutil.Process]:
+    """Everything that descends from this process or shares its group, but not itself."""
+    me = psutil.Process()
+    group = {process for process in psutil.process_iter() if _in_our_group(process.pid)}
+    return group.union(me.children(recursive=True)) - {me}
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -53,21 +49,18 @@ def _lives(process: psutil.Process) -> bool:
 def _end(grace: float) -> None:
     """SIGTERM to the family, SIGKILL to who is left after the grace period."""
     seen = _family()
-    asked = {process for process in seen if _in_our_group(process.pid)}
+    told = {process for process in seen if _in_our_group(process.pid)}
     deadline = time.monotonic() + grace
-    # The group at once, us included: a shell whose command dies first would go on to its next line.
+    # To the whole group at once: a shell whose command ends first would go on to its next line.
     os.killpg(os.getpgrp(), signal.SIGTERM)
-    while True:
-        seen |= _family()
-        living = {process for process in seen if _lives(process)}
-        if not living:
-            return
+    while living := {process for process in seen | _family() if _lives(process)}:
         if time.monotonic() < deadline:
-            _send(living - asked, signal.SIGTERM)
+            _send(living - told, signal.SIGTERM)
         else:
             _send(living, signal.SIGSTOP)
             _send(living, signal.SIGKILL)
-        asked |= living
+        told |= living
+        seen |= living
         time.sleep(0.05)
 
 
@@ -80,7 +73,7 @@ def _send(processes: set[psutil.Process], number: signal.Signals) -> None:
 def main() -> int:
     """Run the command; its exit status, or 128 + signal."""
     grace, command = float(sys.argv[1]), sys.argv[2:]
-    if sys.platform == "linux":  # orphans in the family come to us, where they are found
+    if sys.platform == "linux":  # orphaned descendants become children of this process
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake, woken = os.pipe()

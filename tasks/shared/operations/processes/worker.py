@@ -1,9 +1,9 @@
 """A process of a stage: alone, or one of several that torchrun started for a launcher (launcher.py).
 
-How one of several ends on purpose is an outcome, a status and a line in a file beside the launcher's others. More than
-one process may leave one. The main process's counts before another's, and that before a peer's, which only says that
-another one failed. Status 0 is the end of the whole work: whatever happens to a process from there on, nothing is done
-again.
+torchrun passes no exit status on, and restarts the group after any status but 0. So one of several processes that ends
+on purpose, by a user's mistake or a preemption or because all is done, adds an outcome to a file of its launcher's and
+exits with 0. Where several do, the main process's outcome counts before another's, and that before one that only says
+that another process failed. An outcome of status 0 is the end of the whole work: nothing is done again after it.
 
 Decides where a stage runs and how it ends, never what it writes.
 """
@@ -20,28 +20,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from deepclust.errors import DeepclustError, PeerError
+from tasks.shared.operations.processes import signals
 from tasks.shared.outputs import environment
 
-OUTCOME = "DEEPCLUST_OUTCOME"  # path of the files by which processes tell the launcher, without their suffix
-_RANKS = (".main", ".other", ".peer")  # suffixes of the outcomes, the one that counts most first
+FOLDER = "DEEPCLUST_LAUNCHER"  # path of the launcher's folder
 _PARENT_DEATH_SIGNAL = 1  # prctl(2); Linux only
 
 
 class Outcome(NamedTuple):
-    """How the work of all ended.
+    """How one process ended on purpose.
 
     Attributes:
+        order: 0 from the main process, 1 from another one, 2 if it only says that another process failed; the lowest
+            counts.
         status: The launcher's exit status.
-        line: What it says on stderr.
-        weak: Whether it only says that another process failed.
+        line: What the launcher prints on stderr.
+        told: Whether the process itself was told to stop by a signal.
     """
 
+    order: int
     status: int
     line: str
-    weak: bool
+    told: bool
 
     @property
     def preempted(self) -> bool:
@@ -65,19 +68,22 @@ def joined() -> Iterator[None]:
     if not is_worker():
         yield
         return
-    if outcome():  # ended on purpose while torchrun was starting the group again
+    found = outcome()
+    if found and found.preempted:  # a machine has come, and torchrun told the group before this one to stop
+        _outcomes().unlink(missing_ok=True)
+    elif found:  # a process ended on purpose while torchrun was starting the group again
         sys.exit(0)
     _die_with_the_launcher()
     if is_main() and (count := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         print(f"warning: a process was lost; all start again ({count} of at most {most} times)", file=sys.stderr)
-    _never_only_once()
     from deepclust import distributed
 
     try:
         with _silent_unless_main(), distributed.group(seconds=environment.collective_seconds()):
             yield
-            _note_done()
+            if FOLDER in os.environ:
+                _add_outcome(0, "")
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except SystemExit as stop:
@@ -94,39 +100,6 @@ def joined() -> Iterator[None]:
         _leave(1)
 
 
-def _note_done() -> None:
-    if OUTCOME in os.environ:
-        with contextlib.suppress(OSError):  # no more than a help
-            _write(0, "")
-
-
-def note_begun() -> None:
-    """Take note that what a run that begins anew forgets is forgotten. Alone, do nothing."""
-    if is_worker() and OUTCOME in os.environ:
-        _begun().touch()
-
-
-def _begun() -> Path:
-    return Path(os.environ[OUTCOME]).with_suffix(".begun")
-
-
-def _never_only_once() -> None:
-    """A run that is to begin anew does so once: when torchrun starts it again, it goes on from what it saved since."""
-    if OUTCOME in os.environ and _begun().exists():
-        os.environ["DEEPCLUST_RESUME"] = "auto"
-
-
-def _leave(status: int) -> NoReturn:
-    """End this process; at once if it still belongs to a group, with which an interpreter can not end in peace."""
-    from deepclust import distributed
-
-    if distributed.processes() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Fail on all processes if the body fails on one. Alone, do nothing."""
@@ -139,47 +112,45 @@ def together() -> Iterator[None]:
         yield
 
 
+def note_begun() -> None:
+    """Note that a run that begins anew has removed the state of earlier runs. Alone, do nothing."""
+    if FOLDER in os.environ:
+        (Path(os.environ[FOLDER]) / "begun").touch()
+
+
+def has_begun() -> bool:
+    """Whether `note_begun` was called before torchrun started the group again: then the state is this run's own."""
+    return FOLDER in os.environ and (Path(os.environ[FOLDER]) / "begun").exists()
+
+
 def end(status: int, line: str, error: BaseException) -> NoReturn:
     """End this process on purpose: alone with a line on stderr and a status, else with an outcome for the launcher."""
-    if not is_worker():
-        print(line, file=sys.stderr)
-        sys.exit(status)
-    if OUTCOME not in os.environ:  # torchrun itself is the launcher
-        print(line, file=sys.stderr)
+    if FOLDER in os.environ:
+        _add_outcome(status, line, weak=isinstance(error, PeerError))
+        _leave(0)
+    print(line, file=sys.stderr)
+    if is_worker():  # torchrun itself is the launcher
         _leave(status)
-    _write(status, line, weak=isinstance(error, PeerError))
-    _leave(0)
-
-
-def _write(status: int, line: str, *, weak: bool = False) -> None:
-    """Leave an outcome, whole; of equal rank, the first one stays."""
-    suffix = ".peer" if weak else ".main" if is_main() else ".other"
-    path = Path(os.environ[OUTCOME]).with_suffix(suffix)
-    mine = path.with_name(f"{path.name}.{os.getpid()}")
-    mine.write_text(json.dumps({"status": status, "line": line}), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
-        os.link(mine, path)
-    mine.unlink()
+    sys.exit(status)
 
 
 def outcome() -> Outcome | None:
-    """The outcome that counts, or None if nobody ended on purpose."""
-    if OUTCOME not in os.environ:
+    """The outcome that counts, the first of equal ones; None if no process has ended on purpose."""
+    if FOLDER not in os.environ or not _outcomes().exists():
         return None
-    for suffix in _RANKS:
-        with contextlib.suppress(FileNotFoundError):
-            text = Path(os.environ[OUTCOME]).with_suffix(suffix).read_text(encoding="utf-8")
-            found: dict[str, Any] = json.loads(text)
-            return Outcome(found["status"], found["line"], weak=suffix == ".peer")
-    return None
+    lines = _outcomes().read_text(encoding="utf-8").splitlines(keepends=True)
+    found = [Outcome(*json.loads(line)) for line in lines if line.endswith("\n")]
+    return min(found, key=lambda one: one.order, default=None)
 
 
-def forget_preemption() -> None:
-    """Remove the outcomes if they say that the processes were told to stop: it was for another group to begin."""
-    found = outcome()
-    if found and found.preempted:
-        for suffix in _RANKS:
-            Path(os.environ[OUTCOME]).with_suffix(suffix).unlink(missing_ok=True)
+def _outcomes() -> Path:
+    return Path(os.environ[FOLDER]) / "outcomes"
+
+
+def _add_outcome(status: int, line: str, *, weak: bool = False) -> None:
+    order = 2 if weak else 0 if is_main() else 1
+    with _outcomes().open("a", encoding="utf-8") as file:
+        file.write(json.dumps([order, status, line, bool(signals.came)]) + "\n")
 
 
 def _wait_for_outcome(*, seconds: float) -> bool:
@@ -189,6 +160,13 @@ def _wait_for_outcome(*, seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process at once: an interpreter that still belongs to a group may never end in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _is_loss(error: Exception) -> bool:
@@ -203,14 +181,11 @@ def in_one_line(error: BaseException) -> str:
 
 @contextmanager
 def _silent_unless_main() -> Iterator[None]:
-    if is_main():
-        yield
-        return
-    with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.ExitStack() as stack:
+        if not is_main():
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import StageError
-from tasks.shared.operations.processes.child_processes import ChildProcesses, lines
+from tasks.shared.operations.processes.child_processes import ChildProcesses
 from tests.pipelines import eventually, within
 
 # A child that ignores SIGTERM, with a child of its own in another session, as torchrun has them.
@@ -96,15 +96,9 @@ def test_python_is_this_interpreter_and_output_is_not_held_back(here: Path) -> N
     assert seen[1][0] - seen[0][0] > 0.5
 
 
-def test_lines_come_whole_whatever_the_chunks() -> None:
-    data = "one\ntwö\r\nthree".encode()
-    assert list(lines(iter(data[i : i + 1] for i in range(len(data))))) == ["one", "twö", "three"]
-
-
-def test_of_a_progress_bar_the_last_state_is_a_line() -> None:
-    chunks = [b"start\n", b"\r 1%", b"\r 50%", b"\r100%\r", b"\nend\n", b"\rleft 7%"]
-    assert list(lines(iter(chunks))) == ["start", "100%", "end", "left 7%"]
-
-
-def test_a_long_progress_bar_is_a_line_now_and_then() -> None:
-    assert list(lines(iter([b"\r 1%", b"\r 50%", b"\r100%", b"\n"]), every=0)) == [" 1%", " 50%", "100%"]
+def test_lines_come_whole_and_of_a_progress_bar_only_the_last_state(here: Path) -> None:
+    seen: list[str] = []
+    code = r"printf 'one\ntw'; sleep .1; printf 'ö\r\n\r 1%%\r 50%%\r100%%\r\nend\n\rleft 7%%'"
+    with ChildProcesses() as children:
+        assert children.stream(["sh", "-c", code], seen.append) == 0
+    assert seen == ["one", "twö", "100%", "end", "left 7%"]

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import DataError, PreemptedError
-from tasks.shared.operations.processes import preemption
+from tasks.shared.operations.processes import preemption, signals
 from tasks.shared.outputs import layout, stage
 from tests.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "_last", [])
+    monkeypatch.setattr(signals, "came", [])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
