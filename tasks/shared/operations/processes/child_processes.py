@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO
 
 from deepclust.errors import StageError
+from tasks.shared.operations.processes import supervisor
 
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL: time to write a checkpoint
-_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 class ChildProcesses:
@@ -31,7 +31,7 @@ class ChildProcesses:
         self._grace = grace
         self._hold = tuple(hold)
         self._guard = threading.Lock()
-        self._running: dict[subprocess.Popen[bytes], int] = {}
+        self._running: list[subprocess.Popen[bytes]] = []
         self._stopped = False
 
     def __enter__(self) -> ChildProcesses:
@@ -63,34 +63,30 @@ class ChildProcesses:
         with self._guard:
             if self._stopped:
                 raise StageError(f"not started, because the run is being stopped: {' '.join(command)}")
-            theirs, ours = os.pipe()
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-I", str(_SUPERVISOR), str(self._grace), *command],
-                    stdin=theirs,
-                    stdout=stdout,
-                    stderr=stderr,
-                    env=_environment(env or {}),
-                    start_new_session=True,
-                    pass_fds=self._hold,
-                )
-            except BaseException:
-                os.close(ours)
-                raise
-            finally:
-                os.close(theirs)
-            self._running[process] = ours
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+            process = subprocess.Popen(
+                [sys.executable, "-I", supervisor.__file__, str(self._grace), *command],
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), "PATH": path},
+                start_new_session=True,
+                pass_fds=self._hold,
+            )
+            self._running.append(process)
             return process
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
         """Wait for the end of a child and of all it started; its exit status."""
         status = process.wait()
         with self._guard:
-            ours = self._running.pop(process, None)
-        if ours is not None:
-            os.close(ours)
-            with contextlib.suppress(OSError):  # there is a group left only if the supervisor itself was killed
-                os.killpg(process.pid, signal.SIGKILL)
+            if process not in self._running:
+                return status
+            self._running.remove(process)
+        assert process.stdin
+        process.stdin.close()
+        with contextlib.suppress(OSError):  # there is a group left only if the supervisor itself was killed
+            os.killpg(process.pid, signal.SIGKILL)
         return status
 
     def stop(self) -> None:
@@ -109,12 +105,6 @@ class ChildProcesses:
                     os.killpg(process.pid, signal.SIGKILL)
             self.wait(process)
 
-    def run(self, command: Sequence[str], *, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
-        """Run a command to its end; exit status, stdout and stderr."""
-        process = self.start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, error = process.communicate()
-        return self.wait(process), out.decode(errors="replace"), error.decode(errors="replace")
-
     def stream(
         self, command: Sequence[str], on_line: Callable[[str], None], *, env: Mapping[str, str] | None = None
     ) -> int:
@@ -129,8 +119,3 @@ class ChildProcesses:
                 if states := [state.rstrip() for state in line.split("\r") if state.strip()]:
                     on_line(states[-1])
         return self.wait(process)
-
-
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **extra, "PATH": path}

@@ -59,14 +59,12 @@ class Workspace:
     """The repository in the current folder. Leaving the context ends every process that was started in it.
 
     Args:
-        grace: Seconds a stage has to end after it was told to.
         alone: Refuse to share the workspace with another flow. A flow that runs one stage for another one shares it.
     """
 
-    def __init__(self, *, grace: float = child_processes.GRACE, alone: bool = True) -> None:
-        self._grace = grace
+    def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
-        self._children = child_processes.ChildProcesses(grace=grace)
+        self._children = child_processes.ChildProcesses()
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Workspace:
@@ -78,23 +76,20 @@ class Workspace:
         if not self._alone:
             return self
         LOCK.parent.mkdir(parents=True, exist_ok=True)
-        lock = LOCK.open("a+", encoding="utf-8")
+        self._lock = LOCK.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            with lock:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+            self._lock.close()
             raise StageError(
-                f"expected to be the only flow in {Path.cwd()}, but one already runs there (process {holder}); "
-                "wait for it or stop it"
+                f"expected to be the only flow in {Path.cwd()}, but one already runs there (process "
+                f"{LOCK.read_text(encoding='utf-8').strip() or 'unknown'}); wait for it or stop it"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        self._lock = lock
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
         # The supervisors hold the lock too: after a SIGKILL to the flow, none begins until its stages are gone.
-        self._children = child_processes.ChildProcesses(grace=self._grace, hold=[lock.fileno()])
+        self._children = child_processes.ChildProcesses(hold=[self._lock.fileno()])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,10 +152,10 @@ class Workspace:
         Raises:
             StageError: If DVC fails.
         """
-        status, out, error = self._children.run(_STATUS)
-        if status:
-            raise StageError(f"`dvc status` failed: {' '.join(error.split())}")
-        changed = set(json.loads(out))
+        lines: list[str] = []
+        if self._children.stream(_STATUS, lines.append):
+            raise StageError(f"`dvc status` failed: {' '.join(' '.join(lines).split())}")
+        changed = set(json.loads(lines[-1]))
         for stage, upstream in self.graph.items():
             if changed.intersection(upstream):
                 changed.add(stage)
@@ -229,8 +224,8 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
 def _members(target: str, stages: Sequence[str]) -> list[str]:
     members = [stage for stage in stages if target in (stage, stage.partition("@")[0])]
     if not members:
-        groups = {stage.partition("@")[0] for stage in stages}
-        near = difflib.get_close_matches(target, sorted({*stages, *groups}), n=1, cutoff=0.5)
+        groups = [stage.partition("@")[0] for stage in stages]
+        near = difflib.get_close_matches(target, [*groups, *stages], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise StageError(f"expected a stage ({', '.join(stages)}), got {target!r}{hint}")
     return members
@@ -250,11 +245,10 @@ def _check_folder(name: str, folder: str, *, read: bool) -> None:
 
 
 def _failure(stage: str, status: int, tail: list[str]) -> str:
-    """The stage's own error in the first line, then the end of its output."""
-    own = [line for line in tail if line.startswith("error: ")]
-    if not own:
-        own = [line.removeprefix("ERROR: ") for line in tail if line.startswith("ERROR: ")] or [f"exit status {status}"]
-    return "\n".join([f"{stage} failed: {own[-1].removeprefix('error: ')}", *(f"  | {line}" for line in tail[-TAIL:])])
+    """The stage's own error, else DVC's, in the first line; then the end of the output."""
+    errors = [line for mark in ("ERROR: ", "error: ") for line in tail if line.startswith(mark)]
+    why = errors[-1][len("error: ") :] if errors else f"exit status {status}"
+    return "\n".join([f"{stage} failed: {why}", *(f"  | {line}" for line in tail[-TAIL:])])
 
 
 def metrics(stage: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def start(module: str, arguments: Sequence[str]) -> int:
         module: As after `python -m`.
         arguments: What follows it.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of host names that it can not look up
     from torch.distributed.elastic.multiprocessing import SignalException
 
     def stop(number: int, _: object) -> None:
@@ -95,7 +96,7 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
     config, command, rest = _configuration(module, arguments)
     patience = int(config.rdzv_configs["join_timeout"])
     where = f"{config.min_nodes} machines at {config.rdzv_endpoint}"
-    given_up = begin = time.monotonic()
+    deadline = (begin := time.monotonic()) + patience
     while True:
         try:
             elastic_launch(config, command)(*rest)
@@ -103,10 +104,10 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
         except api.RendezvousConnectionError as error:
             if (found := worker.outcome()) and not found.status:
                 return
-            # One attempt takes as long as the store's time-out; what lasted longer was a run that was cut off.
+            # An attempt to connect takes a minute, the store's time-out; what lasted longer was a run that was cut off.
             if time.monotonic() - begin > 60 + patience:
-                given_up = time.monotonic()
-            if config.rdzv_endpoint == "localhost:0" or time.monotonic() - given_up > patience:
+                deadline = time.monotonic() + patience
+            if config.rdzv_endpoint == "localhost:0" or time.monotonic() > deadline:
                 raise StageError(
                     f"expected to meet {where}, but nobody answers there; start the same line on that machine, open "
                     "the port, or mend PET_RDZV_ENDPOINT"
@@ -118,12 +119,10 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
                 f"expected {where} within {patience} s, fewer came; start the same line on the others, mend "
                 f"PET_NNODES, or wait longer: PET_RDZV_CONF=join_timeout={2 * patience}"
             ) from error
-        except api.RendezvousClosedError as error:
-            raise StageError(
-                f"expected to meet {where}, but the run has ended there; its message says why, run again on all"
-            ) from error
         except api.RendezvousError as error:
-            raise StageError(f"expected to meet {where}, got: {worker.in_one_line(error)}; run again") from error
+            closed = isinstance(error, api.RendezvousClosedError)
+            why = "the run has ended there; see its message" if closed else worker.in_one_line(error)
+            raise StageError(f"expected to meet {where}, but {why}; run again on all") from error
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             how = f"signal {-first.exitcode}" if first.exitcode < 0 else f"status {first.exitcode}"
@@ -158,8 +157,7 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
             f"PET_NPROC_PER_NODE: expected {f'1 to {gpus}' if gpus else '1 or more'} processes, got {processes}; "
             + ("set it to `gpu`, or CUDA_VISIBLE_DEVICES= to compute on the CPU" if gpus else "mend or unset it")
         )
-    # torchrun's own store outlives a restart, with the addresses of the dead, where gloo then looks for the living.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # host names that can not be looked up
+    # torchrun's own store outlives a restart, with the addresses of lost processes, where gloo would look for new ones.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the number of threads, which libraries read when loading
     environment.prepare()
@@ -171,27 +169,26 @@ def _rendezvous(name: str) -> list[str]:
 
     Each stage has an identity of its own there, so that two at once are not taken for one run.
     """
-    said = os.environ.get
+    said, several = os.environ.get, _several("PET_NNODES")
     if (backend := said("PET_RDZV_BACKEND") or "c10d") != "c10d":
         raise ConfigError(f"PET_RDZV_BACKEND: expected c10d, got {backend}; mend or unset it")
-    conf = f"join_timeout={JOIN_SECONDS}"
-    endpoint = said("PET_RDZV_ENDPOINT", "")
-    if not endpoint and said("PET_MASTER_ADDR") and _several("PET_NNODES"):
-        endpoint = f"{said('PET_MASTER_ADDR')}:{said('PET_MASTER_PORT') or PORT}"
-        if said("PET_NODE_RANK"):
-            conf += f",is_host={int(said('PET_NODE_RANK') == '0')}"
-    if not endpoint and _several("PET_NNODES"):
+    conf = f"--rdzv-conf=join_timeout={JOIN_SECONDS}"
+    endpoint = said("PET_RDZV_ENDPOINT")
+    if several and not endpoint and (first := said("PET_MASTER_ADDR")):
+        endpoint = f"{first}:{said('PET_MASTER_PORT') or PORT}"
+        if rank := said("PET_NODE_RANK"):
+            conf += f",is_host={int(rank == '0')}"
+    if several and not endpoint:
         raise ConfigError(
             f"PET_RDZV_ENDPOINT: expected host:port of the first machine where PET_NNODES={said('PET_NNODES')}, got "
             f"nothing; set it to the same value on all of them, such as PET_RDZV_ENDPOINT=10.0.0.1:{PORT}"
         )
     if said("PET_RDZV_CONF"):
         conf += f",{said('PET_RDZV_CONF')}"
-    options = ["--rdzv-backend=c10d", f"--rdzv-conf={conf}"]
+    options = ["--rdzv-backend=c10d", conf, f"--rdzv-endpoint={endpoint or 'localhost:0'}"]
     if endpoint:
-        return [*options, f"--rdzv-endpoint={endpoint}", f"--rdzv-id={said('PET_RDZV_ID') or 'deepclust'}-{name}"]
-    options += [] if said("PET_LOCAL_ADDR") else ["--local-addr=localhost"]
-    return [*options, "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+        return [*options, f"--rdzv-id={said('PET_RDZV_ID') or 'deepclust'}-{name}"]
+    return [*options, f"--rdzv-id={uuid.uuid4()}", *([] if said("PET_LOCAL_ADDR") else ["--local-addr=localhost"])]
 
 
 def _refuse(message: str) -> NoReturn:

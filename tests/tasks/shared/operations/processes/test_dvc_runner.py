@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def workspace(root: Path) -> Iterator[Workspace]:
-    with Workspace(grace=1) as workspace:
+    with Workspace() as workspace:
         yield workspace
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a shell script in DVC's place."""
-    monkeypatch.setattr(dvc_runner, "_DVC", ("sh", "-c", script, "dvc"))
-    monkeypatch.setattr(dvc_runner, "_WAITS", (0.0, 0.0))
+def _run(workspace: Workspace, *stages: str, force: bool = False) -> list[str]:
+    """What came of each stage."""
+    return [workspace.run_stage(stage, on_line=lambda _: None, force=force).what for stage in stages]
 
 
 def test_the_graph_is_dvcs_and_targets_bring_their_ancestors(workspace: Workspace) -> None:
@@ -51,35 +51,62 @@ def test_the_graph_is_dvcs_and_targets_bring_their_ancestors(workspace: Workspac
     assert workspace.select() == ["prepare", "embed@pixels", "embed@random", "report"]
     assert workspace.select(["embed@random"]) == ["prepare", "embed@random"]
     assert workspace.select(["embed"]) == ["prepare", "embed@pixels", "embed@random"]
-    assert [workspace.waiting_for(stage) for stage in workspace.graph] == [3, 1, 1, 0]
     with pytest.raises(StageError, match=r"got 'embed@pixel'; did you mean embed@pixels\?$"):
         workspace.select(["embed@pixel"])
     with pytest.raises(StageError, match="expected a single stage, got 'embed'; name one of"):
         workspace.one("embed")
 
 
-def test_a_stage_runs_once_and_again_when_it_is_forced(workspace: Workspace, root: Path) -> None:
+def test_a_stage_is_run_left_unchanged_or_restored_as_dvc_finds(workspace: Workspace, root: Path) -> None:
     seen: list[str] = []
-    assert workspace.unchanged() == set()
-    workspace.run_stage("prepare", on_line=seen.append)
-    assert "> sh stage.sh prepare artifacts/prepare" in seen
-    assert not any("git add" in line for line in seen)
-    outcome = workspace.run_stage("embed@pixels", on_line=seen.append)
-    assert (outcome.what, outcome.metrics) == ("run", {"dim": 3})
-    assert workspace.unchanged() == {"prepare", "embed@pixels"}
-    assert workspace.run_stage("prepare", on_line=seen.append).what == "unchanged"
-    assert pipelines.ran(root) == ["prepare", "pixels"]
+    outcome = workspace.run_stage("prepare", on_line=seen.append)
+    assert (outcome.what, outcome.metrics) == ("run", {})
+    assert seen == ["Running stage 'prepare':", "> sh stage.sh prepare artifacts/prepare"]
+    assert workspace.run_stage("embed@pixels", on_line=seen.append).metrics == {"dim": 3}
     lock = (root / "dvc.lock").read_bytes()
-    assert workspace.run_stage("prepare", on_line=seen.append, force=True).what == "run"
-    assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
+    assert _run(workspace, "prepare") == ["unchanged"]
+    assert _run(workspace, "prepare", force=True) == ["run"]
     assert (root / "dvc.lock").read_bytes() == lock
+    (root / "artifacts/embed/pixels").unlink()
+    assert _run(workspace, "embed@pixels") == ["restored"]
+    assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
 
 
-def test_a_stage_below_a_changed_one_is_not_unchanged(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend(monkeypatch, """echo '{"prepare": [{"changed deps": {}}]}'""")
-    assert workspace.unchanged() == set()
-    _pretend(monkeypatch, """echo '{"embed@random": []}'""")
-    assert workspace.unchanged() == {"prepare", "embed@pixels"}
+def _edit(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1))
+
+
+CHANGES: dict[str, tuple[Callable[[], object], set[str]]] = {
+    "nothing": (lambda: None, {"prepare", "embed@pixels", "embed@random", "report"}),
+    "a parameter": (lambda: _edit("params.yaml", "seed: 0", "seed: 1"), set()),
+    "a dep": (lambda: Path("artifacts/embed/random").write_text("other"), {"prepare", "embed@pixels"}),
+    "an out is gone": (
+        lambda: Path("artifacts/report/comparison.csv").unlink(),
+        {"prepare", "embed@pixels", "embed@random"},
+    ),
+    "a metric": (lambda: Path("metrics/embed/pixels.json").write_text("{}"), {"prepare", "embed@random"}),
+    "a command": (
+        lambda: _edit("dvc.yaml", "stage.sh report", "stage.sh  report"),
+        {"prepare", "embed@pixels", "embed@random"},
+    ),
+}
+
+
+def test_what_is_unchanged_is_what_dvc_status_does_not_name_nor_anything_above(
+    workspace: Workspace, root: Path
+) -> None:
+    _run(workspace, *workspace.graph)
+    for what, (change, unchanged) in CHANGES.items():
+        files = [
+            path for path in root.rglob("*") if path.is_file() and ".dvc/" not in str(path) and ".git/" not in str(path)
+        ]
+        before = {path: path.read_bytes() for path in files}
+        change()
+        assert workspace.unchanged() == unchanged, what
+        for path, content in before.items():
+            path.write_bytes(content)
 
 
 def test_a_failure_carries_the_stages_own_error_and_its_tail(workspace: Workspace, root: Path) -> None:
@@ -87,7 +114,7 @@ def test_a_failure_carries_the_stages_own_error_and_its_tail(workspace: Workspac
     (root / "artifacts").mkdir()
     (root / "artifacts/prepare").touch()
     with pytest.raises(StageError) as caught:
-        workspace.run_stage("embed@random", on_line=lambda _: None)
+        _run(workspace, "embed@random")
     first, *tail = str(caught.value).splitlines()
     assert first == "embed@random failed: expected a whole, got a hole; mend it"
     assert "  | > sh stage.sh random artifacts/embed/random" in tail
@@ -95,28 +122,26 @@ def test_a_failure_carries_the_stages_own_error_and_its_tail(workspace: Workspac
 
 
 def test_a_stage_that_left_its_marker_is_preempted_and_an_old_marker_does_not_count(
-    workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = layout.preempted("embed", "random")
-    _pretend(monkeypatch, f"mkdir -p {marker.parent}; touch {marker}; exit 255")
+    monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", f"mkdir -p {marker.parent}; touch {marker}; exit 1"))
     with pytest.raises(
-        PreemptedStage, match=r"^embed@random was preempted: it was told to stop, and goes on when"
-    ) as it:
-        workspace.run_stage("embed@random", on_line=lambda _: None)
-    assert "\n" not in str(it.value)
+        PreemptedStage, match=r"^embed@random was preempted: it was told to stop, and goes on when [^\n]*$"
+    ):
+        _run(workspace, "embed@random")
     assert marker.exists()
-    _pretend(monkeypatch, "exit 255")
+    monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", "exit 255"))
     with pytest.raises(StageError, match=r"^embed@random failed: exit status 255") as other:
-        workspace.run_stage("embed@random", on_line=lambda _: None)
+        _run(workspace, "embed@random")
     assert not isinstance(other.value, PreemptedStage)
 
 
-def test_a_stage_that_this_flow_stops_is_not_preempted(
-    workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_this_flow_stops_is_not_preempted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = layout.preempted("prepare")
     # The shell itself makes the file: a `touch` would be one more child that the group's second signal ends.
-    _pretend(monkeypatch, f"mkdir -p {marker.parent}; trap ': >{marker}; exit 143' TERM; echo up; sleep 60 & wait")
+    script = f"mkdir -p {marker.parent}; trap ': >{marker}; exit 143' TERM; echo up; sleep 60 & wait"
+    monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", script))
     stop = threading.Timer(0, workspace.stop)
 
     def on_line(line: str) -> None:
@@ -129,30 +154,19 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(
     assert marker.exists()
 
 
-def test_exactly_dvcs_lock_error_is_tried_again(
-    workspace: Workspace, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    locked = "ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated abruptly."
-    _pretend(monkeypatch, f"echo x >>tries; [ $(wc -l <tries) = 3 ] || {{ echo '{locked}'; exit 255; }}")
-    workspace.run_stage("prepare", on_line=lambda _: None)
-    assert (root / "tries").read_text() == "x\nx\nx\n"
-    _pretend(monkeypatch, "echo x >>other; echo 'ERROR: failed to reproduce'; exit 255")
-    with pytest.raises(StageError, match=r"^prepare failed: failed to reproduce\n"):
-        workspace.run_stage("prepare", on_line=lambda _: None)
-    assert (root / "other").read_text() == "x\n"
-    _pretend(monkeypatch, f"echo x >>forever; echo '{locked}'; exit 255")
-    with pytest.raises(StageError, match="Unable to acquire lock"):
-        workspace.run_stage("prepare", on_line=lambda _: None)
-    assert (root / "forever").read_text() == "x\nx\nx\n"
-
-
-def test_a_lock_that_is_held_longer_than_dvc_waits_costs_nothing(workspace: Workspace, root: Path) -> None:
+def test_a_stage_waits_for_another_dvc_process_whichever_lock_it_holds(workspace: Workspace, root: Path) -> None:
     (root / ".dvc/tmp").mkdir()
     lock = zc.lockfile.LockFile(str(root / ".dvc/tmp/lock"))
     threading.Timer(5, lock.close).start()  # on its own, DVC gives up after three seconds
     begin = time.monotonic()
-    assert workspace.run_stage("prepare", on_line=lambda _: None).what == "run"
+    assert _run(workspace, "prepare") == ["run"]
     assert time.monotonic() - begin > 5
+    with subprocess.Popen(["sleep", "3"]) as other:
+        threading.Thread(target=other.wait).start()  # DVC ignores the lock of a process that is gone
+        holder = {str(root / "artifacts/prepare"): {"pid": other.pid, "cmd": "dvc repro"}}
+        (root / ".dvc/tmp/rwlock").write_text(json.dumps({"write": holder, "read": {}}))
+        assert _run(workspace, "prepare", force=True) == ["run"]
+        assert other.poll() == 0
 
 
 def test_a_second_flow_is_refused_in_one_line(workspace: Workspace) -> None:
@@ -164,16 +178,15 @@ def test_a_second_flow_is_refused_in_one_line(workspace: Workspace) -> None:
 
 def test_an_unreadable_workspace_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Workspace() as workspace, pytest.raises(StageError, match="DVC can not read the pipeline in") as caught:
+    with Workspace() as workspace, pytest.raises(StageError, match=r"DVC can not read the pipeline in [^\n]*$"):
         workspace.select()
-    assert "\n" not in str(caught.value)
 
 
 def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> None:
     (root / "slow").touch()
     code = (
         "from tasks.shared.operations.processes.dvc_runner import Workspace\n"
-        "with Workspace(grace=1) as w: w.run_stage('prepare', on_line=print)"
+        "with Workspace() as w: w.run_stage('prepare', on_line=print)"
     )
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     assert eventually((root / "state/asleep").exists)
