@@ -36,11 +36,3 @@ def test_a_terminal_gets_one_bar_with_rate_and_loss() -> None:
     last = terminal.getvalue().rsplit("\r", 1)[1]
     assert "\r" in terminal.getvalue()
     assert re.search(r"pcl: 100%.*512.*images/s.*loss=1.0000", last)
-
-
-def test_nothing_done_says_nothing_and_closing_twice_is_harmless() -> None:
-    log = io.StringIO()
-    progress = Progress(0, "pixels", file=log)
-    progress.close()
-    progress.close()
-    assert log.getvalue() == ""

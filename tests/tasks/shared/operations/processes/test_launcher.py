@@ -225,27 +225,22 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "variables", "message"),
+    ("variables", "message"),
     [
-        (0, {"PET_NPROC_PER_NODE": "two"}, "PET_NPROC_PER_NODE=two: Unsupported nproc_per_node value: two; mend"),
-        (0, {"PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE: expected 1 or more processes, got 0; mend"),
-        (1, {"PET_NPROC_PER_NODE": "2"}, "expected 1 to 1 processes, got 2; set it to `gpu`, or CUDA_VISIBLE_DEVICES="),
-        (0, {"PET_RDZV_BACKEND": "etcd"}, "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
-        (0, {"PET_MAX_RESTARTS": "x"}, "PET_MAX_RESTARTS=x: argument --max-restarts"),
-        (0, {"PET_NNODES": "2"}, "PET_RDZV_ENDPOINT: expected host:port of the first machine where PET_NNODES=2, got "),
-        (
-            0,
-            {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "h:1", "PET_RDZV_CONF": "join_timeout=x"},
-            "invalid literal for int",
-        ),
+        ("PET_NPROC_PER_NODE=two", "PET_NPROC_PER_NODE=two: Unsupported nproc_per_node value: two; mend"),
+        ("PET_NPROC_PER_NODE=0", "PET_NPROC_PER_NODE: expected 1 to 1 processes, got 0; set it to `gpu`, or CUDA_VIS"),
+        ("PET_RDZV_BACKEND=etcd", "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
+        ("PET_MAX_RESTARTS=x", "PET_MAX_RESTARTS=x: argument --max-restarts"),
+        ("PET_NNODES=2", "PET_RDZV_ENDPOINT: expected host:port of the first machine where PET_NNODES=2, got nothing"),
+        ("PET_NNODES=2 PET_RDZV_ENDPOINT=h:1 PET_RDZV_CONF=join_timeout=x", "invalid literal for int"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, variables: dict[str, str], message: str
+    monkeypatch: pytest.MonkeyPatch, variables: str, message: str
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for setting in variables.split():
+        monkeypatch.setenv(*setting.split("=", 1))
     with pytest.raises(ConfigError) as caught:
         launcher._configuration("tasks.pretrain", ["swav"])
     assert message in str(caught.value)
@@ -351,30 +346,24 @@ def test_a_launcher_that_was_told_to_stop_says_so_unless_a_process_says_why(
 @pytest.mark.parametrize(
     ("status", "told", "children", "stopped"),
     [
-        (2, False, [], True),
-        (143, True, ["one that waits"], True),
-        (143, False, [], True),  # torchrun waits for the machine that was told, which may be gone
-        (143, True, [], False),  # torchrun told the processes itself, and waits for a new group
-        (0, False, ["one that ends"], False),
+        (2, False, 0, True),
+        (143, True, 1, True),
+        (143, False, 0, True),  # torchrun waits for the machine that was told, which may be gone
+        (143, True, 0, False),  # torchrun told the processes itself, and waits for a new group
+        (0, False, 1, False),  # the work is done
     ],
 )
 def test_only_those_that_wait_in_vain_are_stopped_after_an_outcome(
-    launched: Path, monkeypatch: pytest.MonkeyPatch, status: int, told: bool, children: list[str], stopped: bool
+    launched: Path, monkeypatch: pytest.MonkeyPatch, status: int, told: bool, children: int, stopped: bool
 ) -> None:
-    monkeypatch.setattr(signals, "came", [signal.SIGTERM] if told else [])
+    monkeypatch.setattr(signals, "came", [signal.SIGTERM] * told)
+    monkeypatch.setattr(psutil.Process, "children", lambda _: [None] * children)
     worker._add_outcome(status, "")
-    slept: list[float] = []
+    pauses = iter(range(4))
+    monkeypatch.setattr(time, "sleep", lambda _: next(pauses))
     sent: list[int] = []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if len(slept) > 4:
-            raise TimeoutError
-
-    monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
-    monkeypatch.setattr(psutil.Process, "children", lambda _: children)
     ended = threading.Event()
-    with contextlib.nullcontext() if stopped else pytest.raises(TimeoutError):
+    with contextlib.nullcontext() if stopped else pytest.raises(StopIteration):
         launcher._end_after_outcome(ended)
     assert (sent == [signal.SIGTERM], ended.is_set()) == (stopped, stopped)

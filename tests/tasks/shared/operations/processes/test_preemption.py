@@ -17,13 +17,10 @@ from tests.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The marker of a stage that is about to run."""
     monkeypatch.setattr(signals, "came", [])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-
-
-@pytest.fixture
-def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
@@ -31,23 +28,15 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / layout.preempted("pretrain", "pixels")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_inside_is_only_noted_and_outside_acts_as_before(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+def test_a_signal_inside_is_only_noted_and_a_second_one_ends_the_process() -> None:
+    before = signal.getsignal(signal.SIGINT)
     with preemption.deferred() as told:
-        assert told() == 0
-        signal.raise_signal(number)
-        assert told() == number
-    assert signal.getsignal(number) is before
-    assert preemption.status() == 128 + number
-
-
-def test_a_second_signal_ends_the_process_at_once() -> None:
-    with preemption.deferred():
+        assert (told(), preemption.status()) == (0, 143)
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(SystemExit) as stop:
+        assert (told(), preemption.status()) == (signal.SIGINT, 130)
+        with pytest.raises(SystemExit, match="143"):
             signal.raise_signal(signal.SIGTERM)
-    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_process_of_torchruns_is_told_twice_and_still_saves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,12 +45,6 @@ def test_a_process_of_torchruns_is_told_twice_and_still_saves(monkeypatch: pytes
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert told() == signal.SIGTERM
-
-
-def test_a_process_that_was_not_told_itself_ends_as_by_sigterm() -> None:
-    with preemption.deferred() as told:
-        assert told() == 0
-    assert preemption.status() == 143
 
 
 def test_outside_of_the_main_thread_nothing_is_deferred() -> None:
@@ -77,45 +60,33 @@ def test_outside_of_the_main_thread_nothing_is_deferred() -> None:
     assert seen == [0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_preempted_stage_is_one_line_the_signals_status_and_a_marker(
-    marker: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    def told_to_stop() -> None:
-        with stage.running("pretrain"), preemption.deferred() as told:
-            signal.raise_signal(number)
-            assert told()
-            raise PreemptedError("saved at step 7")
+def _told_to_stop() -> None:
+    with stage.running("pretrain"), preemption.deferred():
+        signal.raise_signal(signal.SIGINT)
+        raise PreemptedError("saved at step 7")
 
-    with pytest.raises(SystemExit) as stop:
-        told_to_stop()
-    assert stop.value.code == 128 + number
+
+def test_a_preempted_stage_is_one_line_the_signals_status_and_a_marker(
+    marker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="130"):
+        _told_to_stop()
     assert capsys.readouterr().err == "preempted: saved at step 7\n"
     assert marker.exists()
     assert not list(Path("artifacts/pretrain").iterdir())
 
 
-def test_a_stage_that_is_told_to_stop_before_it_can_save_is_preempted_too(marker: Path) -> None:
-    with pytest.raises(SystemExit) as stop, stage.running("pretrain"):
-        signal.raise_signal(signal.SIGTERM)
-    assert stop.value.code == 143
-    assert marker.exists()
-
-
-def test_a_failed_stage_leaves_no_marker_not_even_an_old_one(marker: Path) -> None:
-    marker.parent.mkdir(parents=True)
-    marker.touch()
-    with pytest.raises(SystemExit) as stop, stage.running("pretrain"):
-        raise DataError("expected images, got none; add some")
-    assert stop.value.code == 2
-    assert not marker.exists()
-
-
-def test_a_process_that_torchrun_ends_does_not_count_as_preempted(
+def test_a_stage_is_marked_if_it_is_told_to_stop_before_it_can_save_but_not_if_torchrun_ends_it_or_it_fails(
     marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    with pytest.raises(SystemExit) as stop, stage.running("pretrain"):
+    with pytest.raises(SystemExit, match="143"), stage.running("pretrain"):
         signal.raise_signal(signal.SIGTERM)
-    assert stop.value.code == 143
+    assert marker.exists()
+    with pytest.raises(SystemExit, match="2"), stage.running("pretrain"):
+        raise DataError("expected images, got none; add some")
+    assert not marker.exists(), "an old one is removed too"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setattr("tasks.shared.operations.processes.worker._leave", sys.exit)
+    with pytest.raises(SystemExit, match="143"), stage.running("pretrain"):
+        signal.raise_signal(signal.SIGTERM)
     assert not marker.exists()
