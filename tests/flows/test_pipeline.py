@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,27 +27,24 @@ from tests.paths import ROOT
 from tests.pipelines import eventually, within
 
 
-def _task_runs(state: State, expected: int) -> dict[str, str]:
+def _task_runs(state: State) -> dict[str, str]:
     """Names and states of a flow run's task runs, as the server knows them a moment later."""
     run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
     found: dict[str, str] = {}
 
-    def complete() -> bool:
+    def settled() -> bool:
         with get_client(sync_client=True) as client:
-            runs = client.read_task_runs(flow_run_filter=run)
-        found.update({each.name: each.state_name or "" for each in runs})
-        return len(found) >= expected and not {"Pending", "Running"}.intersection(found.values())
+            found.update({run.name: run.state_name or "" for run in client.read_task_runs(flow_run_filter=run)})
+        return bool(found) and not {"Pending", "Running"}.intersection(found.values())
 
-    eventually(complete, 20)
+    eventually(settled, 20)
     return found
 
 
 def _start(root: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "flows.pipeline", *arguments]
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_each_stage_is_a_task_run_and_a_second_run_starts_no_process(
@@ -57,21 +53,28 @@ def test_each_stage_is_a_task_run_and_a_second_run_starts_no_process(
     opened, closed = [], []
     monkeypatch.setattr(tracking, "open_pipeline", lambda: opened.append(True) or "parent")
     monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
-    (root / "stage.sh").write_text("echo $1 $DEEPCLUST_PARENT_RUN >>parents\n" + (root / "stage.sh").read_text())
+    (root / "stage.sh").write_text("echo $DEEPCLUST_PARENT_RUN >>parents\n" + (root / "stage.sh").read_text())
     state = pretrain_and_eval(return_state=True)
     assert state.is_completed()
-    assert _task_runs(state, 4) == dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed")
-    assert pipelines.ran(root)[0] == "prepare"
-    assert sorted(pipelines.ran(root)[1:3]) == ["pixels", "random"]
-    assert pipelines.ran(root)[3:] == ["report"]
-    assert {line.split()[1] for line in (root / "parents").read_text().splitlines()} == {"parent"}
+    assert _task_runs(state) == dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed")
+    first, *embedded, last = pipelines.ran(root)
+    assert (first, sorted(embedded), last) == ("prepare", ["pixels", "random"], "report")
+    assert (root / "parents").read_text() == "parent\n" * 4
     assert (opened, closed) == ([True], [("parent", "FINISHED")])
     assert comparison.comparison_text(comparison.read()) in caplog.text
 
     monkeypatch.setattr(Workspace, "run_stage", lambda *_, **__: pytest.fail("a process was started"))
-    again = pretrain_and_eval(return_state=True)
-    assert set(_task_runs(again, 4).values()) == {"Unchanged"}
+    assert pretrain_and_eval(return_state=True).is_completed()
+    assert caplog.text.count("Finished in state Unchanged") == 4
     assert len(opened) == 1
+
+
+def test_no_more_stages_run_at_once_than_the_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPCLUST_PARALLEL", "1")
+    lines = "[ ! -e busy ] || echo $1 >>crowded\n: >busy\nsleep .5\nrm busy\n"
+    (root / "stage.sh").write_text(lines + (root / "stage.sh").read_text())
+    assert pretrain_and_eval(return_state=True).is_completed()
+    assert not (root / "crowded").exists()
 
 
 def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
@@ -83,7 +86,7 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     assert state.is_failed()
     assert state.message == "failed: embed@random"
     states = {"prepare": "Completed", "embed@pixels": "Completed", "embed@random": "Failed", "report": "NotReady"}
-    assert _task_runs(state, 4) == states
+    assert _task_runs(state) == states
     assert "report" not in pipelines.ran(root)
     assert pipelines.ran(root).count("random") == 1, "what fails is not tried again"
     summary_text = next(record.message for record in caplog.records if record.message.startswith("\nstage"))
@@ -93,42 +96,19 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     assert "NoneType" not in caplog.text
 
 
-def test_a_preempted_stage_is_tried_again_and_begins_anew_only_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
-    preempt(root, times=2)
-    state = pretrain_and_eval(targets=["prepare"], force=True, return_state=True)
-    assert state.is_completed()
-    assert pipelines.ran(root) == ["prepare"] * 3
-    assert (root / "resumes").read_text() == "prepare never\nprepare auto\nprepare auto\n"
-    assert _task_runs(state, 1) == {"prepare": "Completed"}
-    assert "prepare was preempted: it was told to stop, and goes on when it is run again" in caplog.text
-    assert "Traceback" not in caplog.text
-
-
-def test_a_stage_that_is_preempted_again_and_again_fails_in_the_end(
+def test_a_preempted_stage_is_tried_again_begins_anew_once_and_fails_in_the_end(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
     monkeypatch.setattr(module, "RETRIES", 1)
-    preempt(root, times=9)
-    state = pretrain_and_eval(targets=["prepare"], return_state=True)
-    assert state.is_failed()
-    assert pipelines.ran(root) == ["prepare"] * 2
+    preempt(root, times=3)
+    assert pretrain_and_eval(targets=["prepare"], return_state=True).is_failed()
+    assert pretrain_and_eval(targets=["prepare"], force=True, return_state=True).is_completed()
+    assert pipelines.ran(root) == ["prepare"] * 4
+    assert (root / "resumes").read_text() == "prepare auto\nprepare auto\nprepare never\nprepare auto\n"
+    assert "prepare was preempted: it was told to stop, and goes on when it is run again" in caplog.text
+    assert "Traceback" not in caplog.text
     assert "NoneType" not in caplog.text
-
-
-def test_a_stage_is_not_tried_again_while_its_flow_is_stopped(root: Path) -> None:
-    (root / "slow").touch()
-    preempt(root, times=0)
-    flow = _start(root, "--targets", "prepare")
-    assert eventually((root / "state/asleep").exists, 60)
-    (root / "state/prepare").mkdir()
-    (root / "state/prepare/preempted").touch()  # as a stage does that the flow ends
-    flow.terminate()
-    flow.communicate(timeout=30)
-    assert pipelines.ran(root) == ["prepare"]
 
 
 def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,23 +122,18 @@ def test_targets_overrides_and_force(root: Path, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("targets", "overrides", "message"),
     [
-        ({"targets": ["embd"]}, "got 'embd'; did you mean embed?"),
-        ({"targets": ["embd"], "overrides": ["seed=5"]}, "got 'embd'; did you mean embed?"),
-        ({"overrides": ["sed=5"]}, "sed: unknown parameter; did you mean seed?"),
-        (
-            {"overrides": ["data.source=folder", "data.folder=nowhere"]},
-            "create it, or name another one: data.folder=path/to/images",
-        ),
-        ({"overrides": ["adapt.domains=nowhere"]}, "create it, or name another one: adapt.domains=path/to/images"),
+        (["embd"], ["seed=5"], "got 'embd'; did you mean embed?"),
+        (None, ["sed=5"], "sed: unknown parameter; did you mean seed?"),
+        (None, ["adapt.domains=nowhere"], "create it, or name another one: adapt.domains=path/to/images"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_runs_or_is_written(
-    root: Path, caplog: pytest.LogCaptureFixture, arguments: dict[str, list[str]], message: str
+    root: Path, caplog: pytest.LogCaptureFixture, targets: list[str] | None, overrides: list[str], message: str
 ) -> None:
     before = (root / "params.yaml").read_bytes()
-    state = pretrain_and_eval(**arguments, return_state=True)  # type: ignore[call-overload]
+    state = pretrain_and_eval(targets=targets, overrides=overrides, return_state=True)
     assert state.is_failed()
     assert (root / "params.yaml").read_bytes() == before
     assert (state.message or "").endswith(message)
@@ -166,17 +141,18 @@ def test_a_mistake_is_one_line_and_nothing_runs_or_is_written(
     assert pipelines.ran(root) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_ended_flow_leaves_no_process_behind(root: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_ended_flow_leaves_no_process_behind(root: Path, number: signal.Signals, status: int) -> None:
     (root / "slow").touch()
     flow = _start(root, "--targets", "prepare")
     assert eventually((root / "state/asleep").exists, 60)
+    (root / "state/prepare").mkdir()
+    (root / "state/prepare/preempted").touch()  # as a stage does that the flow ends: it is not tried again
     flow.send_signal(number)
-    begin = time.monotonic()
-    flow.communicate()
+    flow.communicate(timeout=30)
     assert eventually(lambda: not within(root), 10)
-    assert time.monotonic() - begin < 30
-    assert flow.returncode == {signal.SIGTERM: -15, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert flow.returncode == status
+    assert pipelines.ran(root) == ["prepare"]
     assert not (root / "artifacts/prepare").exists()
 
 
@@ -213,20 +189,18 @@ def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatc
     assert calls[0]["targets"] == ["embed@swav"]
 
 
-@pytest.mark.parametrize(
-    ("folder", "remedy"), [("nowhere", "create it, or name"), ("~/x", "write it out, without `~`: data.folder=/")]
-)
 def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, remedy: str
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides.apply(["data.source=folder", f"data.folder={folder}"])
-    assert _main(monkeypatch) == (2, [])
-    error = capsys.readouterr().err
-    assert error.startswith("error: data.folder: expected a ")
-    assert remedy in error
-    assert error.count("\n") == 1
+    for folder, remedy in (("~/x", "write it out, without `~`: data.folder=/"), ("nowhere", "create it, or name")):
+        overrides.apply(["data.source=folder", f"data.folder={folder}"])
+        assert _main(monkeypatch) == (2, [])
+        error = capsys.readouterr().err
+        assert error.startswith("error: data.folder: expected a ")
+        assert remedy in error
+        assert error.count("\n") == 1
     (root / "nowhere").mkdir()
-    assert _main(monkeypatch)[0] == (0 if folder == "nowhere" else 2)
+    assert _main(monkeypatch)[0] == 0
 
 
 def test_a_summary_aligns_stages_and_shows_the_comparison(tmp_path: Path) -> None:

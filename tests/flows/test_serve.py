@@ -30,25 +30,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_process_in_the_background_is_started_once_and_stopped(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve._background("worker", ["sleep", "60"], URL) == "started"
-    assert serve._background("worker", ["sleep", "60"], URL) == "was running"
-    assert serve._pid("worker")
-    serve.stop()
-    assert capsys.readouterr().out == "worker  stopped\nserver  was not running\n"
-    assert serve._pid("worker") is None
-
-
-def test_a_worker_of_another_server_is_replaced() -> None:
+def test_a_process_in_the_background_is_started_once_replaced_for_another_server_and_stopped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     show = ["sh", "-c", "echo $PREFECT_API_URL >>urls; exec sleep 60"]
-    serve._background("worker", show, URL)
+    assert serve._background("worker", show, URL) == "started"
+    assert serve._background("worker", show, URL) == "was running"
     assert eventually(lambda: Path("urls").exists(), 5)
-    old = serve._pid("worker")
-    other = "http://127.0.0.1:2/api"
+    old, other = serve._pid("worker"), "http://127.0.0.1:2/api"
     assert serve._background("worker", show, other).startswith("restarted")
     assert serve._pid("worker") not in (None, old)
     assert eventually(lambda: Path("urls").read_text() == f"{URL}\n{other}\n", 5)
-    assert serve._background("worker", show, other) == "was running"
+    serve.stop()
+    assert capsys.readouterr().out == "worker  stopped\nserver  was not running\n"
+    assert serve._pid("worker") is None
 
 
 class _Api(http.server.BaseHTTPRequestHandler):
@@ -85,19 +80,14 @@ def test_the_number_of_a_dead_process_is_not_trusted() -> None:
     assert serve._pid("server") is None
 
 
-def test_a_port_that_is_not_prefects_is_refused_with_the_remedy() -> None:
+def test_a_port_that_is_not_prefects_or_a_server_elsewhere_is_refused_with_the_remedy() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{other.server_port}/api"
+        url, free = (f"http://127.0.0.1:{other.server_port + more}/api" for more in (0, 1))
         assert not answers(url)
-        with pytest.raises(
-            StageError, match=f"choose another: PREFECT_API_URL=.*:{other.server_port + 1}/api make serve"
-        ):
+        with pytest.raises(StageError, match=f"choose another: PREFECT_API_URL={free} make serve"):
             serve._server(url)
         other.shutdown()
-
-
-def test_a_server_elsewhere_is_not_started_here() -> None:
     with pytest.raises(StageError, match=r"none answers; start it, or unset PREFECT_API_URL$"):
         serve._server("http://server.invalid:4200/api")
 
