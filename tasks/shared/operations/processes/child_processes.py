@@ -62,7 +62,7 @@ class ChildProcesses:
         """
         with self._guard:
             if self._stopped:
-                raise StageError(f"not started, because the run is being stopped: {' '.join(command)}")
+                raise StageError("not started, because the run is being stopped")
             path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
             process = subprocess.Popen(
                 [sys.executable, "-I", supervisor.__file__, str(self._grace), *command],
