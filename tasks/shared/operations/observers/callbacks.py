@@ -1,6 +1,6 @@
-"""What follows a training run: probe, watchdog, and the encoder of the last good epoch for the case that it fails.
+"""What observes a training run: probe, watchdog, and the encoder of the last good epoch in case the run fails.
 
-An observer: it writes to MLflow, to the terminal and under state/, and can stop a run, but never changes an output.
+It writes to MLflow, to the terminal and under state/, and can stop a run, but never changes an output.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from deepclust.training import loop
 from tasks.shared.operations.observers import probe
 from tasks.shared.outputs import layout, stage
 
-_RUN = "run"  # file beside the encoder that is kept: whose it is
+_RUN = "run"  # file beside the encoder that is kept: name of the run that it is of
 
 
 class Watch:
-    """Follows the run of one stage.
+    """Observes the run of one stage.
 
     Args:
         here: The stage.
         method: The method in training.
         trained: The encoder around its backbone.
         images: (N, H, W, C) uint8, what it is trained on.
-        normalise: What comes between crops and network.
-        device: Where both are.
+        normalise: Applied to crops before the network sees them.
+        device: Of method and encoder.
         run: Name of the run.
-        fresh: Whether it begins, rather than going on.
+        fresh: Whether the run begins rather than goes on.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Watch:
             self.clear()
 
     def step(self, done: loop.Step) -> None:
-        """Take note of an update."""
+        """Note an update."""
         self._dog.step(done)
 
     def epoch(self, done: loop.Epoch, means: dict[str, float]) -> None:
-        """Log an epoch with the means over its steps; say, or stop, what is wrong with it.
+        """Log an epoch with the means over its steps, and warn of what is wrong with it.
 
         Raises:
-            TrainingError: If something is, and params.yaml says `watchdog: stop`.
+            TrainingError: If something is wrong and params.yaml says `watchdog: stop`.
         """
         report = self._dog.epoch(done)
         for alarm in report.alarms:
@@ -92,20 +92,14 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; the epochs so far are logged again, into the run of this attempt."""
         self._dog.load_state_dict(state["dog"])
-        self._good = state["good"] if self._is_ours() else 0
+        owner = self._folder / _RUN  # another run may have kept its encoder in between
+        self._good = state["good"] if owner.exists() and owner.read_text(encoding="utf-8") == self._run else 0
         self._logged = [(loop.Epoch(**done), values) for done, values in state["logged"]]
         for done, values in self._logged:
             self._here.run.log_metrics(values, step=done.epoch + 1)
 
-    def _is_ours(self) -> bool:
-        """Whether the encoder that is kept is of this run, and not of another one in between."""
-        try:
-            return (self._folder / _RUN).read_text(encoding="utf-8") == self._run
-        except OSError:
-            return False
-
     def kept(self) -> str:
-        """Where the last good encoder is."""
+        """Where the last good encoder is, for a message."""
         if not self._good:
             return "no epoch was good, so no encoder is kept"
         return f"the encoder after epoch {self._good} is kept in {self._folder}"
@@ -115,18 +109,14 @@ class Watch:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep(self, epochs: int) -> None:
-        partial, old = (self._folder.with_name(f".{self._folder.name}.{name}") for name in ("partial", "old"))
+        partial = self._folder.with_name(f".{self._folder.name}.partial")
         try:
-            for folder in (partial, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             encoder.save(self._trained, partial, epochs=epochs)
             (partial / _RUN).write_text(self._run, encoding="utf-8")
-            if self._folder.exists():
-                self._folder.rename(old)
+            self.clear()
             partial.rename(self._folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:  # a net for the case of a fall is not worth a training run
+            self._good = epochs
+        except OSError as error:  # not worth ending the training for
             print(f"warning: the encoder of epoch {epochs} could not be kept ({error})", file=sys.stderr, flush=True)
-            return
-        self._good = epochs

@@ -1,4 +1,4 @@
-"""The state of an unfinished pretraining run, under state/: whose it is, whether to go on from it, and its end.
+"""The saved state of an unfinished pretraining run, under state/: which run it is of, whether to go on from it.
 
 A folder is named after a fingerprint of all that defines a run, so no run goes on from another one's state. Decides how
 a run gets to its end, never what it writes there.
@@ -25,8 +25,8 @@ from tasks.shared.operations.processes import launcher
 from tasks.shared.outputs import layout, prepared, stage
 
 MODES = ("auto", "require", "never")
-_MODE = "DEEPCLUST_RESUME"  # takes the place of pretrain.resume
-_STALE_SECONDS = 60  # that a network file system may be behind
+_MODE = "DEEPCLUST_RESUME"  # overrides pretrain.resume
+_STALE_SECONDS = 60  # by which a network file system may lag
 _OBSERVERS = ("deepclust/evaluation/watchdog.py", "tasks/shared/operations/observers/callbacks.py")
 _KEPT = 3  # unfinished runs of an encoder; older ones are removed
 
@@ -65,7 +65,7 @@ class Run:
         """Updates made so far."""
 
     def saving(self, parts: Mapping[str, resume.Stateful], *, stop: Callable[[], int]) -> resume.Saving:
-        """What the training loop needs of it, with what else belongs to the state."""
+        """What the training loop needs to save, and to go on; `parts` belong to the state too."""
         return resume.Saving(
             store=self._store,
             found=self._take,
@@ -77,11 +77,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What tells this run from all others of its encoder."""
+        """Name that no other run of the encoder has."""
         return self._folder.name
 
     def clear(self) -> None:
-        """Forget the run: it has ended well, so what cannot be removed is only said."""
+        """Remove the state of a run that has ended well; what cannot be removed is only warned of."""
         try:
             self._store.clear()
         except CheckpointError as error:
@@ -90,17 +90,17 @@ class Run:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _newest(self) -> checkpoint.Saved | None:
-        """What the main process finds. Another machine may see a shared folder as it was a while ago."""
+        """The newest state that the main process finds; another machine may see the shared folder later."""
         found = self._store.newest()
         step = int(distributed.broadcast(torch.tensor(found.step if found else 0)))
         deadline = time.monotonic() + _STALE_SECONDS
         while (found.step if found else 0) != step and time.monotonic() < deadline:
             time.sleep(1)
             found = self._store.newest()
-        return found  # if it is still another one, restoring it is refused
+        return found  # if it is still not the main process's, restoring it is refused
 
     def _take(self) -> checkpoint.Saved | None:
-        found, self._found = self._found, None  # it may be as large as the model
+        found, self._found = self._found, None  # it is not kept, for it may be as large as the model
         return found
 
     def _others(self) -> list[Path]:
@@ -109,14 +109,14 @@ class Run:
         return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
     def _remove_old(self) -> None:
-        """A folder that is half removed is not taken for a damaged state: it has another name by then."""
+        """Rename, then remove: half a folder is not taken for a damaged state."""
         for path in self._others()[_KEPT - 1 :]:
             path.rename(path.with_name(f".{path.name}"))
         for path in self._all.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _nothing(self, parts: Mapping[str, str]) -> str:
-        """Why there is nothing to go on from, by the newest unfinished run that there is."""
+        """Why there is nothing to go on from: what differs from the newest other run, if there is one."""
         advice = "set pretrain.resume to auto to begin anew"
         for other in self._others():
             try:

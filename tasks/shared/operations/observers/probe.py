@@ -1,7 +1,7 @@
-"""What is watched during training and goes to MLflow only: rates, losses and kNN on the held-out labels.
+"""What is measured during training and only logged: rates, losses and kNN on the held-out labels.
 
-An observer: it changes nothing that training reads, neither weights nor statistics nor random state, and no output
-depends on it. That is why `tasks/pretrain/__main__.py` may call it although pretraining sees no labels.
+It changes nothing that training reads, neither weights nor statistics nor random state, and no output depends on it.
+That is why `tasks/pretrain/__main__.py` may call it although pretraining sees no labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Probe:
     Args:
         run: Where to log.
         watched: The encoder in training.
-        device: Where it is.
+        device: Of the encoder.
     """
 
     def __init__(self, run: tracking.Run, watched: encoder.Encoder, device: torch.device) -> None:

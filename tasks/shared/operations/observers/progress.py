@@ -1,14 +1,13 @@
-"""Progress of a long computation: a bar in a terminal, a plain line every so often elsewhere."""
+"""Progress of a long computation: a bar in a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
-_SECONDS = 10.0
+from tqdm import tqdm
 
 
 class Progress:
@@ -22,39 +21,29 @@ class Progress:
         label: What is computed.
         done: Images that were done before.
         file: Where to write; standard error by default, as bars are.
-        seconds: Between two plain lines.
     """
 
-    def __init__(
-        self,
-        total_images: int,
-        label: str,
-        *,
-        done: int = 0,
-        file: TextIO | None = None,
-        seconds: float = _SECONDS,
-    ) -> None:
+    def __init__(self, total_images: int, label: str, *, done: int = 0, file: TextIO | None = None) -> None:
         self._total = total_images
         self._label = label
         self._file = file or sys.stderr
-        self._seconds = seconds
         self._begun = self._done = self._shown = done
         self._loss = math.nan
         self._start = self._last = time.monotonic()
-        self._bar = self._open_bar() if self._file.isatty() else None
+        self._bar = None
+        if self._file.isatty():
+            self._bar = tqdm(
+                total=total_images,
+                initial=done,
+                desc=label,
+                unit=" images",
+                unit_scale=True,
+                dynamic_ncols=True,
+                file=self._file,
+            )
 
-    def _open_bar(self) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=self._total,
-            initial=self._done,
-            desc=self._label,
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            file=self._file,
-        )
+    def __enter__(self) -> Progress:
+        return self
 
     def update(self, images: int, loss: float) -> None:
         """Count images that are done, with the loss on them."""
@@ -63,11 +52,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(images)
-        elif time.monotonic() - self._last >= self._seconds:
+        elif time.monotonic() - self._last >= 10:
             self._line()
 
-    def close(self) -> None:
-        """Show the end: the whole if it was reached. Safe to call twice."""
+    def __exit__(self, *_: object) -> None:
+        """Show how far it came."""
         if self._bar is not None:
             self._bar.close()
         elif self._done > self._shown:
@@ -87,14 +76,6 @@ class Progress:
             file=self._file,
             flush=True,
         )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _clock(seconds: float) -> str:

@@ -17,7 +17,7 @@ def test_a_log_gets_plain_lines_with_rate_loss_and_time_left(monkeypatch: pytest
     now = [100.0]
     monkeypatch.setattr("tasks.shared.operations.observers.progress.time.monotonic", lambda: now[0])
     log = io.StringIO()
-    with Progress(1000, "swav", file=log, seconds=10) as progress:
+    with Progress(1000, "swav", file=log) as progress:
         for _ in range(10):
             now[0] += 5
             progress.update(100, 2.5)
