@@ -36,7 +36,7 @@ def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
     return isinstance(state.data, PreemptedStage) and run.run_count <= RETRIES
 
 
-# One retry more than are granted: where none is left, Prefect logs a state of failure with an empty traceback.
+# One retry more than `_preempted` grants: for a task without any left, Prefect logs an empty traceback.
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -47,9 +47,10 @@ def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
 def run_stage(
     stage: str, workspace: Workspace, slots: Semaphore, *, unchanged: bool, force: bool, env: dict[str, str]
 ) -> State[Outcome]:
-    """One stage of the graph. DVC alone decides whether there is anything to do, so nothing is cached here.
+    """One stage of the graph. DVC alone decides whether there is anything to do, so Prefect caches nothing.
 
-    A preempted stage is tried again and goes on, a failed one is not. A forced one begins anew, but only once.
+    A preempted stage is tried again and goes on from its saved state; a failed one is not. A forced stage begins anew
+    at its first attempt only. `slots` limits how many stages run at once.
     """
     logger = get_run_logger()
     context = TaskRunContext.get()
@@ -92,7 +93,7 @@ def pretrain_and_eval(
 
 
 def _check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
-    """Refuse what can not run, before anything is written."""
+    """Refuse parameters and targets that can not run, before anything is written."""
     dvc_runner.check(overrides.preview(edits) if edits else params.load(), targets or [])
 
 
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     arguments = parser.parse_args()
     with errors_as_one_line():
-        with Workspace():  # what can be refused at once is not kept waiting for the server
+        with Workspace():  # refuse what can not run before the server is started, which takes a while
             _check(arguments.targets, arguments.override)
         try:
             with server.configured():

@@ -1,4 +1,4 @@
-"""Brings up, in the background, what `prefect deployment run pretrain-and-eval/local` needs; safe to repeat.
+"""Starts in the background what `prefect deployment run pretrain-and-eval/local` needs; safe to repeat.
 
 python -m flows.serve          server (one that already runs is used), work pool, deployment, worker
 python -m flows.serve --stop   ends what was started here
@@ -35,10 +35,10 @@ _PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
 
 
 def _background(name: str, command: Sequence[str], url: str, **environment: str) -> str:
-    """Start a command that outlives this process, unless it runs already and for the same `url`; how that was done.
+    """Start a command that outlives this process, unless it runs already for the same server; returns what was done.
 
-    The process holds a lock on `<name>.pid` as long as it lives, so that a number left by a dead one is never trusted.
-    The file has a second line, the URL: a worker of another server would never see what this one schedules.
+    The process holds a lock on `<name>.pid` as long as it lives, so that the number of a dead one is never trusted. The
+    file's second line is the server's URL: a worker of another server would never see what this one schedules.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     how = "started"
@@ -83,13 +83,13 @@ def _pid(name: str) -> int | None:
 
 
 def _url(name: str) -> str:
-    """The server's URL that the process in the background was started for."""
+    """URL of the server that the process in the background was started for."""
     path = FOLDER / f"{name}.pid"
     return "".join(path.read_text(encoding="utf-8").splitlines()[1:2]) if path.exists() else ""
 
 
 def _server(url: str) -> str:
-    """Make sure that a server answers at `url`; how that was done."""
+    """Make sure that a server answers at `url`; returns what was done."""
     if answers(url):
         return "was running"
     address = urlsplit(url)
@@ -133,14 +133,16 @@ def _has_pool(url: str) -> bool:
         ) from error
     except (OSError, http.client.HTTPException) as error:
         why = getattr(error, "reason", None) or error
-        raise StageError(f"expected Prefect's API at {url}, got {why}; is the server there well? run again") from error
+        raise StageError(
+            f"expected Prefect's API at {url}, got {why}; is the server there healthy? run again"
+        ) from error
 
 
 def _prefect(url: str, *arguments: str) -> None:
     """Run a command of Prefect's, silent unless it fails."""
     done = subprocess.run(
         [*_PREFECT, *arguments],
-        # PWD is where runs of the deployment will work (prefect.yaml); a shell's own may be another.
+        # PWD is the folder in which the deployment's runs will work (prefect.yaml); the shell's may be another one.
         env={**os.environ, "PREFECT_API_URL": url, "PWD": str(Path.cwd())},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -153,7 +155,7 @@ def _prefect(url: str, *arguments: str) -> None:
 
 
 def serve() -> None:
-    """Bring everything up and say how to use it.
+    """Start everything and print how to use it.
 
     Raises:
         StageError: If a part does not come up.
@@ -172,13 +174,10 @@ def serve() -> None:
     print("deployment  pretrain-and-eval/local")
     print(f"worker      {how_worker}, log in {FOLDER / 'worker.log'}")
     print(f"\nexport PREFECT_API_URL={url}")
-    print(f"{_shown('prefect')} deployment run pretrain-and-eval/local --watch")
+    print(
+        f"{os.path.relpath(Path(sys.executable).with_name('prefect'))} deployment run pretrain-and-eval/local --watch"
+    )
     print("make stop   ends what was started here")
-
-
-def _shown(program: str) -> str:
-    path = Path(sys.executable).with_name(program)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def stop() -> None:

@@ -25,9 +25,9 @@ _PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores
 
 @contextlib.contextmanager
 def configured() -> Iterator[str]:
-    """Use the server that is configured, else one of our own until this process ends; its address.
+    """Use the server that is configured, else start one that ends with this process; yields its address.
 
-    Prefect would start a temporary server itself, but a flow ended by SIGKILL leaves that one behind.
+    Prefect would start a temporary server itself, but a flow ended by SIGKILL would leave that one running.
 
     Raises:
         StageError: If the server does not come up.
@@ -39,13 +39,13 @@ def configured() -> Iterator[str]:
 
 def _start() -> str:
     family = child_processes.ChildProcesses(grace=3)
-    atexit.register(family.stop)  # and not sooner: Prefect sends its last logs while the interpreter ends
+    atexit.register(family.stop)  # not sooner: Prefect sends its last logs while the interpreter exits
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     HOME.mkdir(exist_ok=True)
-    # To a file: while it is stopped, the server complains of its own cancelled tasks.
+    # To a file, because a server that is being stopped prints errors about its own cancelled tasks.
     log = HOME / "server.log"
-    with log.open("wb") as complaints:
+    with log.open("wb") as errors:
         server = family.start(
             [
                 *(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)),
@@ -53,7 +53,7 @@ def _start() -> str:
             ],
             env={"PREFECT_HOME": str(HOME.resolve())},
             stdout=subprocess.DEVNULL,
-            stderr=complaints,
+            stderr=errors,
         )
     begin = time.monotonic()
     while not answers(url):
@@ -76,7 +76,7 @@ def answers(url: str) -> bool:
 
 
 def get(url: str, *, seconds: float) -> http.client.HTTPResponse:
-    """Open an address of the server's past any proxy of the environment, which may not know this machine.
+    """Open an address of the server, without the environment's proxy, which may not reach this machine.
 
     Raises:
         OSError: If nobody answers in time, or with an error (`urllib.error.HTTPError`).

@@ -1,4 +1,4 @@
-"""One stage on its own: what a container or another machine runs for the whole pipeline.
+"""One stage as a flow of its own, for a container or another machine to run.
 
 python -m flows.stage embed@swav
 """
@@ -43,7 +43,7 @@ def stage(name: str) -> State[Any]:
 
 
 def _run(workspace: Workspace, name: str) -> Outcome:
-    """Run the stage, again if it is preempted. Prefect's own retries of a flow would repeat a failed one too."""
+    """Run the stage, again if it is preempted. Prefect's retries of a flow would also repeat one that failed."""
     logger = get_run_logger()
     for _ in range(RETRIES):
         try:

@@ -140,7 +140,7 @@ class Workspace:
         return [stage for stage in self.graph if stage in wanted]
 
     def one(self, name: str) -> str:
-        """The name, if it is a single stage's. Raises: StageError if it is not."""
+        """The name, if it is that of a single stage. Raises: StageError if it is not."""
         members = _members(name, list(self.graph))
         if members != [name]:
             raise StageError(f"expected a single stage, got {name!r}; name one of {', '.join(members)}")
@@ -183,7 +183,7 @@ class Workspace:
         """
         name, _, encoder = stage.partition("@")
         marker = layout.preempted(name, encoder or None)
-        marker.unlink(missing_ok=True)  # a stage that can not even start would leave an old one
+        marker.unlink(missing_ok=True)  # an old one would stay if the stage could not even start
         begin = time.monotonic()
         tail: deque[str] = deque(maxlen=200)
 
@@ -202,7 +202,7 @@ class Workspace:
 
 
 def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
-    """Refuse what DVC would say less about: of a folder, only that a dep is missing.
+    """Refuse what can not run, with more to say than DVC, for which a missing folder is a missing dep.
 
     Args:
         values: Parameters, which need not be written yet.
@@ -212,8 +212,18 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
         StageError: If a folder of images begins with `~`, which DVC takes for a folder's name, or is to be read and is
             not there; or if a target is no stage of dvc.yaml with these parameters.
     """
-    _check_folder("data.folder", values.data.folder, read=values.data.source == "folder")
-    _check_folder("adapt.domains", values.adapt.domains, read=True)
+    reads = {"data.folder": (values.data.folder, values.data.source == "folder")}
+    for name, (folder, read) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
+        if folder.startswith("~"):
+            raise StageError(
+                f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
+                f"{name}=/absolute/path"
+            )
+        if read and not Path(folder).exists():
+            raise StageError(
+                f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
+                f"name another one: {name}=path/to/images"
+            )
     stages = []
     for name, stated in params.read(Path("dvc.yaml"))["stages"].items():
         stages += [f"{name}@{encoder}" for encoder in values.encoders] if "foreach" in stated else [name]
@@ -229,19 +239,6 @@ def _members(target: str, stages: Sequence[str]) -> list[str]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise StageError(f"expected a stage ({', '.join(stages)}), got {target!r}{hint}")
     return members
-
-
-def _check_folder(name: str, folder: str, *, read: bool) -> None:
-    if folder.startswith("~"):
-        raise StageError(
-            f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
-            f"{name}=/absolute/path"
-        )
-    if read and not Path(folder).exists():
-        raise StageError(
-            f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
-            f"name another one: {name}=path/to/images"
-        )
 
 
 def _failure(stage: str, status: int, tail: list[str]) -> str:
