@@ -193,7 +193,9 @@ class Workspace:
 
         status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
         if status in repro.WHAT:
-            return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics(stage))
+            path = layout.metrics(name, encoder or None)
+            metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics)
         if self._children.stopped:
             raise StageError(f"{stage} was stopped")
         if marker.exists():
@@ -246,13 +248,3 @@ def _failure(stage: str, status: int, tail: list[str]) -> str:
     errors = [line for mark in ("ERROR: ", "error: ") for line in tail if line.startswith(mark)]
     why = errors[-1][len("error: ") :] if errors else f"exit status {status}"
     return "\n".join([f"{stage} failed: {why}", *(f"  | {line}" for line in tail[-TAIL:])])
-
-
-def metrics(stage: str) -> dict[str, Any]:
-    """The metrics that a stage (`cluster@swav`) wrote, empty if there are none."""
-    name, _, encoder = stage.partition("@")
-    try:
-        found: dict[str, Any] = json.loads(layout.metrics(name, encoder or None).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found

@@ -22,6 +22,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import psutil
+
 from deepclust.errors import ConfigError, DeepclustError, StageError
 from tasks.shared.operations.processes import child_processes, worker
 from tasks.shared.operations.processes.worker import end, has_begun, is_main, is_worker, joined, note_begun, together
@@ -73,7 +75,9 @@ def start(module: str, arguments: Sequence[str]) -> int:
         except DeepclustError as error:
             status, line = 2, f"error: {error}"
         finally:
-            _kill_what_is_left()
+            for process in psutil.Process().children(recursive=True):  # after a second signal torchrun leaves some
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         found = worker.outcome()
     if found and not (found.order == 2 and told):
         status, line = found.status, found.line
@@ -207,8 +211,6 @@ def _end_after_outcome(ended: threading.Event) -> None:
     Args:
         ended: Set before the signal.
     """
-    import psutil
-
     while True:
         found = worker.outcome()
         if found and found.status:
@@ -219,12 +221,3 @@ def _end_after_outcome(ended: threading.Event) -> None:
         time.sleep(0.5)
     ended.set()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _kill_what_is_left() -> None:
-    """After a second signal torchrun no longer waits for its processes."""
-    import psutil
-
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            process.kill()

@@ -83,7 +83,8 @@ def joined() -> Iterator[None]:
         with _silent_unless_main(), distributed.group(seconds=environment.collective_seconds()):
             yield
             if FOLDER in os.environ:
-                _add_outcome(0, "")
+                with contextlib.suppress(OSError):  # it only saves a second attempt
+                    _add_outcome(0, "")
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except SystemExit as stop:

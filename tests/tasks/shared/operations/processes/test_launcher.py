@@ -336,8 +336,8 @@ def test_a_launcher_that_was_told_to_stop_says_so_unless_a_process_says_why(
             raise SignalException("told", signal.SIGTERM)
 
     monkeypatch.setattr(launcher, "_torchrun", torchrun)
-    for name in ("launcher._end_after_outcome", "launcher._kill_what_is_left"):
-        monkeypatch.setattr(f"tasks.shared.operations.processes.{name}", lambda *_: None)
+    monkeypatch.setattr(launcher, "_end_after_outcome", lambda *_: None)
+    monkeypatch.setattr(psutil.Process, "children", lambda _, **__: [])
     monkeypatch.setattr("logging.disable", lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert launcher.start("tasks.pretrain", ["swav"]) == status
