@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -165,28 +166,21 @@ def test_a_second_flow_is_refused_at_once_in_one_line(root: Path) -> None:
     assert f"one already runs there (process {os.getpid()})" in output
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[dict[str, object]]]:
-    """The exit status of the command, and what it called the flow with."""
-    calls: list[dict[str, object]] = []
-
-    def called(**values: object) -> State:
-        calls.append(values)
-        return Completed()
-
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, Mock]:
+    """The exit status of the command, and the flow that it called."""
+    called = Mock(return_value=Completed(), description="")
     monkeypatch.setattr(sys, "argv", ["pretrain_and_eval", *arguments])
     monkeypatch.setattr(module, "pretrain_and_eval", called)
-    monkeypatch.setattr(called, "description", "", raising=False)
     with pytest.raises(SystemExit) as stop:
         module.main()
-    assert isinstance(stop.value.code, int)
-    return stop.value.code, calls
+    return stop.value.code, called
 
 
 def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
-    status, calls = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
+    status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
     assert status == 0
-    assert calls[0]["targets"] == ["embed@swav"]
+    assert called.call_args.kwargs["targets"] == ["embed@swav"]
 
 
 def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
@@ -194,7 +188,8 @@ def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
 ) -> None:
     for folder, remedy in (("~/x", "write it out, without `~`: data.folder=/"), ("nowhere", "create it, or name")):
         overrides.apply(["data.source=folder", f"data.folder={folder}"])
-        assert _main(monkeypatch) == (2, [])
+        status, called = _main(monkeypatch)
+        assert (status, called.called) == (2, False)
         error = capsys.readouterr().err
         assert error.startswith("error: data.folder: expected a ")
         assert remedy in error

@@ -30,9 +30,3 @@ def test_a_preempted_stage_goes_on_and_a_failed_one_does_not(root: Path, monkeyp
     (root / "broken").touch()
     assert stage("embed@random", return_state=True).is_failed()
     assert pipelines.ran(root) == ["prepare"] * 3 + ["random"]
-
-
-def test_an_unknown_stage_is_one_line(root: Path) -> None:
-    state = stage("embed@pixel", return_state=True)
-    assert state.is_failed()
-    assert (state.message or "").endswith("got 'embed@pixel'; did you mean embed@pixels?")

@@ -36,7 +36,7 @@ _REPRO = (sys.executable, "-P", repro.__file__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a stage.
+    """Result of bringing a stage up to date.
 
     Attributes:
         stage: Name as in DVC, such as `embed@swav`.

@@ -1,4 +1,4 @@
-"""Several processes for one stage: torchrun starts them, and starts them again when one is lost.
+"""Several processes for one stage: torchrun starts them, and restarts all when one is lost.
 
     PET_NPROC_PER_NODE=2 python -m tasks.pretrain swav
 
@@ -31,14 +31,14 @@ from tasks.shared.outputs import environment
 
 __all__ = ["end", "has_begun", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
 
-STAGES = ("pretrain", "embed", "cluster")  # those that know how to share their work
+STAGES = ("pretrain", "embed", "cluster")  # those that can run on several processes
 JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
 RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
 PORT = 29400  # torchrun's own default
 
 
 def wanted(stage: str) -> bool:
-    """Whether this process is to become the launcher of several."""
+    """Whether the environment asks for several processes, so that this one becomes their launcher."""
     several = _several("PET_NPROC_PER_NODE") or _several("PET_NNODES")
     return stage in STAGES and several and not is_worker()
 
@@ -60,8 +60,8 @@ def start(module: str, arguments: Sequence[str]) -> int:
     def stop(number: int, _: object) -> None:
         raise SignalException("told to stop", signal.Signals(number))
 
-    logging.disable(logging.CRITICAL)  # torchrun's tables; what matters of them is said below
-    for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers of the same kind
+    logging.disable(logging.CRITICAL)  # torchrun's tables; what matters of them is printed below
+    for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers that do the same
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
         os.environ[worker.FOLDER] = folder
@@ -87,7 +87,7 @@ def start(module: str, arguments: Sequence[str]) -> int:
 
 
 def _torchrun(module: str, arguments: Sequence[str]) -> None:
-    """Start the processes, again where one is lost, until all have ended.
+    """Start the processes, and all again when one is lost, until they have ended.
 
     Raises:
         ConfigError: If the `PET_*` variables make no sense.
@@ -137,7 +137,7 @@ def _torchrun(module: str, arguments: Sequence[str]) -> None:
 
 
 def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, list[str]]:
-    """What torchrun makes of the `PET_*` variables and of our defaults: configuration, program and its arguments.
+    """torchrun's configuration by the `PET_*` variables and our defaults, the program, and its arguments.
 
     Raises:
         ConfigError: If they make no sense.
@@ -169,9 +169,9 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
 
 
 def _rendezvous(name: str) -> list[str]:
-    """Where the processes meet: on a free port of this machine, or where the user says.
+    """torchrun's options for where the processes meet: a free port of this machine, or where the user says.
 
-    Each stage has an identity of its own there, so that two at once are not taken for one run.
+    Each stage has a rendezvous of its own, so that two at once are not taken for one run.
     """
     said, several = os.environ.get, _several("PET_NNODES")
     if (backend := said("PET_RDZV_BACKEND") or "c10d") != "c10d":

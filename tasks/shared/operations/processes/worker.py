@@ -64,15 +64,14 @@ def is_main() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Work together with the other processes; only the main one writes to the terminal. Alone, do nothing."""
+    """Join the other processes for the body; only the main one writes to the terminal. Alone, do nothing."""
     if not is_worker():
         yield
         return
-    found = outcome()
-    if found and found.preempted:  # a machine has come, and torchrun told the group before this one to stop
-        _outcomes().unlink(missing_ok=True)
-    elif found:  # a process ended on purpose while torchrun was starting the group again
-        sys.exit(0)
+    if found := outcome():
+        if not found.preempted:  # a process ended on purpose while torchrun was starting the group again
+            sys.exit(0)
+        _outcomes().unlink(missing_ok=True)  # a machine has come, and torchrun told the last group to stop for it
     _die_with_the_launcher()
     if is_main() and (count := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
@@ -171,12 +170,12 @@ def _leave(status: int) -> NoReturn:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether an error says that another process does not answer. Gloo's have no class of their own."""
+    """Whether an error says that another process does not answer. Gloo's errors have no class of their own."""
     return type(error).__module__ == "torch.distributed" or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def in_one_line(error: BaseException) -> str:
-    """The first line of an error of torch's, without what stands before it in brackets."""
+    """The first line of an error of torch, without its prefix in brackets."""
     return str(error).strip().partition("\n")[0].rpartition("] ")[2][:300] or type(error).__name__
 
 
@@ -191,7 +190,7 @@ def _silent_unless_main() -> Iterator[None]:
 
 
 def _die_with_the_launcher() -> None:
-    """Ask the kernel for it: an orphan would go on writing beside the run that takes its place."""
+    """Let the kernel kill this process when the launcher dies: it would go on writing beside the next run."""
     launcher = os.getppid()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
