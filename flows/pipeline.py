@@ -16,9 +16,9 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
 from flows import server
@@ -53,9 +53,7 @@ def run_stage(
     at its first attempt only. `slots` limits how many stages run at once.
     """
     logger = get_run_logger()
-    context = TaskRunContext.get()
-    first = context is None or context.task_run.run_count <= 1
-    if force and first:
+    if force and task_run.run_count <= 1:
         env = env | {"DEEPCLUST_RESUME": "never"}
     if unchanged:
         return Completed(

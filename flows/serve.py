@@ -96,7 +96,9 @@ def _server(url: str) -> str:
     if address.hostname not in ("127.0.0.1", "localhost"):
         raise StageError(f"expected a Prefect server at {url}, none answers; start it, or unset PREFECT_API_URL")
     port = address.port or 4200
-    if (_pid("server") is None or _url("server") != url) and _taken(port):
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    if taken and (_pid("server") is None or _url("server") != url):
         raise StageError(
             f"expected port {port} to be free or Prefect's, but something else answers there; choose another: "
             f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api make serve"
@@ -105,12 +107,6 @@ def _server(url: str) -> str:
     how = _background("server", command, url, PREFECT_HOME=str(HOME.resolve()))
     _wait(lambda: answers(url), "server")
     return how
-
-
-def _taken(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def _wait(ready: Callable[[], bool], name: str, seconds: float = 120) -> None:

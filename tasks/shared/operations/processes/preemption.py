@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +22,7 @@ from tasks.shared.operations.processes import signals, worker
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Only note SIGTERM and SIGINT inside.
+    """Only note SIGTERM and SIGINT inside. For the main thread, as all handling of signals is.
 
     A second one ends the process at once, unless torchrun started it: there the supervisor and torchrun both tell each
     process, so that two signals are one request, and torchrun kills after a time of grace anyway.
@@ -31,9 +30,6 @@ def deferred() -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the number of the signal that came, or 0.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
     signals.came.clear()
 
     def note(number: int, _: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -45,19 +44,6 @@ def test_a_process_of_torchruns_is_told_twice_and_still_saves(monkeypatch: pytes
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert told() == signal.SIGTERM
-
-
-def test_outside_of_the_main_thread_nothing_is_deferred() -> None:
-    seen: list[int] = []
-
-    def body() -> None:
-        with preemption.deferred() as told:
-            seen.append(told())
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert seen == [0]
 
 
 def _told_to_stop() -> None:
