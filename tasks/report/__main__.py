@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import shutil
 import sys
 from collections.abc import Iterable
@@ -39,7 +40,6 @@ def main() -> None:
         if left := prune.unlisted(encoders):
             print(f"{len(left)} results are of encoders that are not listed: python -m tasks.report.prune shows them")
         rows = comparison.collect(encoders)
-        ordered = [str(row["encoder"]) for row in rows]
         stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
         pictures = draw(here.folder, rows, here.params)
         stage.write_text(here.folder / layout.REPORT.name, render(here.folder, pictures, rows, here.params))
@@ -51,14 +51,12 @@ def main() -> None:
         here.run.log_artifact(here.folder / layout.REPORT.name)
         here.run.log_artifact(here.folder / layout.COMPARISON.name)
         if store.enabled():
-            register_all(ordered, here.run.run_id)
-        print(f"\n{comparison.comparison_text(rows)}\n", flush=True)
-        for sentence in comparison.verdict(rows):
-            print(sentence)
+            register_all([str(row["encoder"]) for row in rows], here.run.run_id)
+        print(f"\n{comparison.comparison_text(rows)}\n", *comparison.verdict(rows), sep="\n", flush=True)
 
 
 def register_all(encoders: Iterable[str], run_id: str) -> None:
-    """Register models; a store that is lost is one warning, since the report is finished and worth keeping."""
+    """Register models. A tracking server that is lost is a warning, since the report is finished and worth keeping."""
     try:
         for encoder in encoders:
             print(f"registered {register.register(encoder, run_id)}", flush=True)
@@ -71,14 +69,13 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
 
     Returns:
         `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`: encoder to file name;
-        `adaptation`: encoder to the title of a group, and that to file name.
+        `adaptation`: encoder to what `adapted` says.
     """
     encoders = [str(row["encoder"]) for row in rows]
-    pictures: dict[str, Any] = {"training": None, "scores": "scores.png", "evaluation": None}
-    pictures |= {"maps": {}, "galleries": {}, "adaptation": {}}
+    pictures: dict[str, Any] = {"scores": "scores.png", "maps": {}, "galleries": {}, "adaptation": {}}
     curves = {encoder: found for encoder in encoders if (found := history(encoder))}
+    pictures["training"] = "training.png" if curves else None
     if curves:
-        pictures["training"] = "training.png"
         plots.save(plots.training(curves), folder / "training.png")
     names = [name for name in comparison.columns(rows) if name in ("acc", "nmi", "linear", "rankme", "silhouette")]
     names += [name for name in comparison.columns(rows) if name.startswith("knn")]
@@ -86,82 +83,66 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
     baselines = sum(row["method"] in comparison.BASELINES for row in rows)
     plots.save(plots.scores(encoders, scores, baselines), folder / "scores.png")
     panels = evaluation_curves(encoders)
+    pictures["evaluation"] = "evaluation.png" if panels else None
     if panels:
-        pictures["evaluation"] = "evaluation.png"
         plots.save(plots.evaluation(panels, encoders, baselines), folder / "evaluation.png")
     chosen = choose(len(prepared.labels("test")), values.report.map_images, values.seed)
     labels, classes = prepared.labels("test")[chosen], prepared.meta()["classes"]
     for encoder, row in zip(encoders, rows, strict=True):
         points = flatten(np.load(layout.embeddings(encoder, "test"), mmap_mode="r", allow_pickle=False)[chosen])
-        clusters = assignments(encoder)[chosen]
+        figure = plots.embedding_map(points, labels, classes, assignments(encoder)[chosen], int(str(row["k"])))
         pictures["maps"][encoder] = f"map-{encoder}.png"
-        plots.save(
-            plots.embedding_map(points, labels, classes, clusters, int(str(row["k"]))), folder / f"map-{encoder}.png"
-        )
+        plots.save(figure, folder / f"map-{encoder}.png")
         pictures["galleries"][encoder] = f"gallery-{encoder}.png"
         shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
-        pictures["adaptation"][encoder] = draw_streams(folder, encoder, values)
+        pictures["adaptation"][encoder] = adapted(folder, encoder, values)
         print(f"{encoder}: pictures drawn", flush=True)
     return pictures
 
 
-def draw_streams(folder: Path, encoder: str, values: schema.Params) -> dict[str, str]:
-    """The curves over an encoder's streams. Returns: title of a group to file name."""
-    rows = table(layout.out("adapt", encoder) / "stream.csv")
-    names = {}
-    for index, group in enumerate(adaptation.drawn(adapted_groups(encoder, values))):
-        curve = adaptation.curve(group, rows)
-        if curve:
-            names[group.title] = f"stream-{encoder}-{index}.png"
-            plots.save(plots.stream(curve), folder / names[group.title])
-    return names
-
-
-def adapted_groups(encoder: str, values: schema.Params) -> list[adaptation.Group]:
-    """What the classifiers of an encoder met."""
-    return adaptation.groups(table(layout.out("adapt", encoder) / "table.csv"), values.adapt.corruptions)
-
-
-def adapted(encoder: str, values: schema.Params, curves: dict[str, str]) -> dict[str, Any]:
-    """What the report says of an encoder's adaptation.
-
-    Args:
-        encoder: Its name.
-        values: All parameters.
-        curves: Title of a group to its picture.
-    """
-    folder = layout.out("adapt", encoder)
-    groups = adapted_groups(encoder, values)
+def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]:
+    """What the report says of an encoder's adaptation; its curves are drawn into the folder."""
+    made = layout.out("adapt", encoder)
+    groups = adaptation.groups(table(made / "table.csv"), values.adapt.corruptions)
+    stream = table(made / "stream.csv")
+    curves = {}
+    for index, group in enumerate(adaptation.drawn(groups)):
+        if curve := adaptation.curve(group, stream):
+            curves[group.title] = f"stream-{encoder}-{index}.png"
+            plots.save(plots.stream(curve), folder / curves[group.title])
+    # The first group's classifier and batch size have their curves in view, the others theirs folded away.
     first = [
-        group
+        group.title
         for group in groups
         if (group.classifier, group.batch_size) == (groups[0].classifier, groups[0].batch_size)
     ]
-    names, means = adaptation.mean_table(groups, table(folder / "seconds.csv"))
-    with (folder / "predictions.csv").open(encoding="utf-8") as file:
-        predicted = sum(1 for _ in zip(file, range(2), strict=False)) > 1  # the rest may be long
-    shown = [
-        {
-            "title": group.title,
-            "heat": adaptation.heat_map(group),
-            "indicators": adaptation.indicators(group),
-            "curve": None if group in first else curves.get(group.title),
-        }
-        for group in groups
-    ]
+    names, means = adaptation.mean_table(groups, table(made / "seconds.csv"))
+    with (made / "predictions.csv").open(encoding="utf-8") as file:
+        predicted = len(list(itertools.islice(file, 2))) > 1  # the rest may be long
+    metrics, linear = comparison.stage_metrics("adapt", encoder), comparison.stage_metrics("linear", encoder)
+    absent = [f"{name}: {reason}" for name, reason in (metrics.get("not_applicable") or {}).items()]
+    absent += [f"{name}: {of['reason']}" for name, of in (("linear", linear), ("adapt", metrics)) if of.get("reason")]
     return {
-        "groups": shown,
+        "groups": [
+            {
+                "title": group.title,
+                "heat": adaptation.heat_map(group),
+                "indicators": adaptation.indicators(group),
+                "curve": None if group.title in first else curves.get(group.title),
+            }
+            for group in groups
+        ],
         "adapters": names,
         "means": means,
-        "curves": {group.title: curves[group.title] for group in first if group.title in curves},
-        "guard": adaptation.guard_sentence(comparison.stage_metrics("adapt", encoder).get("guard") or {}),
-        "predictions": (folder / "predictions.csv").as_posix() if predicted else None,
-        "absent": absent(encoder),
+        "curves": {title: curves[title] for title in first if title in curves},
+        "guard": adaptation.guard_sentence(metrics.get("guard") or {}),
+        "predictions": (made / "predictions.csv").as_posix() if predicted else None,
+        "absent": absent,
     }
 
 
 def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
-    """What an encoder logged in training: name to steps and values, from where it was logged; empty for a baseline."""
+    """What an encoder logged in training: name to steps and values; empty for a baseline."""
     rows = table(layout.out("pretrain", encoder) / "history.csv")
     names = [name for name in rows[0] if name not in ("step", "epoch")] if rows else []
     curves = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
@@ -207,16 +188,16 @@ def assignments(encoder: str) -> NDArray[np.int64]:
 
 
 def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """t-SNE of unit-length features (N, D) to (N, 2), from their principal components, so without any randomness.
+    """t-SNE of unit-length features (N, D) to (N, 2), started from their principal components: there is no randomness.
 
-    On one thread: gradients are summed in the order in which OpenMP's threads finish, which three do not do alike.
+    It runs on one thread, since several OpenMP threads sum gradients in the order in which they finish.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     points = np.asarray(features, dtype=np.float64)
     points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    if min(points.shape) < 2 or points.std(axis=0).max() < 1e-9:  # a collapsed encoder has no map, and a start of 0 / 0
+    if min(points.shape) < 2 or points.std(axis=0).max() < 1e-9:  # a collapsed encoder: the start would be 0 / 0
         return np.zeros((len(points), 2))
     points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
     perplexity = min(30.0, (len(points) - 1) / 3)
@@ -236,53 +217,23 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
     environment.filters["inline"] = lambda name: (
         "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
     )
-    meta = prepared.meta()
-    encoders = [str(row["encoder"]) for row in rows]
+    # The report may be sent to others: it names the folders of images and does not tell where they are.
+    folders = {"data.folder": values.data.folder, "adapt.domains": values.adapt.domains}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        meta=meta,
+        meta=prepared.meta(),
         skipped_shown=_SKIPPED_SHOWN,
         rows=rows,
-        columns=comparison.columns(rows),
-        mapped=min(values.report.map_images, meta["test"]["images"]),
-        baselines=comparison.BASELINES,
-        title=comparison.title,
-        shown=comparison.shown,
+        comparison=comparison,
+        adaptation=adaptation,
         best=best(rows),
-        verdict=comparison.verdict(rows),
         pictures=pictures,
-        adaptations={encoder: adapted(encoder, values, pictures["adaptation"][encoder]) for encoder in encoders},
-        name_of=adaptation.name_of,
-        clip=adaptation.CLIP,
-        strongest=adaptation.STRONGEST,
-        better=adaptation.BETTER,
-        worse=adaptation.WORSE,
-        # The report is an output that travels: of the folders of images, their names and not where they lie.
-        params=provenance.all_params(values)
-        | {"data.folder": named(values.data.folder), "adapt.domains": named(values.adapt.domains)},
-        neighbours=values.linear.neighbours,
-        temperatures=values.linear.temperatures,
-        seeds=values.cluster.seeds,
-        images_of_a_shift=values.adapt.images,
-        one_severity=values.adapt.severities[0] if len(values.adapt.severities) == 1 else None,
+        values=values,
+        params=provenance.all_params(values) | {name: Path(path).name or path for name, path in folders.items()},
     )
 
 
-def named(folder: str) -> str:
-    """A folder's name without its path."""
-    return Path(folder).name or folder
-
-
-def absent(encoder: str) -> list[str]:
-    """What was not measured for an encoder, and why."""
-    adapted = comparison.stage_metrics("adapt", encoder)
-    reasons = [f"{name}: {reason}" for name, reason in (adapted.get("not_applicable") or {}).items()]
-    for name, found in (("linear", comparison.stage_metrics("linear", encoder)), ("adapt", adapted)):
-        reasons += [f"{name}: {found['reason']}"] if found.get("reason") else []
-    return reasons
-
-
 def best(rows: list[comparison.Row]) -> dict[str, float]:
-    """The best value of each column, to be marked; errors are best when small."""
+    """The best value of each column; of errors, the smallest."""
     found = {}
     for name in comparison.columns(rows):
         numbers = [float(value) for row in rows if isinstance(value := row[name], (int, float))]

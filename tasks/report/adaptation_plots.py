@@ -1,17 +1,14 @@
-"""The report's section on adaptation: from the stage's tables to heat maps, means, label-free signs and curves.
-
-A group is what one classifier met in one setting with batches of one size. It needs nothing but the standard library.
-"""
+"""The report's section on adaptation: the stage's tables as heat maps, means, indicators without labels, and curves."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CLIP = 0.2  # difference of errors at which a colour is full
-STRONGEST = 0.62  # opacity of a full colour: ink stays readable on it, on a light page and on a dark one
+STRONGEST = 0.62  # opacity of a full colour: text stays readable on it, on a light page and on a dark one
 BETTER, WORSE = "47, 111, 222", "230, 120, 20"
 WINDOW = 8  # batches of the running mean, at most
 GUARDED_LINES = 3  # guarded adapters that a curve shows, the best ones
@@ -20,7 +17,7 @@ INDICATORS = {
     "agreement": "Agreement with the source model (% of the images)",
     "classes_used": "Classes in use (exp of the entropy of the predicted classes)",
 }
-_STREAMS = ("continual", "mixed")  # settings whose one long stream is worth a curve
+_STREAMS = ("continual", "mixed")  # settings of one long stream, which is worth a curve
 _CLEAN = ("clean", "0")
 
 Row = Mapping[str, str]
@@ -28,26 +25,19 @@ Who = tuple[str, bool]  # an adapter, and whether it is guarded
 _SOURCE: Who = ("source", False)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number on a coloured ground.
-
-    Attributes:
-        text: Blank where nothing was measured.
-        ground: CSS colour, or empty.
-    """
+class Cell(NamedTuple):
+    """A number, blank where nothing was measured, and the CSS colour behind it, or an empty string."""
 
     text: str
-    ground: str = ""
+    colour: str = ""
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """A table of adapters by shifts.
 
     Attributes:
         title: What its numbers are.
-        columns: Headings, and whether a rule stands to the left of each.
+        columns: Headings, and whether a vertical line stands to the left of each.
         lines: Adapter, guarded or not, to its cells.
     """
 
@@ -56,30 +46,26 @@ class Grid:
     lines: dict[Who, list[Cell]]
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Mean errors of an adapter over the shifts of a group, as they are printed; blank where there is none.
+class Mean(NamedTuple):
+    """Of an adapter without and with a guard, over the shifts of a group; a text is blank where nothing was measured.
 
     Attributes:
-        free: Without a guard, percent.
-        guarded: With one, percent.
-        milliseconds: Of an image, without and with a guard, which asks the source model and bn as well.
-        best: Which of the two is the group's best.
+        percent: Mean errors.
+        milliseconds: Of an image; a guard asks the source model and bn as well.
+        best: Whether it is the group's smallest error.
     """
 
-    free: str
-    guarded: str
+    percent: tuple[str, str]
     milliseconds: tuple[str, str]
     best: tuple[bool, bool]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of a stream in which the shift stays the same.
 
     Attributes:
         title: The shift.
-        begins: Whether the adapters begin afresh with it.
+        begins: Whether the adapters are reset at its start.
         start: Images seen before it.
         lines: Adapter, guarded or not, to (images seen, value) after each batch.
     """
@@ -90,17 +76,9 @@ class Segment:
     lines: dict[Who, list[tuple[int, float]]]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A value along the stream or streams of a group.
+class Curve(NamedTuple):
+    """A value, named by `label`, along the streams of a group, segment by segment."""
 
-    Attributes:
-        title: The group.
-        label: What the value is.
-        segments: One after the other.
-    """
-
-    title: str
     label: str
     segments: list[Segment]
 
@@ -134,16 +112,10 @@ class Group:
         return f"{self.classifier}, {self.setting}, batches of {self.batch_size}"
 
     @property
-    def short(self) -> str:
-        """The same in few letters."""
-        return ", ".join(self.key)
-
-    @property
     def adapters(self) -> list[Who]:
-        """`source`, `bn`, then each adapter, its guarded twin directly below it."""
-        names = dict.fromkeys([name for name in ("source", "bn") if any(row["adapter"] == name for row in self.rows)])
-        names |= dict.fromkeys(row["adapter"] for row in self.rows)
+        """`source`, `bn`, then the others in the table's order, each with its guarded variant after it."""
         found = {_who(row) for row in self.rows}
+        names = dict.fromkeys(["source", "bn", *(row["adapter"] for row in self.rows)])
         return [who for name in names for who in ((name, False), (name, True)) if who in found]
 
     def values(self, column: str) -> dict[tuple[Who, tuple[str, str]], float]:
@@ -151,7 +123,7 @@ class Group:
         return {(_who(row), _shift(row)): float(row[column]) for row in self.rows if row[column]}
 
     def means(self) -> dict[Who, float]:
-        """Mean error of each adapter over the shifts, `clean` left out."""
+        """Mean error of each adapter over the shifts, without `clean`."""
         errors: dict[Who, list[float]] = {}
         for (who, shift), error in self.values("error").items():
             if shift != _CLEAN:
@@ -164,18 +136,18 @@ def groups(rows: Sequence[Row], corruptions: Sequence[str]) -> list[Group]:
 
     Args:
         rows: Of table.csv.
-        corruptions: Their order; domains come after them. A mixed stream's table is in that of its images.
+        corruptions: In the order in which to show them; domains come after them.
     """
     place = {name: index for index, name in enumerate(corruptions)}
 
-    def key(shift: tuple[str, str]) -> tuple[bool, bool, int, str, int]:
+    def position(shift: tuple[str, str]) -> tuple[bool, bool, int, str, int]:
         name, severity = shift
         return shift != _CLEAN, severity == "0", place.get(name, len(place)), name, int(severity)
 
     parts: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        parts.setdefault((row["classifier"], row["setting"], row["batch_size"]), []).append(row)
-    return [Group(*names, own, sorted({_shift(row) for row in own}, key=key)) for names, own in parts.items()]
+        parts.setdefault(_key(row), []).append(row)
+    return [Group(*key, own, sorted({_shift(row) for row in own}, key=position)) for key, own in parts.items()]
 
 
 def name_of(who: Who) -> str:
@@ -185,27 +157,26 @@ def name_of(who: Who) -> str:
 
 def heat_map(group: Group) -> Grid | None:
     """Errors in percent, coloured by the difference from the source model's; None without any label."""
-    errors = group.values("error")
+    errors, means = group.values("error"), group.means()
     shifts = [shift for shift in group.order if any(place == shift for _, place in errors)]
     if not shifts:
         return None
-    means = group.means()
-    lines = {}
-    for who in group.adapters:
-        cells = [_error(errors.get((who, shift)), errors.get((_SOURCE, shift))) for shift in shifts]
-        lines[who] = [*cells, _error(means.get(who), means.get(_SOURCE))] if means else cells
-    columns = _columns(shifts) + ([("mean of the shifts", True)] if means else [])
+    lines = {who: [_error(errors.get((who, shift)), errors.get((_SOURCE, shift))) for shift in shifts]
+             for who in group.adapters}  # fmt: skip
+    columns = _columns(shifts)
+    if means:
+        columns.append(("mean of the shifts", True))
+        for who, cells in lines.items():
+            cells.append(_error(means.get(who), means.get(_SOURCE)))
     return Grid("Error, percent", columns, lines)
 
 
 def indicators(group: Group) -> list[Grid]:
-    """What can be told without labels, of the shifts that have none."""
+    """What can be measured without labels, of the shifts that have none."""
     labelled = {shift for _, shift in group.values("error")}
     shifts = [shift for shift in group.order if shift not in labelled]
-    if not shifts:
-        return []
     grids = []
-    for name, title in INDICATORS.items():
+    for name, title in INDICATORS.items() if shifts else ():
         values, scale = group.values(name), 1 if name == "classes_used" else 100
         lines = {
             who: [Cell(f"{values[who, shift] * scale:.1f}" if (who, shift) in values else "") for shift in shifts]
@@ -217,29 +188,23 @@ def indicators(group: Group) -> list[Grid]:
 
 def mean_table(found: Sequence[Group], seconds: Sequence[Row]) -> tuple[list[str], dict[str, list[Mean]]]:
     """Adapters, and for each group that has errors their means, in the adapters' order."""
-    cost = {
-        (row["classifier"], row["setting"], row["batch_size"], *_who(row)): float(row["seconds_per_image"])
-        for row in seconds
-    }
-    means = {group.key: own for group in found if (own := group.means())}
-    names = list(dict.fromkeys(name for group in found if group.key in means for name, _ in group.adapters))
+    cost = {(_key(row), _who(row)): float(row["seconds_per_image"]) for row in seconds}
+    measured = [(group, means) for group in found if (means := group.means())]
+    names = list(dict.fromkeys(name for group, _ in measured for name, _ in group.adapters))
     table = {}
-    for group in found:
-        if group.key not in means:
-            continue
-        own = means[group.key]
-        best = min(own.values())
-        table[group.short] = [
+    for group, means in measured:
+        best = min(means.values())
+        pairs: list[tuple[Who, Who]] = [((name, False), (name, True)) for name in names]
+        table[", ".join(group.key)] = [
             Mean(
-                free=_percent(own.get((name, False))),
-                guarded=_percent(own.get((name, True))),
+                percent=(_percent(means.get(free)), _percent(means.get(guarded))),
                 milliseconds=(
-                    _milliseconds(cost.get((*group.key, name, False))),
-                    _milliseconds(cost.get((*group.key, name, True))),
+                    _milliseconds(cost.get((group.key, free))),
+                    _milliseconds(cost.get((group.key, guarded))),
                 ),
-                best=(own.get((name, False)) == best, own.get((name, True)) == best),
+                best=(means.get(free) == best, means.get(guarded) == best),
             )
-            for name in names
+            for free, guarded in pairs
         ]
     return names, table
 
@@ -254,10 +219,8 @@ def guard_sentence(guard: Mapping[str, Any]) -> str:
     parts = []
     if setting is not None:
         shift = "" if worst is None else f" (worst single shift {_points(worst)})"
-        if setting > 0:
-            parts.append(f"No guarded adapter was more than {_points(setting)} worse than source in any setting{shift}")
-        else:
-            parts.append(f"No guarded adapter was worse than source in any setting{shift}")
+        how = f"more than {_points(setting)} worse" if setting > 0 else "worse"
+        parts.append(f"No guarded adapter was {how} than source in any setting{shift}")
     elif worst is not None:
         only = "On the clean images, the only ones measured, no guarded adapter was more than"
         parts.append(f"{only} {_points(worst)} worse than source")
@@ -269,10 +232,9 @@ def guard_sentence(guard: Mapping[str, Any]) -> str:
 
 
 def drawn(found: Sequence[Group]) -> list[Group]:
-    """Groups that have a curve: of each classifier and batch size the long streams, else those begun afresh."""
+    """Groups that have a curve: of each classifier and batch size the long streams, else `reset`, else any."""
     chosen: list[Group] = []
-    pairs = dict.fromkeys((group.classifier, group.batch_size) for group in found)
-    for pair in pairs:
+    for pair in dict.fromkeys((group.classifier, group.batch_size) for group in found):
         own = [group for group in found if (group.classifier, group.batch_size) == pair]
         long = [group for group in own if group.setting in _STREAMS]
         chosen += long or [group for group in own if group.setting == "reset"] or own[:1]
@@ -280,32 +242,29 @@ def drawn(found: Sequence[Group]) -> list[Group]:
 
 
 def curve(group: Group, stream: Sequence[Row]) -> Curve | None:
-    """The error after each batch, or the agreement with the source model where there is no error of a batch.
+    """The error after each batch, or the agreement with the source model where a batch has no error.
+
+    All adapters without a guard are drawn, and the best guarded ones.
 
     Args:
         group: The group.
         stream: Rows of stream.csv.
     """
-    rows = [row for row in stream if (row["classifier"], row["setting"], row["batch_size"]) == group.key]
-    column = "error" if any(row["error"] for row in rows) else "agreement"
-    kept = set(_kept(group)) if column == "error" else {(name, False) for name, _ in group.adapters} - {_SOURCE}
-    segments = [
-        Segment(part.title, part.begins, part.start, {who: _smooth(points) for who, points in part.lines.items()})
-        for part in _segments([row for row in rows if _who(row) in kept], column, group.setting)
-    ]
-    label = "error" if column == "error" else "agreement with source"
-    return Curve(group.title, label, segments) if any(part.lines for part in segments) else None
-
-
-def _kept(group: Group) -> list[Who]:
-    """Everything without a guard, and the best guarded ones."""
-    means = group.means()
-    guarded = sorted((who for who in group.adapters if who[1]), key=lambda who: means.get(who, 1.0))
-    return [who for who in group.adapters if not who[1]] + guarded[:GUARDED_LINES]
+    rows = [row for row in stream if _key(row) == group.key]
+    kept = {who for who in group.adapters if not who[1]}
+    if any(row["error"] for row in rows):
+        column, label, means = "error", "error", group.means()
+        guarded = [who for who in group.adapters if who[1]]
+        kept |= set(sorted(guarded, key=lambda who: means.get(who, 1.0))[:GUARDED_LINES])
+    else:
+        column, label = "agreement", "agreement with source"
+        kept -= {_SOURCE}
+    segments = _segments([row for row in rows if _who(row) in kept], column, group.setting)
+    return Curve(label, segments) if any(part.lines for part in segments) else None
 
 
 def _segments(rows: Sequence[Row], column: str, setting: str) -> list[Segment]:
-    """Rows of one group as segments. A batch across two shifts belongs to the one before it."""
+    """Rows of one group as segments of running means. A batch across two shifts belongs to the one before it."""
     afresh = setting not in _STREAMS
     several = len({row["severity"] for row in rows if row["severity"] != "0"}) > 1
     segments: list[Segment] = []
@@ -320,6 +279,8 @@ def _segments(rows: Sequence[Row], column: str, setting: str) -> list[Segment]:
         end = offset + int(row["images"])
         if row[column]:
             segments[-1].lines.setdefault(_who(row), []).append((end, float(row[column])))
+    for part in segments:
+        part.lines.update((who, _smooth(points)) for who, points in part.lines.items())
     return segments
 
 
@@ -329,6 +290,10 @@ def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     values = [value for _, value in points]
     last = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [(seen, sum(part) / len(part)) for (seen, _), part in zip(points, last, strict=True)]
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["classifier"], row["setting"], row["batch_size"]
 
 
 def _who(row: Row) -> Who:
@@ -345,7 +310,7 @@ def _title(shift: tuple[str, str], severity: bool) -> str:
 
 
 def _columns(shifts: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Headings; a rule stands between clean images, corruptions and domains. One severity for all goes unsaid."""
+    """Headings, with lines between clean images, corruptions and domains. A severity is named if there are several."""
     several = len({severity for _, severity in shifts if severity != "0"}) > 1
     kinds = [(shift == _CLEAN, shift[1] == "0") for shift in shifts]
     rules = [False, *(kind != last for last, kind in itertools.pairwise(kinds))]

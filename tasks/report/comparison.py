@@ -1,7 +1,4 @@
-"""The comparison table: its columns, its rows from the metrics files, its file and its text.
-
-Reading and printing it needs nothing but the standard library.
-"""
+"""The comparison of all encoders: rows from the metrics files, and the same as CSV, text, Markdown and sentences."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from deepclust.errors import DataError
 from tasks.shared.outputs import layout
@@ -30,7 +29,7 @@ _ADAPTERS = ("source", "bn", "tsd")  # those with a column; the report has all
 
 
 def title(column: str) -> str:
-    """A column as a heading: `knn20` is `kNN 20`, `error_tsd` is `tsd error`."""
+    """The heading of a column: `kNN 20` of `knn20`, `tsd error` of `error_tsd`."""
     if column.startswith("knn"):
         return f"kNN {column[3:]}"
     return f"{column[6:]} error" if column.startswith("error_") else _TITLES.get(column, column)
@@ -53,9 +52,8 @@ def collect(encoders: Sequence[str]) -> list[Row]:
     """
     rows = [_row(encoder) for encoder in encoders]
     rows.sort(key=lambda row: BASELINES.index(str(row["method"])) if row["method"] in BASELINES else len(BASELINES))
-    # Every row has the columns of all, in the order of the row that has most: an adapter may not apply to an encoder.
-    columns = sorted((list(row) for row in rows), key=len)[-1:] + [list(row) for row in rows]
-    names = list(dict.fromkeys(name for each in columns for name in each))
+    # An adapter may not apply to an encoder: all columns, in the order of the row that has most.
+    names = dict.fromkeys(name for row in [*sorted(rows, key=len)[-1:], *rows] for name in row)
     return [{name: row.get(name) for name in names} for row in rows]
 
 
@@ -75,14 +73,13 @@ def _row(encoder: str) -> Row:
 
 
 def _neighbours(scores: Mapping[str, float]) -> Row:
-    """kNN of every k at one temperature: .07, the field's own, where it was measured."""
+    """kNN of every k at one temperature: the usual .07 where it was measured, else the first."""
     if not scores:
         return {"knn20": None, "knn200": None}
-    temperatures = [key.partition("_t")[2] for key in scores]
+    named = [(*key[1:].split("_t"), value) for key, value in scores.items()]
+    temperatures = [temperature for _, temperature, _ in named]
     chosen = "0.07" if "0.07" in temperatures else temperatures[0]
-    return {
-        f"knn{key.partition('_t')[0][1:]}": value for key, value in scores.items() if key.partition("_t")[2] == chosen
-    }
+    return {f"knn{k}": value for k, temperature, value in named if temperature == chosen}
 
 
 def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
@@ -94,7 +91,7 @@ def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
 
 
 def shown(row: Mapping[str, Any], column: str) -> str:
-    """A cell as it is printed: `.646 ± .012`, without the deviation where there is none; blank if absent."""
+    """A cell as it is printed: `.646 ± .012`, or `.646` where there is no deviation; blank if absent."""
     value = row.get(column)
     if value is None or value == "":
         return ""
@@ -126,16 +123,11 @@ def small_is_good(column: str) -> bool:
 
 
 def comparison_text(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
-    """The table for a terminal; what is wider than it goes on below, errors under shifts first of all.
-
-    Args:
-        rows: Of the comparison.
-        width: Characters of a line.
-    """
-    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in columns(rows)}
-    widths = {name: max(map(len, column)) for name, column in cells.items()}
+    """The table for a terminal, in blocks of at most `width` characters; errors under shifts begin a block."""
     if not rows:
         return "no encoders"
+    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in columns(rows)}
+    widths = {name: max(map(len, column)) for name, column in cells.items()}
     head, *others = cells
     fits = sum(widths.values()) + 2 * len(others) <= width
     parts: list[list[str]] = [[head]]
@@ -144,17 +136,18 @@ def comparison_text(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
         if len(parts[-1]) > 1 and (full or (name == "clean" and not fits)):
             parts.append([head])
         parts[-1].append(name)
-    return "\n\n".join(_block(cells, widths, names) for names in parts)
+    return "\n\n".join(_underlined(aligned([*zip(*(cells[name] for name in names), strict=True)])) for names in parts)
 
 
-def _block(cells: Mapping[str, Sequence[str]], widths: Mapping[str, int], names: Sequence[str]) -> str:
-    """Columns as text, the first one to the left."""
-    aligned = [
-        [cell.rjust(widths[name]) if index else cell.ljust(widths[name]) for cell in cells[name]]
-        for index, name in enumerate(names)
-    ]
-    lines = ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+def _underlined(table: str) -> str:
+    head, _, rows = table.partition("\n")
+    return f"{head}\n{'─' * len(head)}\n{rows}"
+
+
+def aligned(table: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table as text, its first `words` columns aligned to the left and the others, numbers, to the right."""
+    sides = ["left" if column < words else "right" for column in range(len(table[0]))]
+    return tabulate(table, tablefmt="plain", colalign=sides, disable_numparse=True)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -173,7 +166,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if not trained:
         return ["There are only baselines here."]
     if not scores:
-        return ["No test image has a label: accuracies are absent, and whether a method works is for the eye to tell."]
+        return ["No test image has a label: there are no accuracies, and you have to judge by the pictures."]
     sentences = [
         f"The baseline {name} is not in `encoders`: nothing is compared with it."
         for name in BASELINES

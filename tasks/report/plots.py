@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tasks.report.adaptation_plots import Curve
+from tasks.report.adaptation_plots import Curve, name_of
 
 GREY = "#9aa3ad"
 INK = "#2b3440"
@@ -69,7 +68,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = F
 
 
 def training(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
-    """One row an encoder: its loss, then the method's own label-free numbers, over the steps.
+    """A row for each encoder: its loss, then the method's own label-free numbers, over the steps.
 
     Args:
         curves: Encoder to what it logged: name to (step, value).
@@ -90,7 +89,7 @@ def training(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
 
 
 def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]], baselines: int) -> Figure:
-    """A panel a score, a bar an encoder; baselines, which come first, are grey.
+    """A panel for each score with a bar for each encoder; baselines are grey.
 
     Args:
         encoders: Names, baselines first.
@@ -102,31 +101,26 @@ def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]]
         size = (max(4.0, 1.75 * len(values)), 0.9 + 0.32 * len(encoders))
         figure, axes = _panels(1, len(values), size, sharey=True)
         for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
-            present = [(place, value, i) for i, (place, value) in enumerate(zip(places, numbers, strict=True))
-                       if value is not None]  # fmt: skip
-            axis.barh(
-                [place for place, _, _ in present],
-                [value for _, value, _ in present],
-                color=[GREY if index < baselines else ACCENT for _, _, index in present],
-                height=0.68,
-            )
-            for place, value, _ in present:
+            measured = [index for index, value in enumerate(numbers) if value is not None]
+            widths = [float(numbers[index] or 0) for index in measured]
+            colours = [GREY if index < baselines else ACCENT for index in measured]
+            axis.barh(places[measured], widths, color=colours, height=0.68)
+            for place, value in zip(places[measured], widths, strict=True):
                 axis.annotate(f" {value:.3f}", (max(value, 0), place), va="center", fontsize=8)
             axis.set_title(name)
-            axis.set_xlim(right=max([value for _, value, _ in present] + [1e-9]) * 1.3)
+            axis.set_xlim(right=max([*widths, 1e-9]) * 1.3)
             axis.grid(axis="y", visible=False)
             axis.set_yticks(places, encoders)
             axis.xaxis.set_major_locator(plt.MaxNLocator(3))
     return figure
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """Curves of one score.
 
     Attributes:
         title: The score.
-        label: What it is drawn over.
+        label: Of the horizontal axis.
         lines: Encoder to (x, value, standard deviation), x ascending.
     """
 
@@ -136,13 +130,7 @@ class Panel:
 
 
 def evaluation(panels: Sequence[Panel], encoders: Sequence[str], baselines: int) -> Figure:
-    """A panel a score, a line an encoder; baselines, which come first, are grey and dashed.
-
-    Args:
-        panels: What is drawn.
-        encoders: Names, baselines first.
-        baselines: How many of the encoders are baselines.
-    """
+    """A panel for each score with a line for each encoder; baselines, the first of them, are grey and dashed."""
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
     shades = [matplotlib.colormaps["Greys"](0.75 - 0.3 * index / max(1, baselines - 1)) for index in range(baselines)]
@@ -176,7 +164,7 @@ def embedding_map(
 
     Args:
         points: (N, 2).
-        labels: (N,) class, -1 where unknown, drawn grey.
+        labels: (N,) class; points of unknown class, -1, are grey.
         classes: Names.
         clusters: (N,) cluster of each point.
         k: Number of clusters.
@@ -208,14 +196,8 @@ def _scatter(
     axis.spines[:].set_visible(False)
     if len(names) <= _LEGEND_AT_MOST:
         handles = [axis.scatter([], [], s=22, color=colours[index], label=name) for index, name in enumerate(names)]
-        axis.legend(
-            handles=handles,
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            fontsize=8,
-            handletextpad=0.1,
-            labelspacing=0.5,
-        )
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axis.legend(handles=handles, fontsize=8, handletextpad=0.1, labelspacing=0.5, **place)
 
 
 def palette(count: int) -> list[Any]:
@@ -228,10 +210,9 @@ def palette(count: int) -> list[Any]:
 
 
 def stream(curve: Curve) -> Figure:
-    """A value of every adapter along a stream, or along several one after the other, in percent.
+    """A value of every adapter along one or more streams, in percent.
 
-    Args:
-        curve: Its lines; guarded ones are dashed, thin lines stand where the shift changes.
+    Guarded adapters are dashed; thin vertical lines stand where the shift changes.
     """
     names = list(dict.fromkeys(name for part in curve.segments for name, _ in part.lines))
     others = iter(palette(len(names)))
@@ -247,26 +228,19 @@ def stream(curve: Curve) -> Figure:
                 points += [(seen, value * 100) for seen, value in part.lines.get(who, [])]
             x, y = np.array(points).T
             width = 2.2 if who[0] == "source" else 1.3
-            # Marks where batches are few, since a segment of one batch is no line.
+            # Markers where batches are few, since a segment of one batch is no line.
             marks = "." if len(points) <= _MARKS_AT_MOST else ""
             look = {"marker": marks, "markersize": 5, "linestyle": "--" if who[1] else "-", "linewidth": width}
-            label = f"{who[0]}, guarded" if who[1] else who[0]
-            axis.plot(x, y, color=colours[who[0]], label=label, zorder=3 if who[0] == "source" else 2, **look)
+            axis.plot(x, y, color=colours[who[0]], label=name_of(who), zorder=3 if who[0] == "source" else 2, **look)
         last = max(seen for part in curve.segments for found in part.lines.values() for seen, _ in found)
         stops = [*[part.start for part in curve.segments[1:]], last]
         for part, stop in zip(curve.segments, stops, strict=True):
             if part.start:
                 axis.axvline(part.start, color=GREY, linewidth=0.6)
-            # The name of a domain is a folder's, and no formula even with two dollars in it.
-            axis.annotate(
-                part.title,
-                ((part.start + stop) / 2, 1.02),
-                xycoords=("data", "axes fraction"),
-                rotation=35,
-                fontsize=8,
-                parse_math=False,
-                annotation_clip=False,
-            )
+            # A folder's name, which matplotlib would read as a formula if it held two dollar signs.
+            plain = {"parse_math": False, "annotation_clip": False, "rotation": 35, "fontsize": 8}
+            middle = ((part.start + stop) / 2, 1.02)
+            axis.annotate(part.title, middle, xycoords=("data", "axes fraction"), **plain)
         axis.set_xlim(0, last * 1.005)
         axis.set_ylim(0, 100 if curve.label != "error" else None)
         axis.set_xlabel("images seen")

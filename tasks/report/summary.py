@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.report import comparison as comparisons
+from tasks.report.comparison import aligned as aligned
+from tasks.report.comparison import markdown as markdown
 from tasks.shared.operations import store
 from tasks.shared.operations.processes.dvc_runner import Outcome
 from tasks.shared.outputs import layout
@@ -22,7 +24,7 @@ class Report:
     Attributes:
         outcomes: Of the stages that are up to date now.
         failed: Message of each that failed.
-        held_up: Those that did not run because one upstream of them failed.
+        held_up: Those that did not run because a stage before them failed.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -35,24 +37,6 @@ def comparison(path: Path = layout.COMPARISON) -> Rows:
     return comparisons.read(path) if path.exists() else []
 
 
-def markdown(rows: Rows) -> str:
-    """The comparison in Markdown."""
-    return comparisons.markdown(rows)
-
-
-def aligned(table: Sequence[Sequence[str]]) -> str:
-    """A table in columns, words to the left and numbers to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    left = [not any(_is_number(row[column]) for row in table[1:]) for column in range(len(widths))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in table
-    )
-
-
 def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
     """The whole summary: each stage, each failure, the comparison, and where to look further."""
     rows = [["stage", "", "seconds"]]
@@ -60,7 +44,7 @@ def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
         outcome = report.outcomes.get(stage)
         what = outcome.what if outcome else "FAILED" if stage in report.failed else "not run"
         rows.append([stage, what, f"{outcome.seconds:.1f}" if outcome and outcome.what != "unchanged" else ""])
-    parts = [aligned(rows), *report.failed.values()]
+    parts = [aligned(rows, words=2), *report.failed.values()]
     if report.held_up:
         parts.append("not run, because a stage upstream failed: " + ", ".join(report.held_up))
     if compared:
@@ -79,11 +63,3 @@ def mlflow_ui() -> str:
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     return f"{program} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000   then open http://127.0.0.1:5000"
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
