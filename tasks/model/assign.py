@@ -1,9 +1,9 @@
-"""New images to the clusters of a trained encoder: embeddings, cluster, distance and, where there is one, class.
+"""Assign new images to the clusters of a trained encoder: cluster, distance and, if there is a classifier, class.
 
 python -m tasks.assign --encoder swav PATH [--out TABLE.csv] [--embeddings FILE.npy] [--export FOLDER [--link]]
 
-The table goes to stdout without --out; everything else is said on stderr. `--export` sorts the images into one folder a
-cluster. What is written is written whole or not at all.
+The table goes to stdout without --out; all messages go to stderr. `--export` sorts the images into a folder for each
+cluster. A run that fails leaves no table, embeddings or folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ def main() -> None:
         values.method(arguments.encoder)
         root, paths = find(arguments.path)
         sorted_folder = export.SortedFolder(arguments.export, link=arguments.link) if arguments.export else None
-        from deepclust import bundle  # torch, only now: a mistake in the arguments is told at once
+        from deepclust import bundle  # imports torch, which takes seconds: mistakes in the arguments come first
 
         model = bundle.load(
             layout.out("pretrain", arguments.encoder),
@@ -52,13 +52,15 @@ def main() -> None:
             statistics=layout.PREPARED,
         )
         with ExitStack() as stack:
-            out = stack.enter_context(export.whole(arguments.out)) if arguments.out else None
             matrix = None
             if arguments.embeddings:
                 partial = stack.enter_context(export.whole(arguments.embeddings))
                 matrix = stack.enter_context(npy.RowFile(partial, (model.encoder.feature_dim,), np.float32))
             target = stack.enter_context(sorted_folder) if sorted_folder else None
-            file = stack.enter_context(out.open("w", encoding="utf-8", newline="")) if out else sys.stdout
+            file: TextIO = sys.stdout
+            if arguments.out:
+                partial = stack.enter_context(export.whole(arguments.out))
+                file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
             skipped = run(model, root, paths, file, matrix, target, values.embed.batch_size, values.data.max_pixels)
         print(f"{len(paths) - skipped} images assigned, {skipped} skipped", file=sys.stderr)
 
@@ -75,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     how.add_argument("--link", action="store_true", help="with --export: symbolic links to the images")
     arguments = parser.parse_args()
     if (arguments.copy or arguments.link) and not arguments.export:
-        parser.error("--copy and --link say how to --export: name its folder")
+        parser.error("expected --export FOLDER with --copy or --link, got none; add it")
     return arguments
 
 
@@ -139,17 +141,13 @@ def run(
 def read(
     model: bundle.Bundle, root: Path, paths: list[str], step: int, max_pixels: int
 ) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
-    """Chunks of names and images (n, H, W, C) of the files that can be read."""
+    """Chunks of names and images (n, H, W, C) of the files that can be read; the others are named on stderr."""
+
+    shape: Any = {"image_size": model.image_size, "channels": model.channels, "resize": model.resize}
 
     def attempt(name: str) -> NDArray[np.uint8] | str:
         try:
-            return decode.read_image(
-                root / name,
-                image_size=model.image_size,
-                channels=model.channels,
-                resize=model.resize,
-                max_pixels=max_pixels,
-            )
+            return decode.read_image(root / name, max_pixels=max_pixels, **shape)
         except DataError as error:
             return str(error)
 

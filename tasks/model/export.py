@@ -1,4 +1,4 @@
-"""Writing files and folders for the user, whole or not at all."""
+"""Files and folders for the user that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepclust.errors import DataError
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the file when the body succeeds."""
+    """A temporary path, which is renamed to `path` when the body succeeds and removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -26,16 +26,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 class SortedFolder:
-    """A new folder with one folder a cluster, `cluster-07/` and so on, which is there when the body succeeds.
+    """A new folder with a folder for each cluster, `cluster-07/` and so on, which appears when the body succeeds.
 
-    An image keeps its path below its cluster's folder, so images of one name never meet.
+    An image keeps its path below its cluster's folder, so images of one name do not replace each other.
 
     Args:
-        folder: The folder to be. It may exist if it is empty.
+        folder: The folder to make. It may exist if it is empty.
         link: Make symbolic links instead of copies.
 
     Raises:
-        DataError: If something is in the way.
+        DataError: If there is a file, or a folder with something in it.
     """
 
     def __init__(self, folder: Path, *, link: bool = False) -> None:
@@ -59,7 +59,7 @@ class SortedFolder:
             clusters: Number of all clusters, for the width of their numbers.
         """
         width = max(2, len(str(clusters - 1)))
-        target = self._partial / f"cluster-{cluster:0{width}d}" / name
+        target = self._partial / f"cluster-{cluster:0{width}}" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if self._link:
             target.symlink_to(image.resolve())

@@ -3,8 +3,8 @@
     model = mlflow.pyfunc.load_model("models:/deepclust-swav@champion")
     table = model.predict(images)  # (N, H, W, C) uint8
 
-This file is itself the model's definition ("models from code"). MLflow stores it with the files that it reads:
-safetensors, npy and JSON, and with the library. Nothing is pickled.
+This file is the model's definition ("models from code"), which MLflow stores with the library and the files that it
+reads: safetensors, npy and JSON. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         device = (context.model_config or {}).get("device")
         self._bundle = bundle.load(folder, device=torch.device(device) if device else None)
 
-    # The bare array is the one hint that MLflow does not take for a schema of its own, and does not warn of.
+    # MLflow makes a schema of any other type hint, or warns of it.
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Embed, assign and classify images.
 
@@ -53,11 +53,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             ValueError: If the images are no such arrays.
         """
         found = self._bundle.assign(self._prepared(model_input), batch_size=BATCH)
-        columns: dict[str, Any] = {
-            "embedding": list(found.features),
-            "cluster": found.clusters,
-            "distance": found.distances,
-        }
+        columns: dict[str, Any] = {"embedding": list(found.features)}
+        columns |= {"cluster": found.clusters, "distance": found.distances}
         if found.probabilities is not None:
             columns["class"] = [self._bundle.classes[index] for index in found.probabilities.argmax(axis=1)]
             columns["probability"] = found.probabilities.max(axis=1)
@@ -69,9 +66,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         size, channels, resize = self._bundle.image_size, self._bundle.channels, self._bundle.resize
         if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels) and images.dtype == np.uint8:
             return images
-        return np.stack(
-            [square(_picture(image), image_size=size, channels=channels, resize=resize) for image in images]
-        )
+        how: Any = {"image_size": size, "channels": channels, "resize": resize}
+        return np.stack([square(_picture(image), **how) for image in images])
 
 
 def _picture(image: Any) -> Image.Image:

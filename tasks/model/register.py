@@ -2,8 +2,8 @@
 
     python -m tasks.register [--encoder NAME]
 
-A version carries encoder, clusters and classifier, and tags for git commit, data hash, training run and the scores that
-champions are chosen by. Test labels play no part in that choice.
+A version has encoder, clusters and classifier, and tags for git commit, data hash, training run and the scores by which
+the champion is chosen. Test labels play no part in that choice.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +31,7 @@ ALIAS = "champion"
 _CONTENT, _DATA = "content", "data.hash"
 # What the stored model needs; timm only where the encoder is one of its networks.
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
+_DEFINITION = "tasks/model/mlflow_model.py"
 # The code that makes a prediction: stored with a version, and part of its content.
 CODE = (
     "deepclust/bundle.py",
@@ -39,14 +39,13 @@ CODE = (
     "deepclust/images",
     "deepclust/models",
     "deepclust/seeding.py",
-    "tasks/model/mlflow_model.py",
+    _DEFINITION,
 )
-_SILENT = ("deepclust/__init__.py", "deepclust/errors.py")  # stored too, but a remark in them makes no new version
+_STORED = (*CODE, "deepclust/__init__.py", "deepclust/errors.py")  # an edit of these two makes no new version
 
 
-@dataclass(frozen=True)
-class Version:
-    """A registered version, as far as champions are concerned.
+class Version(NamedTuple):
+    """What decides whether a registered version is the champion.
 
     Attributes:
         number: Version number.
@@ -64,16 +63,14 @@ class Version:
 def champion(versions: Iterable[Version], data: str) -> Version:
     """The best of the versions trained on this data: by held-out kNN, else RankMe; of equals, the newest.
 
-    Numbers on different data say nothing about each other, so new data has a champion of its own.
+    Numbers on different data are not comparable, so new data has a champion of its own.
     """
-    return max(
-        (version for version in versions if version.data == data),
-        key=lambda version: (
-            version.knn is not None,
-            version.knn if version.knn is not None else version.rankme or 0.0,
-            version.number,
-        ),
-    )
+
+    def quality(version: Version) -> tuple[bool, float, int]:
+        labelled = version.knn is not None
+        return labelled, (version.knn if labelled else version.rankme) or 0.0, version.number
+
+    return max((version for version in versions if version.data == data), key=quality)
 
 
 def register(encoder: str, run_id: str | None = None) -> str:
@@ -81,7 +78,7 @@ def register(encoder: str, run_id: str | None = None) -> str:
 
     Args:
         encoder: Name of the encoder.
-        run_id: The run to tie the model to if the one that trained it is not known.
+        run_id: The run that the model belongs to if the one that trained it is not known.
 
     Returns:
         One line for the log.
@@ -111,41 +108,35 @@ def register(encoder: str, run_id: str | None = None) -> str:
 
 
 def _create(
-    client: Any,
-    experiment: str,
-    name: str,
-    encoder: str,
-    files: list[Path],
-    tags: dict[str, str],
-    run_id: str | None,
+    client: Any, experiment: str, name: str, encoder: str, files: list[Path], tags: dict[str, str], run_id: str | None
 ) -> None:
     trained = _training_run(client, experiment, encoder)
     origin = trained.data.tags if trained else provenance.git()
     run_id = trained.info.run_id if trained else run_id
     tags |= {key: origin[key] for key in ("git.commit", "git.dirty") if key in origin}
     tags |= {"run": run_id} if run_id else {}
-    classes = json.loads((layout.out("linear", encoder) / "classifier.json").read_text(encoding="utf-8"))["classes"]
+    classes = _read(layout.out("linear", encoder) / "classifier.json")["classes"]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "files"
-        folder.mkdir()
+        folder = Path(scratch)
         for path in files:
-            shutil.copy(path, folder)
-        for source in (*CODE, *_SILENT):
-            for file in provenance.source_files(source):
-                (Path(scratch) / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(provenance.ROOT / file, Path(scratch) / file)
+            _copy(path, folder / "files" / path.name)
+        for file in (file for source in _STORED for file in provenance.source_files(source)):
+            _copy(provenance.ROOT / file, folder / ("model.py" if file == _DEFINITION else file))
         address = tracking.log_model(
             experiment,
             run_id,
-            code=Path(scratch) / "tasks/model/mlflow_model.py",
-            files=folder,
-            library=Path(scratch) / "deepclust",
+            folder,
             requirements=_requirements(encoder),
             labelled=bool(classes),
             example=np.array(prepared.images("test")[:2]),
             metadata={"classes": classes, "encoder": encoder, "data_hash": tags[_DATA]},
         )
     tracking.create_version(client, name, address, run_id, tags)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
 
 
 def _requirements(encoder: str) -> list[str]:
@@ -167,7 +158,7 @@ def _files(encoder: str) -> list[Path]:
 
 
 def _content(files: Iterable[Path], data: str) -> str:
-    """What tells versions apart: files, code and data, since scores are of test images that no file holds."""
+    """What tells versions apart: files, code and data, since the scores depend on test images that no file holds."""
     return hashlib.sha256(f"{data}:{provenance.file_hash(*files)}:{provenance.code_hash(*CODE)}".encode()).hexdigest()
 
 
@@ -182,7 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _training_run(client: Any, experiment: str, encoder: str) -> Any:
-    """The latest run whose output this encoder is, or None: a cached encoder may come from another machine."""
+    """The latest run that made this encoder, or None: an encoder from DVC's cache may be another machine's."""
     output = provenance.encoder_hash(encoder)
     wanted = f"tags.`{tracking.OUTPUT_TAG}` = '{output}' and tags.encoder = '{encoder}'"
     found = client.search_runs([experiment], wanted, max_results=1)

@@ -11,7 +11,7 @@ from tasks.shared.outputs import layout
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold a lock that other processes of this workspace respect; the kernel frees it when its holder dies."""
+    """Hold a lock between the processes of this workspace; the kernel releases it if the process dies."""
     layout.STATE.mkdir(exist_ok=True)
     with (layout.STATE / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

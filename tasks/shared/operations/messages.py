@@ -1,4 +1,4 @@
-"""What a user is told: one line in place of a traceback."""
+"""A user's mistake is one line in place of a traceback."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def errors_as_one_line() -> Iterator[None]:
         if error.errno is None or os.environ.get("DEEPCLUST_TRACEBACK"):
             raise
         where = f": {error.filename}" if error.filename else ""
-        launcher.end(2, f"error: {error.strerror}{where}; free or mend it and run again", error)
+        launcher.end(2, f"error: {error.strerror}{where}; make room or repair it and run again", error)

@@ -1,4 +1,4 @@
-"""What ties a run to its origin: git commit, data hash and parameters, as MLflow's tags and params want them."""
+"""Where a run comes from: git commit, hashes of data and code, and parameters, as MLflow's tags and params."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.shared.operations.params.schema import Params
 from tasks.shared.outputs import layout
 
 ROOT = Path(__file__).resolve().parents[3]
-# What the pipeline itself writes into git: a run in progress does not make the code "dirty".
+# What the pipeline itself writes into git, which does not make the code "dirty".
 _WRITTEN = (":!dvc.lock", f":!{layout.METRICS}", f":!{layout.PLOTS}", f":!{layout.PARAMS}")
 _SEEDED = ("prepare", "cluster", "adapt")
 
@@ -35,7 +35,7 @@ def git() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    # Without optional locks, `git status` can not get into the way of a user's commit.
+    # Without optional locks, `git status` can not make a commit of the user's fail.
     command = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -45,29 +45,23 @@ def _git(*arguments: str) -> str | None:
 
 
 def code_deps(stage: str, method: str) -> list[str]:
-    """The files and folders of ours that a stage of dvc.yaml depends on, relative to the repository's root.
+    """The code that a stage of dvc.yaml depends on: files and folders relative to the repository's root.
 
     Args:
         stage: Name without its encoder.
-        method: Of the encoder, which takes the place of `${item}`.
+        method: Of the encoder; replaces `${item}`.
     """
     stated = read(ROOT / "dvc.yaml")["stages"][stage]
     deps = stated.get("do", stated)["deps"]
-    ours = [dep.replace("${item}", method) for dep in deps if dep.startswith(("tasks/", "deepclust/"))]
-    return sorted(ours)
+    return sorted(dep.replace("${item}", method) for dep in deps if dep.startswith(("tasks/", "deepclust/")))
 
 
 def code_hash(*paths: str) -> str:
-    """SHA-256 of the names and contents of files and of all files of ours in folders.
-
-    Args:
-        paths: Relative to the repository's root.
-    """
+    """SHA-256 over the names and contents of files and of all files in folders, relative to the repository's root."""
     found = hashlib.sha256()
-    for path in paths:
-        for file in source_files(path):
-            content = (ROOT / file).read_bytes()
-            found.update(f"{file} {len(content)}\n".encode() + content)
+    for file in (file for path in paths for file in source_files(path)):
+        content = (ROOT / file).read_bytes()
+        found.update(f"{file} {len(content)}\n".encode() + content)
     return found.hexdigest()
 
 
@@ -96,7 +90,7 @@ def data_tags() -> dict[str, str]:
 
 
 def file_hash(*paths: Path) -> str:
-    """SHA-256 over the names and bytes of files; a missing file counts as absent, not as empty."""
+    """SHA-256 over the names and bytes of files; a missing file differs from an empty one."""
     total = hashlib.sha256()
     for path in paths:
         present = path.is_file()
@@ -108,20 +102,20 @@ def file_hash(*paths: Path) -> str:
 
 
 def encoder_hash(encoder: str) -> str:
-    """Content of a trained encoder: what ties a model to the run that trained it."""
+    """Hash of a trained encoder, by which a registered model is traced to the run that trained it."""
     folder = layout.out("pretrain", encoder)
     return file_hash(folder / "encoder.safetensors", folder / "encoder.json")
 
 
 def pipeline_key() -> str:
-    """What groups runs under one parent: the commit and the parameters' text."""
+    """Hash of commit and params.yaml: runs for which it is the same have one parent."""
     text = layout.PARAMS.read_bytes() if layout.PARAMS.exists() else b""
     commit = git().get("git.commit", "")
     return hashlib.sha256(commit.encode() + b"\0" + text).hexdigest()[:16]
 
 
 def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, str]:
-    """A stage's parameters, flat; without the section's own name, so that methods line up in a comparison."""
+    """A stage's parameters, flat. Names do not begin with the section's, so that MLflow compares methods by them."""
     if stage == "pretrain":
         assert encoder
         own = {"method": params.method(encoder)} | as_dict(params.options(encoder))

@@ -1,4 +1,4 @@
-"""Where runs go, how long to wait for it, and what its failures look like. Does not import MLflow; see tracking.py."""
+"""MLflow's store: its address, timeouts and errors. Does not import MLflow; see tracking.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_file() -> bool:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """A first call that fails in seconds; MLflow's own defaults wait for minutes. What the user set is kept."""
+    """Let the first call fail in seconds, where MLflow's defaults wait for minutes. What the user set is kept."""
     first = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     later = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
     ours = [name for name in first if os.environ.get(name, later[name]) == later[name]]
@@ -44,11 +44,11 @@ def impatient() -> Iterator[None]:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What MLflow, SQLAlchemy and the network raise, as a TrackingError of one line."""
+    """Turn what MLflow, SQLAlchemy and the network raise into a TrackingError of one line."""
     try:
         yield
     except Exception as error:
-        # A full or read-only disk has a line of its own (messages.py); the network's errors carry no number.
+        # A full or read-only disk, which messages.py reports, is an OSError with a number; the network's have none.
         if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         netloc = urlsplit(uri()).netloc
@@ -60,13 +60,13 @@ def errors() -> Iterator[None]:
 
 
 def failed(error: BaseException) -> bool:
-    """Whether an error is the store's and not a mistake in this code: by its origin, without importing all of them."""
+    """Whether an error is the store's and not a bug of ours, by the name of the library that defines its class."""
     origin = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3")
 
 
 def line(error: BaseException) -> str:
-    """An error in one short line: the system's or SQLite's own words where they are at the bottom of it."""
+    """An error in one short line: the message of the OSError or SQLite error that caused it, if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

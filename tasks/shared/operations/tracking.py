@@ -1,10 +1,14 @@
-"""The one door to MLflow: a run for each stage, all under one parent per pipeline run.
+"""Runs in MLflow: one for each stage, nested under one for the pipeline. Only this module imports MLflow.
 
     with tracking.stage_run("embed", "swav", params) as run:
         run.log_metrics({"rankme": 41.7})
 
 `DEEPCLUST_TRACKING=off` switches it off. `MLFLOW_TRACKING_URI` names a server; without it, runs go to `mlflow.db` and
 `mlartifacts/` of the workspace. MLflow is imported late, because that alone takes seconds.
+
+Runs are made by MLflow's client and not by `mlflow.start_run(parent_run_id=…, log_system_metrics=True)`, which ends a
+run that was interrupted, preempted or left by `SystemExit(0)` as FAILED, logs no system metrics of a stage shorter than
+its sampling interval, raises where the server is lost before the run ends, and goes on with the run of `MLFLOW_RUN_ID`.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ PARENT = "DEEPCLUST_PARENT_RUN"
 EXPERIMENT = "deepclust"
 OUTPUT_TAG = "deepclust.output"  # hash of the encoder that a run trained
 _KEY_TAG = "deepclust.pipeline"
-_BATCH = {"metrics": 1000, "params": 100}  # what one request of MLflow's protocol may carry
+_BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # the most of each that MLflow takes in one request
 _SAMPLE_SECONDS = 10
 
 
@@ -54,44 +58,43 @@ class Run:
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, once per name."""
-        from mlflow.entities import Param
-
-        items = [Param(name, str(value)[:6000]) for name, value in values.items()]
-        self._batches("params", items)
+        self._log("params", [(name, str(value)[:6000]) for name, value in values.items()])
 
     def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """Log numbers in one request; None, NaN and infinities are left out."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         numbers = {name: float(value) for name, value in values.items() if value is not None}
-        self._batches(
-            "metrics", [Metric(name, value, now, step or 0) for name, value in numbers.items() if math.isfinite(value)]
-        )
+        finite = [(name, value, now, step or 0) for name, value in numbers.items() if math.isfinite(value)]
+        self._log("metrics", finite)
 
     def log_artifact(self, path: Path | str) -> None:
         """Copy a file to the run."""
-        self._send(lambda: self._client.log_artifact(self.run_id, str(path)))
+        self._send(lambda client: client.log_artifact(self.run_id, str(path)))
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Set tags, replacing those of the same name."""
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(name, str(value)[:5000]) for name, value in values.items()]
-        self._send(lambda: self._client.log_batch(self.run_id, tags=tags))
+        self._log("tags", [(name, str(value)[:5000]) for name, value in values.items()])
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
-        self._send(lambda: self._client.set_terminated(self.run_id, status))
+        self._send(lambda client: client.set_terminated(self.run_id, status))
 
-    def _batches(self, kind: str, items: list[Any]) -> None:
-        for start in range(0, len(items), _BATCH[kind]):
-            part = items[start : start + _BATCH[kind]]
-            self._send(lambda part=part: self._client.log_batch(self.run_id, **{kind: part}))  # type: ignore[misc]
+    def _log(self, kind: str, values: Sequence[tuple[Any, ...]]) -> None:
+        def send(client: Any) -> None:
+            from mlflow.entities import Metric, Param, RunTag
 
-    def _send(self, call: Callable[[], Any]) -> None:
+            make = {"metrics": Metric, "params": Param, "tags": RunTag}[kind]
+            for start in range(0, len(values), _BATCH[kind]):
+                batch = [make(*value) for value in values[start : start + _BATCH[kind]]]
+                client.log_batch(self.run_id, **{kind: batch})
+
+        self._send(send)
+
+    def _send(self, call: Callable[[Any], Any]) -> None:
+        if self._client is None:
+            return
         try:
-            call()
+            call(self._client)
         except Exception as error:
             if not store.failed(error):
                 raise
@@ -105,21 +108,6 @@ class NullRun(Run):
 
     def __init__(self) -> None:
         super().__init__(None, "")
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
-        """Do nothing."""
-
-    def log_artifact(self, path: Path | str) -> None:
-        """Do nothing."""
-
-    def set_tags(self, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def finish(self, status: str) -> None:
-        """Do nothing."""
 
 
 def open_pipeline() -> str:
@@ -136,10 +124,7 @@ def open_pipeline() -> str:
 
 
 def close_pipeline(run_id: str, status: str) -> None:
-    """End a pipeline run as FINISHED, FAILED or KILLED.
-
-    A store that can not be reached any more is a warning: what became of the stages matters more than its record.
-    """
+    """End a pipeline run as FINISHED, FAILED or KILLED. If the store is lost, that is a warning and no error."""
     if not store.enabled() or not run_id:
         return
     try:
@@ -150,7 +135,7 @@ def close_pipeline(run_id: str, status: str) -> None:
 
 @contextmanager
 def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
-    """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED if it was told to stop.
+    """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED on a signal.
 
     Raises:
         TrackingError: If the store can not be reached or the parent run is not there.
@@ -175,7 +160,7 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
             run.set_tags({"error": store.line(error)})
             raise
         finally:
-            if stage == "prepare":  # its hash exists only now
+            if stage == "prepare":  # the data have a hash only now
                 run.set_tags(provenance.data_tags())
             if stage == "pretrain" and encoder and status == "FINISHED":
                 run.set_tags({OUTPUT_TAG: provenance.encoder_hash(encoder)})
@@ -204,7 +189,7 @@ def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Run, bool]:
 
 
 def _derived_parent(client: Any, experiment: str, params: Params) -> str:
-    """The parent of all stages that run in this state of the workspace, created by whoever comes first."""
+    """The parent of all stages that run with this commit and these parameters; the first of them creates it."""
     key = provenance.pipeline_key()
     with locked("tracking"):
         found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
@@ -242,7 +227,7 @@ def connect() -> tuple[Any, str]:
         if store.is_file():  # several processes that migrate a fresh file at once break it
             stack.enter_context(locked("tracking-store"))
         stack.enter_context(store.impatient())
-        # MLflow installs handlers of its own on import; its migration notes would drown a stage's output.
+        # MLflow installs log handlers when it is imported; its notes on migrations would fill a stage's output.
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         mlflow.set_tracking_uri(store.uri())
@@ -259,24 +244,20 @@ def connect() -> tuple[Any, str]:
 def log_model(
     experiment: str,
     run_id: str | None,
+    folder: Path,
     *,
-    code: Path,
-    files: Path,
-    library: Path,
     requirements: list[str],
     labelled: bool,
     example: Any,
     metadata: Mapping[str, Any],
 ) -> str:
-    """Store a model that is defined by a source file, and return its address.
+    """Store a model that is defined by source code, and return its address.
 
     Args:
         experiment: The experiment that the model belongs to.
         run_id: The run that the model belongs to, if any.
-        code: The source file.
-        files: Folder of what the code reads.
-        library: Package that the code imports, stored beside it.
-        requirements: Pinned packages; inferring them would run the model in a new process, for a minute.
+        folder: Has `model.py`, the definition, `files/`, which it reads, and the package `deepclust/`.
+        requirements: Pinned packages; MLflow would infer them by running the model in a new process, for a minute.
         labelled: Whether the model also gives classes.
         example: Images (n, height, width, channels) uint8.
         metadata: What else to keep.
@@ -301,9 +282,9 @@ def log_model(
             name="model",
             flavor=mlflow.pyfunc,
             run_id=run_id,
-            python_model=str(code),
-            artifacts={"files": str(files)},
-            code_paths=[str(library)],
+            python_model=str(folder / "model.py"),
+            artifacts={"files": str(folder / "files")},
+            code_paths=[str(folder / "deepclust")],
             pip_requirements=requirements,
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(outputs)),
             input_example=example,

@@ -1,8 +1,8 @@
-"""What every process of the pipeline sets before it works: thread counts, and telemetry off.
+"""What every process of the pipeline sets first: thread counts, and telemetry off.
 
-How many threads a stage computes with changes the last bits of its results, so it is a function of the machine alone:
-the flow runs `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too. The
-processes of one stage share them.
+The number of threads changes the last bits of a stage's results, so it follows from the machine alone: the flow runs
+`parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too. The processes of one
+stage share them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ def parallel() -> int:
 
 
 def threads() -> int:
-    """Threads a process of a stage computes with: its part of the stage's, at least one.
-
-    The stage's are `DEEPCLUST_THREADS`, else the cores shared among the parallel stages.
-    """
+    """Threads of a process: its share of its stage's `DEEPCLUST_THREADS`, which are by default `cores / parallel()`."""
     stage = _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
-    return max(1, stage // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, on this machine
+    return max(1, stage // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by torchrun
 
 
 def collective_seconds() -> int:
@@ -49,18 +46,15 @@ def collective_seconds() -> int:
 def _count(variable: str, what: str) -> int | None:
     """A number of at least one from the environment, or None where it is not set.
 
-    Anything else ends the process here, as one line with status 2: the flows ask while they are imported, where no
-    caller could turn an exception into that.
+    Anything else ends the process with one line and status 2: the flows read it at import.
     """
     text = os.environ.get(variable, "").strip()
     if not text:
         return None
     if text.isdecimal() and int(text) >= 1:
         return int(text)
-    print(
-        f"error: expected {variable} to be a number of {what}, 1 or more; got {text!r}; mend or unset it",
-        file=sys.stderr,
-    )
+    expected = f"expected {variable} to be a number of {what}, 1 or more"
+    print(f"error: {expected}; got {text!r}; mend or unset it", file=sys.stderr)
     sys.exit(2)
 
 
@@ -73,7 +67,7 @@ def prepare() -> None:
 
 
 def limit_threads() -> None:
-    """Bring the libraries that are already loaded to the thread count: they read the environment only when loading."""
+    """Set the thread count of libraries that are already loaded, which read the environment only then."""
     threadpool_limits(threads())
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads())

@@ -1,4 +1,4 @@
-"""Every path of the workspace, once. All are relative to the repository's root, where every command runs."""
+"""Every path of the workspace, relative to the repository's root, where all commands run."""
 
 from pathlib import Path
 
@@ -44,12 +44,12 @@ def embeddings(encoder: str, split_name: str) -> Path:
 
 
 def state(stage: str, encoder: str | None = None) -> Path:
-    """What an unfinished run of a stage keeps, in neither git nor DVC."""
+    """The folder in which an unfinished run of a stage keeps its state, in neither git nor DVC."""
     return STATE / stage / encoder if encoder else STATE / stage
 
 
 def preempted(stage: str, encoder: str | None = None) -> Path:
-    """There if the last run of a stage was told to stop; started again, it goes on."""
+    """A marker file that exists if a signal stopped the stage's last run; run again, the stage continues."""
     return state(stage, encoder) / "preempted"
 
 
@@ -59,5 +59,5 @@ def runs(encoder: str) -> Path:
 
 
 def last_good(encoder: str) -> Path:
-    """The encoder of the last epoch without an alarm, kept while its run is not over."""
+    """The encoder of the last epoch without an alarm, kept until its run has ended."""
     return state("pretrain", encoder) / "last_good"

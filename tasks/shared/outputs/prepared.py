@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,52 +32,42 @@ class Split:
 
 def images(split: str) -> NDArray[np.uint8]:
     """The images of a split, memory-mapped. Raises: DataError if they are missing."""
-    array: NDArray[np.uint8] = _array(split, "images", mmap_mode="r")
+    array: NDArray[np.uint8] = np.load(_there(layout.split(split) / "images.npy"), mmap_mode="r", allow_pickle=False)
     return array
 
 
 def labels(split: str) -> NDArray[np.int64]:
     """The labels of a split. Raises: DataError if they are missing."""
-    array: NDArray[np.int64] = _array(split, "labels")
+    array: NDArray[np.int64] = np.load(_there(layout.split(split) / "labels.npy"), allow_pickle=False)
     return array
 
 
 def heldout() -> NDArray[np.int64]:
     """Indices of the labelled training images that are held out. Raises: DataError if they are missing."""
-    array: NDArray[np.int64] = _array("train", "heldout")
+    array: NDArray[np.int64] = np.load(_there(layout.split("train") / "heldout.npy"), allow_pickle=False)
     return array
 
 
 def load(split: str) -> Split:
     """A whole split. Raises: DataError if a file is missing."""
-    with _path(split, "items.csv").open(encoding="utf-8", newline="") as file:
+    with _there(layout.split(split) / "items.csv").open(encoding="utf-8", newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)]
     return Split(images(split), labels(split), paths)
 
 
 def statistics() -> dict[str, Any]:
     """Image size, channels, resize, mean and std. Raises: DataError if they are missing."""
-    return _json(layout.STATISTICS)
+    value: dict[str, Any] = json.loads(_there(layout.STATISTICS).read_text(encoding="utf-8"))
+    return value
 
 
 def meta() -> dict[str, Any]:
     """What was prepared. Raises: DataError if it is missing."""
-    return _json(layout.META)
+    value: dict[str, Any] = json.loads(_there(layout.META).read_text(encoding="utf-8"))
+    return value
 
 
-def _path(split: str, name: str) -> Any:
-    path = layout.split(split) / name
+def _there(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"expected prepared data in {path}, found none; run `dvc repro prepare`")
     return path
-
-
-def _array(split: str, name: str, mmap_mode: Any = None) -> Any:
-    return np.load(_path(split, f"{name}.npy"), mmap_mode=mmap_mode, allow_pickle=False)
-
-
-def _json(path: Any) -> dict[str, Any]:
-    if not path.exists():
-        raise DataError(f"expected prepared data in {path}, found none; run `dvc repro prepare`")
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value

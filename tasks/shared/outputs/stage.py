@@ -1,16 +1,17 @@
-"""The shell around a stage: its arguments, parameters, run in MLflow, atomic outputs and one-line errors.
+"""What all stages do alike: arguments, parameters, a run in MLflow, outputs written at once, errors in one line.
 
     with stage.running("embed") as here:
         np.save(here.folder / "train.npy", features)
 
-writes artifacts/embed/<encoder>/train.npy, whole or not at all. Of several processes (launcher.py) each runs the
-body, and the main one alone tracks, writes and commits.
+writes artifacts/embed/<encoder>/train.npy if the body succeeds. If there are several processes (launcher.py), all run
+the body, but only the main one tracks and writes outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import shutil
 import signal
@@ -37,7 +38,7 @@ class Here:
         stage: Name of the stage.
         encoder: Name of the encoder, or None for a stage that runs once.
         params: All parameters.
-        folder: Where to write; becomes the stage's output folder when the stage succeeds.
+        folder: Where to write; replaces the stage's output folder when the stage succeeds.
         run: The stage's run in MLflow, on the main process.
     """
 
@@ -60,7 +61,7 @@ class Here:
         self._files[layout.curve(self.stage, self.encoder)] = table(rows, columns)
 
     def commit(self) -> None:
-        """Put everything in its place. What may find the disk full comes before anything old is replaced."""
+        """Replace the old outputs, after all that can fail on a full disk."""
         target = layout.out(self.stage, self.encoder)
         partials = {path: _partial(path) for path in self._files}
         try:
@@ -77,7 +78,7 @@ class Here:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file or folder is written before it takes its name."""
+    """Where a file or folder is written before it is renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -102,9 +103,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
     """Rows as CSV text; floats with six significant digits."""
-    from io import StringIO
-
-    text = StringIO()
+    text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
@@ -112,7 +111,7 @@ def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file under a temporary name and rename it, so that it is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
@@ -124,9 +123,9 @@ def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
 
     A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
-    one line on stderr, SIGTERM with status 143; nothing of the stage's outputs is left behind then. A run that saved
-    its state before it stopped (PreemptedError) says so in one line, status 143 or 130. Any other exception is a bug
-    and keeps its traceback.
+    one line on stderr, SIGTERM with status 143. A run that saved its state before it stopped (PreemptedError) ends
+    with one line and status 143 or 130. The old outputs are then still there. Any other exception is a bug and keeps
+    its traceback.
     """
     per_encoder = stage not in ("prepare", "report")
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
@@ -160,9 +159,10 @@ def running(stage: str) -> Iterator[Here]:
 
 @contextmanager
 def _marked_if_told_to_stop(marker: Path) -> Iterator[None]:
-    """Leave a marker if the body is told to stop: no exit status gets through DVC.
+    """Leave a marker file if a signal stops the body, since DVC does not pass on a stage's exit status.
 
-    A process among several does not know whether torchrun ends it because another one is lost: its launcher does.
+    A process that torchrun started leaves none on SIGTERM, which torchrun also sends when another process is lost: its
+    launcher decides.
     """
     if not launcher.is_main():
         yield
@@ -171,8 +171,8 @@ def _marked_if_told_to_stop(marker: Path) -> Iterator[None]:
     try:
         yield
     except (PreemptedError, KeyboardInterrupt, SystemExit) as end:
-        told = not isinstance(end, SystemExit) or end.code in (signals.TERMINATED, 128 + signal.SIGINT)
-        if isinstance(end, PreemptedError) or (told and not launcher.is_worker()):
+        stopped = not isinstance(end, SystemExit) or end.code in (signals.TERMINATED, 128 + signal.SIGINT)
+        if isinstance(end, PreemptedError) or (stopped and not launcher.is_worker()):
             with suppress(OSError):  # on a full disk the stage counts as failed
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
