@@ -1,9 +1,9 @@
-"""Adapt: an encoder's classifiers on shifted test images, every adapter beside the source model and `bn`.
+"""Measure adapters: an encoder's classifiers on shifted test images, with every adapter of the parameters.
 
     python -m tasks.adapt ENCODER
 
-Every adapter meets the same streams (`adaptation.shifts`), once as it is and once with a guard. Without labels
-there is no error to measure: predictions and label-free indicators are written all the same.
+Every adapter meets the same streams (`adaptation.shifts`), with and without a guard. Where images have no labels there
+are no errors, but predictions, and indicators that need no labels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tasks.adapt import classifiers, domains
 from tasks.shared.operations.params import schema
 from tasks.shared.outputs import prepared, stage
 
-SOURCE_IMAGES = 1024  # training images, without their labels, that tell statistics and confidence without a shift
+SOURCE_IMAGES = 1024  # training images, without their labels, for statistics and confidence without a shift
 SOURCE_BATCH = 256
 PREDICTIONS = [
     *("classifier", "setting", "batch_size", "shift", "path", "adapter", "guarded", "prediction", "confidence")
@@ -39,7 +39,7 @@ Rows = list[dict[str, Any]]
 
 
 class LongTable:
-    """A table that grows with the images, so is written stream by stream and never held.
+    """A table with a row for each image or batch: written stream by stream, and never held in memory.
 
     Args:
         file: Where it is written.
@@ -53,7 +53,7 @@ class LongTable:
         self._unsettled.touch()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows of a setting that goes on."""
+        """Write rows of a setting that is not finished."""
         with self._unsettled.open("a", encoding="utf-8", newline="") as out:
             out.write(stage.table(rows, self._columns).split("\n", 1)[1])
 
@@ -68,12 +68,12 @@ class LongTable:
         self._unsettled.write_bytes(b"")
 
     def close(self) -> None:
-        """Remove what is not part of the table."""
+        """Remove the temporary file."""
         self._unsettled.unlink()
 
 
 def counts(row: Mapping[str, Any], failed: Collection[str]) -> bool:
-    """Whether a row is kept: an adapter that fails on one stream is measured on none, so that means are comparable."""
+    """Whether a row is kept: an adapter that fails on one stream is left out of all, so that means are comparable."""
     return bool(int(row["guarded"])) or row["adapter"] not in failed
 
 
@@ -86,8 +86,10 @@ def main() -> None:
         work.mkdir()
         met = list(collect(here.params, work))
         source_images = list(source_batches(here.params.seed))
-        tables: dict[str, Rows] = {"table": [], "seconds": []}
-        long_tables = open_tables(here.folder)
+        columns = {"stream": measuring.CURVE, "predictions": PREDICTIONS}
+        long_tables = {name: LongTable(here.folder / f"{name}.csv", columns[name]) for name in columns}
+        table: Rows = []
+        seconds: Rows = []
         not_applicable: dict[str, str] = {}
         for kind in values.classifiers:
             found = classifiers.build(kind, here.encoder, here.params, source_images)
@@ -96,40 +98,29 @@ def main() -> None:
                 not_applicable[kind] = found.reason
                 continue
             several = f"{kind}: " if len(values.classifiers) > 1 else ""
-            parts, reasons = run(found, kind, met, source_images, values, long_tables, seed=here.params.seed)
-            not_applicable |= {f"{several}{name}": reason for name, reason in reasons.items()}
-            for name, rows in parts.items():
-                tables[name] += rows
-        for table in long_tables.values():
-            table.close()
+            measured = run(found, kind, met, source_images, values, long_tables, seed=here.params.seed)
+            table += measured.table
+            seconds += measured.seconds
+            not_applicable |= {f"{several}{name}": reason for name, reason in measured.not_applicable.items()}
+        for long_table in long_tables.values():
+            long_table.close()
         shutil.rmtree(work)
         none_applies = not_applicable.keys() >= set(values.classifiers)
-        here.metrics(summary(tables["table"], not_applicable, met[0], none_applies=none_applies))
+        here.metrics(summary(table, not_applicable, met[0], none_applies=none_applies))
         here.run.log_metrics(
             {
                 f"seconds_per_image.{row['classifier']}.{row['setting']}.{row['batch_size']}."
                 f"{'guarded_' if row['guarded'] else ''}{row['adapter']}": row["seconds_per_image"]
-                for row in tables["seconds"]
+                for row in seconds
             }
         )
-        write(here, tables)
-
-
-def write(here: stage.Here, tables: Mapping[str, Rows]) -> None:
-    """The short tables as files."""
-    stage.write_text(here.folder / "table.csv", stage.table(tables["table"], measuring.COLUMNS))
-    stage.write_text(here.folder / "seconds.csv", stage.table(tables["seconds"], SECONDS))
-    here.curve(tables["table"], measuring.COLUMNS)
-
-
-def open_tables(folder: Path) -> dict[str, LongTable]:
-    """The long tables, by name."""
-    columns = {"stream": measuring.CURVE, "predictions": PREDICTIONS}
-    return {name: LongTable(folder / f"{name}.csv", columns[name]) for name in columns}
+        stage.write_text(here.folder / "table.csv", stage.table(table, measuring.COLUMNS))
+        stage.write_text(here.folder / "seconds.csv", stage.table(seconds, SECONDS))
+        here.curve(table, measuring.COLUMNS)
 
 
 def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
-    """All shifts, `clean` first; corrupted images and those of domains are kept in the folder `work`."""
+    """All shifts, `clean` first; corrupted images and those of domains are kept in files in the folder `work`."""
     options, seed = values.adapt, values.seed
     test = prepared.load("test")
     rows = shifts.choose(test.labels, count=options.images, seed=seed)
@@ -160,6 +151,14 @@ def source_batches(seed: int) -> Iterator[Tensor]:
         yield to_float(torch.from_numpy(images[np.sort(rows.numpy())])).to(default_device())
 
 
+class Measured(NamedTuple):
+    """Rows of table.csv and seconds.csv, and why adapters do not apply."""
+
+    table: Rows
+    seconds: Rows
+    not_applicable: dict[str, str]
+
+
 def run(
     found: classifiers.Found,
     kind: str,
@@ -169,40 +168,37 @@ def run(
     long_tables: Mapping[str, LongTable],
     *,
     seed: int,
-) -> tuple[dict[str, Rows], dict[str, str]]:
+) -> Measured:
     """Every adapter in every setting.
 
     Args:
         found: The classifier; its BatchNorm is aligned in place if the parameters say so.
-        kind: What it is.
+        kind: Its name.
         met: All shifts.
         source_images: Batches of training images.
         values: Parameters of the stage.
         long_tables: Where rows of `stream` and `predictions` go.
         seed: Draws the orders.
-
-    Returns:
-        Rows by name of the table (table, seconds), and why adapters do not apply.
     """
     assert found.model is not None
     if values.align:
         align_statistics(found.model, source_images)
     adapters = measuring.make(found.model, options_of(values), source_images, guard=values.guard)
-    not_applicable = dict(adapters.not_applicable)
-    parts: dict[str, Rows] = {"table": [], "seconds": []}
+    whole = Measured([], [], dict(adapters.not_applicable))
     for setting in values.settings:
         for batch_size in values.batch_sizes:
             begin = time.perf_counter()
             where = {"classifier": kind, "setting": setting, "batch_size": batch_size}
-            made, failed = _setting(adapters, found, met, where, long_tables, seed=seed)
-            not_applicable |= {f"{name}, {setting}, batches of {batch_size}": why for name, why in failed.items()}
-            for name, rows in made.items():
-                parts[name] += rows
+            part = _setting(adapters, found, met, where, long_tables, seed=seed)
+            whole.table.extend(part.table)
+            whole.seconds.extend(part.seconds)
+            failed = part.not_applicable.items()
+            whole.not_applicable.update({f"{name}, {setting}, batches of {batch_size}": why for name, why in failed})
             print(f"\n{kind}, {setting}, batches of {batch_size}: {time.perf_counter() - begin:.0f} s", flush=True)
-            print(show(made["table"], made["seconds"]), flush=True)
-    for name, reason in not_applicable.items():
+            print(show(part.table, part.seconds), flush=True)
+    for name, reason in whole.not_applicable.items():
         print(f"{name}: not applicable: {reason}", flush=True)
-    return parts, not_applicable
+    return whole
 
 
 def options_of(values: schema.Adapt) -> dict[str, AdapterConfig]:
@@ -218,28 +214,27 @@ def _setting(
     long_tables: Mapping[str, LongTable],
     *,
     seed: int,
-) -> tuple[dict[str, Rows], dict[str, str]]:
+) -> Measured:
     """All streams of one setting."""
     table: Rows = []
     clusters = where["classifier"] == "clusters"
-    reasons: dict[str, str] = {}
+    failed: dict[str, str] = {}
     seconds: dict[tuple[str, bool], list[float]] = {}
     for stream in shifts.streams(met, where["setting"], batch_size=where["batch_size"], seed=seed):
-        answers, failed = measuring.follow(adapters, met, stream, default_device())
-        reasons |= failed
+        answers, reasons = measuring.follow(adapters, met, stream, default_device())
+        failed |= reasons
         table += [where | row for row in measuring.tabulate(answers, met, stream, clusters=clusters)]
         long_tables["stream"].add(where | row for row in measuring.curve(answers, met, stream, clusters=clusters))
         long_tables["predictions"].add(where | row for row in _predictions(answers, met, stream, found.names))
         for key, each in answers.items():
             seconds.setdefault(key, []).append(each.seconds / len(stream.shift))
     cost = [
-        where | {"adapter": name, "guarded": int(guarded), "seconds_per_image": float(np.mean(found))}
-        for (name, guarded), found in seconds.items()
+        where | {"adapter": name, "guarded": int(guarded), "seconds_per_image": float(np.mean(each))}
+        for (name, guarded), each in seconds.items()
     ]
     for long_table in long_tables.values():
-        long_table.settle(reasons)
-    parts = {"table": table, "seconds": cost}
-    return {name: [row for row in rows if counts(row, reasons)] for name, rows in parts.items()}, reasons
+        long_table.settle(failed)
+    return Measured(*([row for row in rows if counts(row, failed)] for rows in (table, cost)), failed)
 
 
 def _predictions(
@@ -248,19 +243,14 @@ def _predictions(
     stream: shifts.Stream,
     names: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """One row an adapter and image without a label: there they are all that can be had."""
+    """A row for each adapter and image without a label."""
     for (name, guarded), found in answers.items():
         for place, (index, image) in enumerate(zip(stream.shift.tolist(), stream.image.tolist(), strict=True)):
             shift = met[index]
             if shift.labels[image] < 0:
-                yield {
-                    "shift": shift.title,
-                    "path": shift.paths[image],
-                    "adapter": name,
-                    "guarded": int(guarded),
-                    "prediction": names[found.classes[place]],
-                    "confidence": float(found.confidence[place]),
-                }
+                row = {"shift": shift.title, "path": shift.paths[image], "adapter": name, "guarded": int(guarded)}
+                answer = {"prediction": names[found.classes[place]], "confidence": float(found.confidence[place])}
+                yield row | answer
 
 
 def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift, *, none_applies: bool) -> dict[str, Any]:
@@ -278,37 +268,30 @@ def summary(table: Rows, not_applicable: dict[str, str], clean: shifts.Shift, *,
     if not measured:
         return metrics | {"reason": "no classifier applies" if none_applies else "no labelled test images"}
     first = {key: measured[0][key] for key in ("classifier", "setting", "batch_size")}
-    own = [row for row in measured if first.items() <= row.items()]
-    metrics |= first
-    metrics["clean"] = next(
-        (row["error"] for row in own if (row["shift"], row["severity"]) == shifts.CLEAN and row["adapter"] == "source"),
-        None,
-    )
-    settings: dict[str, dict[str, float]] = {}
-    for row in measured:
-        if (row["shift"], row["severity"]) != shifts.CLEAN:
-            settings.setdefault(_key(row), {})
-    for key, means in settings.items():
-        means |= mean_errors([row for row in measured if _key(row) == key])
-    first_means = settings.get(_key(first), {})
-    metrics["errors"] = {name: value for name, value in first_means.items() if not name.startswith("guarded ")}
-    metrics["guarded"] = {
-        name.removeprefix("guarded "): value for name, value in first_means.items() if name.startswith("guarded ")
+    at_start = first | dict(zip(("shift", "severity"), shifts.CLEAN, strict=True)) | {"adapter": "source"}
+    clean_errors = [row["error"] for row in measured if at_start.items() <= row.items()]
+    shifted = [row for row in measured if (row["shift"], row["severity"]) != shifts.CLEAN]
+    settings = {
+        key: mean_errors(row for row in shifted if _key(row) == key) for key in dict.fromkeys(map(_key, shifted))
     }
+    prefix = "guarded "
+    guarded_means = {
+        key: {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
+        for key, means in settings.items()
+    }
+    first_means = settings.get(_key(first), {})
+    metrics |= first | {"clean": clean_errors[0] if clean_errors else None}
+    metrics["errors"] = {name: value for name, value in first_means.items() if not name.startswith(prefix)}
+    metrics["guarded"] = guarded_means.get(_key(first), {})
     metrics["settings"] = settings
-    guarded = [row for row in measured if row["guarded"]]
-    if guarded:
+    if guarded := [row for row in measured if row["guarded"]]:
+        losses = [value - settings[key]["source"] for key, means in guarded_means.items() for value in means.values()]
+        judged = [row for row in guarded if "guard_right" in row]
+        images = sum(row["images"] for row in judged)
         metrics["guard"] = {
             "worst": max(row["minus_source"] for row in guarded),
-            "worst_setting": max(
-                value - means["source"]
-                for means in settings.values()
-                for name, value in means.items()
-                if name.startswith("guarded ")
-            )
-            if settings
-            else None,
-            "right": _weighted([row for row in guarded if "guard_right" in row], "guard_right"),
+            "worst_setting": max(losses) if settings else None,
+            "right": sum(row["guard_right"] * row["images"] for row in judged) / images if images else None,
         }
     return metrics
 
@@ -318,23 +301,17 @@ def _key(row: Mapping[str, Any]) -> str:
     return f"{row['classifier']}/{row['setting']}/{row['batch_size']}"
 
 
-def mean_errors(rows: Rows) -> dict[str, float]:
-    """Mean error over the shifts of each adapter, `clean` left out; the guarded ones as `guarded NAME`."""
+def mean_errors(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean error of each adapter over rows that have one; with a guard, as `guarded NAME`."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        if (row["shift"], row["severity"]) != shifts.CLEAN and "error" in row:
-            found.setdefault(f"{'guarded ' if row['guarded'] else ''}{row['adapter']}", []).append(row["error"])
+        found.setdefault(f"{'guarded ' if row['guarded'] else ''}{row['adapter']}", []).append(row["error"])
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def _weighted(rows: Rows, name: str) -> float | None:
-    images = sum(row["images"] for row in rows)
-    return sum(row[name] * row["images"] for row in rows) / images if images else None
-
-
 def show(table: Rows, seconds: Rows) -> str:
-    """One line an adapter: mean error over the shifts, guarded beside it, the worst shift, milliseconds an image."""
-    means = mean_errors(table)
+    """A line for each adapter: mean error over the shifts without and with a guard, worst shift, milliseconds."""
+    means = mean_errors(row for row in table if "error" in row and (row["shift"], row["severity"]) != shifts.CLEAN)
     cost = {(row["adapter"], row["guarded"]): row["seconds_per_image"] * 1000 for row in seconds}
     lines = [f"{'adapter':14}{'error':>8}{'guarded':>9}{'- source':>10}{'worst':>8}{'ms':>8}"]
     for name in dict.fromkeys(row["adapter"] for row in table):

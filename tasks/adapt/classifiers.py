@@ -1,7 +1,7 @@
-"""The classifiers of an encoder that meet shifted images.
+"""The classifiers of an encoder that are shown shifted images.
 
 linear      the encoder and the classifier of the stage `linear`
-fine_tuned  that, then the whole network trained on the labelled training images
+fine_tuned  the same after training the whole network on the labelled training images
 clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster.
             Its logits are -‖z - c‖² / m, where m is the mean of training images' squared distances to their centroids
 """
@@ -9,7 +9,7 @@ clusters    the encoder and the nearest centroid of the stage `cluster`: no labe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,8 @@ from tasks.shared.operations.params import schema
 from tasks.shared.outputs import layout, prepared
 
 
-@dataclass(frozen=True)
-class Found:
-    """A classifier, or why there is none.
-
-    Attributes:
-        model: In eval mode on the device; None if there is none.
-        names: Of its classes.
-        reason: Why there is none.
-    """
+class Found(NamedTuple):
+    """A classifier, in eval mode on the device, and the names of its classes; or why there is none."""
 
     model: Classifier | None
     names: list[str]
@@ -50,7 +43,7 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
 
     Raises:
         CheckpointError: If a stage's output is missing, damaged, or was made for other features.
-        TrainingError: If fine-tuning goes wrong.
+        TrainingError: If fine-tuning diverges.
     """
     network = encoders.load(layout.out("pretrain", encoder))
     if kind == "clusters":
@@ -58,8 +51,7 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
         model = _placed(Classifier(_Unit(network) if normalise else network, _linear(centroids, centroids[:, 0])))
         with torch.no_grad():
             features = torch.cat([model.featurizer(images) for images in source_images])
-        head = nearest_centroid(centroids, features.cpu())
-        model.head.load_state_dict(head.state_dict())
+        model.head.load_state_dict(nearest_centroid(centroids, features.cpu()).state_dict())
         return Found(model, [str(number) for number in range(len(centroids))])
     folder = layout.out("linear", encoder)
     if not (folder / bundle.CLASSIFIER).exists():

@@ -1,7 +1,7 @@
-"""Domains: folders `domain/class/images` beside the data, met by an adapter as they are.
+"""Domains: folders `domain/class/images` with images that are shifted already, such as sketches.
 
-Class folders are those of the training data, by name. A domain of loose images, or of one folder `unlabelled`, has no
-labels. Where the training data have no classes, a domain's own folders are numbered: they tell how clusters fit.
+Class folders have the names of the training data's classes. Images directly in a domain's folder or in its folder
+`unlabelled` have no label. If the training data have no classes, a domain's own class folders measure the clusters.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def load(
     """Read the images of each domain, at most `count`, a seeded choice in a seeded order.
 
     Args:
-        root: The folder of domains; one without any images has none.
+        root: The folder of domains, which may be empty.
         work: An empty folder, where the decoded images are kept.
         classes: Names of the classifier's labels; empty if the training data have none.
-        statistics: What `prepare` says of size, channels and resizing.
+        statistics: Size, channels and resizing of the prepared images.
         count: Most images of a domain.
         max_pixels: See `decode.read_image`.
         seed: Of the choice.
 
     Raises:
-        DataError: If there is no such folder, images lie beside the domains, a domain is called as the images
-            without a shift are, a class is unknown, or no image of a domain can be read.
+        DataError: If there is no such folder, an image lies beside the domains, a domain has the name that stands for
+            no shift, a class is unknown, or no image of a domain can be read.
     """
     files = find.images(root)
     domains: dict[str, list[str]] = {}
@@ -53,68 +53,42 @@ def load(
         )
     for item in files.skipped:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
-    return [
-        _read(
-            root,
-            work / name,
-            paths,
-            classes or _folders(name, paths),
-            statistics,
-            count=count,
-            max_pixels=max_pixels,
-            seed=seed,
-        )
-        for name, paths in sorted(domains.items())
-    ]
+    shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels", "resize")}
 
+    def read(name: str, paths: list[str]) -> shifts.Shift:
+        known = classes or _folders(name, paths)
+        labels = np.array([_label(path, known) for path in paths], np.int64)
+        kept: list[int] = []
 
-def _read(
-    root: Path,
-    file: Path,
-    paths: list[str],
-    classes: list[str],
-    statistics: dict[str, Any],
-    *,
-    count: int,
-    max_pixels: int,
-    seed: int,
-) -> shifts.Shift:
-    labels = np.array([_label(path, classes) for path in paths], np.int64)
-    size, channels = statistics["image_size"], statistics["channels"]
-    kept: list[int] = []
-
-    def readable() -> Iterator[NDArray[np.uint8]]:
-        for row in shifts.choose(labels, count=count, seed=seed).tolist():
-            try:
-                image = decode.read_image(
-                    root / paths[row],
-                    image_size=size,
-                    channels=channels,
-                    resize=statistics["resize"],
-                    max_pixels=max_pixels,
+        def readable() -> Iterator[NDArray[np.uint8]]:
+            for row in shifts.choose(labels, count=count, seed=seed).tolist():
+                try:
+                    image = decode.read_image(root / paths[row], max_pixels=max_pixels, **shape)
+                except DataError as error:
+                    print(f"skipped {paths[row]}: {error}", flush=True)
+                else:
+                    kept.append(row)
+                    yield image[None]
+            if not kept:
+                raise DataError(
+                    f"expected images in the domain {root / name}, could read none of {len(paths)}; mend or remove it"
                 )
-            except DataError as error:
-                print(f"skipped {paths[row]}: {error}", flush=True)
-            else:
-                kept.append(row)
-                yield image[None]
-        if not kept:
-            raise DataError(
-                f"expected images in the domain {root / file.name}, could read none of {len(paths)}; mend or remove it"
-            )
 
-    images = shifts.keep(readable(), (size, size, channels), file)
-    return shifts.Shift(file.name, 0, images, labels[kept], [paths[row] for row in kept])
+        size = shape["image_size"]
+        images = shifts.keep(readable(), (size, size, shape["channels"]), work / name)
+        return shifts.Shift(name, 0, images, labels[kept], [paths[row] for row in kept])
+
+    return [read(name, paths) for name, paths in sorted(domains.items())]
 
 
 def _folders(domain: str, paths: list[str]) -> list[str]:
-    """Class folders of a domain, sorted, where the training data have no classes that could name them."""
+    """Class folders of a domain, sorted, for training data without classes."""
     parts = [path.split("/") for path in paths]
     found = sorted({inside[1] for inside in parts if not _unlabelled(inside)})
     if found:
         print(
             f"{domain}: the training data have no classes, so the domain's own {len(found)} class folders are "
-            "numbered; they tell how clusters fit, and nothing else",
+            "numbered, to measure the clusters only",
             flush=True,
         )
     return found

@@ -2,7 +2,7 @@
 
 python -m tasks.cluster swav
 
-Several processes fit together, each on its share of the train embeddings; the main one does everything else.
+If there are several processes, each fits on its share of the train embeddings; the main one does all else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_AUTOMATIC_CLUSTERS = 100
 
 
 class Fit(NamedTuple):
-    """What is kept of one k-means, the same on all processes."""
+    """The result of one k-means, the same on all processes."""
 
     centroids: Tensor
     inertia: float
@@ -64,19 +64,14 @@ def fit(features: Tensor, ks: list[int], options: schema.Cluster, seed: int) -> 
     fits: dict[int, list[Fit]] = {k: [] for k in ks}
     for k in ks:
         for number in range(options.seeds):
-            found = kmeans.fit(
-                points,
-                k,
-                seed=seeding.derive(seed, "cluster", number),
-                iterations=options.iterations,
-                engine=options.engine,
-            )
+            own = seeding.derive(seed, "cluster", number)
+            found = kmeans.fit(points, k, seed=own, iterations=options.iterations, engine=options.engine)
             fits[k].append(Fit(found.centroids, found.inertia))
     return fits
 
 
 def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Tensor], options: schema.Cluster) -> None:
-    """Scores, tables and pictures; those of the first k in full."""
+    """Scores of every k; tables and pictures of the first."""
     assert here.encoder
     primary = next(iter(fits))
     splits = {split: prepared.load(split) for split in layout.SPLITS}
@@ -101,18 +96,18 @@ def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Te
     )
     if table := prototypes.rows(assigned, splits):
         stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
-    _write(here, _best(fits[primary]), features, splits, options)
+    _write(here, _best(fits[primary]).centroids, features, splits, options)
 
 
 def primary_k(options: schema.Cluster, *, classes: int, images: int) -> int:
-    """`cluster.k`; automatic: the number of classes, without labels √(images / 2) rounded, between 2 and 100."""
+    """`cluster.k`, or for `auto` the number of classes; without labels √(images / 2) rounded, between 2 and 100."""
     if options.k != "auto":
         return options.k
     return classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
 
 
 def _features(encoder: str, split: str) -> Tensor:
-    """Memory-mapped, for copy on write because tensors are never read-only."""
+    """Memory-mapped, copied on write because torch has no read-only tensors."""
     return torch.from_numpy(np.load(layout.embeddings(encoder, split), mmap_mode="c", allow_pickle=False))
 
 
@@ -165,37 +160,28 @@ class Scorer:
 
 def _write(
     here: stage.Here,
-    best: Fit,
+    centroids: Tensor,
     features: dict[str, Tensor],
     splits: dict[str, prepared.Split],
     options: schema.Cluster,
 ) -> None:
     """Centroids, the table of assignments and the contact sheet."""
-    np.save(here.folder / "centroids.npy", best.centroids.cpu().numpy())
-    description = {"k": len(best.centroids), "normalise": options.normalise}
+    np.save(here.folder / "centroids.npy", centroids.cpu().numpy())
+    description = {"k": len(centroids), "normalise": options.normalise}
     stage.write_text(here.folder / "cluster.json", json.dumps(description) + "\n")
+    columns = ["split", "index", "path", "cluster", "distance"]
     rows: list[dict[str, Any]] = []
     for name, split in splits.items():
-        clusters, squared = kmeans.assign(_points(features[name], options), best.centroids, engine=options.engine)
+        clusters, squared = kmeans.assign(_points(features[name], options), centroids, engine=options.engine)
         distances = squared.sqrt().tolist()
-        rows += (
-            {
-                "split": name,
-                "index": index,
-                "path": split.paths[index],
-                "cluster": cluster,
-                "distance": distances[index],
-            }
-            for index, cluster in enumerate(clusters.tolist())
-        )
+        found = enumerate(zip(split.paths, clusters.tolist(), distances, strict=True))
+        rows += [dict(zip(columns, (name, index, *row), strict=True)) for index, row in found]
         if name == "test":
             sheet = gallery.contact_sheet(
-                split.images, clusters.cpu().numpy(), np.array(distances), len(best.centroids), options.gallery_images
+                split.images, clusters.cpu().numpy(), np.array(distances), len(centroids), options.gallery_images
             )
             sheet.save(here.folder / "gallery.png", optimize=True)
-    stage.write_text(
-        here.folder / "assignments.csv", stage.table(rows, ["split", "index", "path", "cluster", "distance"])
-    )
+    stage.write_text(here.folder / "assignments.csv", stage.table(rows, columns))
 
 
 if __name__ == "__main__":

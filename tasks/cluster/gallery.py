@@ -14,20 +14,16 @@ _INK = (60, 60, 60)
 
 
 def contact_sheet(
-    images: NDArray[np.uint8],
-    clusters: NDArray[np.int64],
-    distances: NDArray[np.float64],
-    k: int,
-    per_cluster: int,
+    images: NDArray[np.uint8], clusters: NDArray[np.int64], distances: NDArray[np.float64], k: int, per_cluster: int
 ) -> Image.Image:
-    """One row a cluster, the nearest images to the centroid first.
+    """A row for each cluster, the images nearest to the centroid first.
 
     Args:
         images: (N, H, W, C) uint8.
         clusters: (N,) cluster of each image.
         distances: (N,) distance to its centroid.
-        k: Number of clusters; one without images keeps an empty row.
-        per_cluster: Images of a row.
+        k: Number of clusters; one without images has an empty row.
+        per_cluster: Images in a row.
     """
     sheet = Image.new("RGB", (_MARGIN + per_cluster * (_TILE + _GAP), k * (_TILE + _GAP) + _GAP), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)

@@ -1,6 +1,6 @@
-"""The prototypes of SwAV and DeepCluster-v2 as a clustering of their own: each image to its strongest prototype.
+"""The prototypes of SwAV and DeepCluster-v2 as clusters: each image belongs to the prototype of the highest score.
 
-No k-means is fitted: images that training never saw are assigned as they come, in eval mode, against unit prototypes.
+No k-means is fitted. New images are assigned by the projection head in eval mode and prototypes of unit length.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tasks.shared.outputs import layout, prepared
 Assignments = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
 """For each head, the strongest prototype of each image and its score."""
 COLUMNS = ["split", "index", "path", "head", "prototype", "score"]
-_ROWS = 8192  # images whose scores are held at once
+_ROWS = 8192  # images whose scores are in memory at once
 
 
 class Prototypes:
-    """What pretraining left of its prototypes; empty for an encoder without any.
+    """The prototypes that pretraining saved; none for methods without them.
 
     Args:
         encoder: Name of the encoder.
@@ -43,7 +43,7 @@ class Prototypes:
         """Strongest prototype of each image and its score, for each head.
 
         Args:
-            features: The backbone's outputs (N, D), as they are; may be a memory map, which is read part by part.
+            features: The backbone's outputs (N, D), not normalised; a memory map is read part by part.
         """
         found = {}
         for name, rows in self._prototypes.items():
@@ -77,17 +77,12 @@ class Prototypes:
 def rows(assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) -> list[dict[str, Any]]:
     """The table of assignments, one row an image and head."""
     return [
-        {
-            "split": split,
-            "index": index,
-            "path": splits[split].paths[index],
-            "head": name,
-            "prototype": int(prototype),
-            "score": float(score),
-        }
+        dict(zip(COLUMNS, (split, index, path, name, prototype, score), strict=True))
         for split in layout.SPLITS
         for name, (clusters, scores) in assigned[split].items()
-        for index, (prototype, score) in enumerate(zip(clusters, scores, strict=True))
+        for index, (path, prototype, score) in enumerate(
+            zip(splits[split].paths, clusters.tolist(), scores.tolist(), strict=True)
+        )
     ]
 
 

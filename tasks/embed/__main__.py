@@ -2,7 +2,7 @@
 
 python -m tasks.embed swav
 
-Several processes write a share each into one file, which is why they need a folder in common.
+Several processes each write a share of one file, so they need a common folder.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def main() -> None:
 def embed(
     trained: encoder.Encoder, images: NDArray[np.uint8], path: Path, *, batch_size: int, device: torch.device
 ) -> int:
-    """Write the features of images as .npy, each process its share of the rows, a batch at a time.
+    """Write the features of images as .npy; each process writes its share of the rows, a batch at a time.
 
     Returns:
-        Number of images, all processes' together.
+        Number of images, of all processes together.
 
     Raises:
         DataError: If there are no images, or a feature is not finite.
@@ -63,10 +63,10 @@ def embed(
 
 
 class _File:
-    """The rows of an .npy of float32, written by plain writes.
+    """The rows of a float32 .npy file, written with `write` and not through a memory map.
 
-    Not through a memory map: a full disk would kill the process, and on a network file system each page that two
-    machines share would be written back whole by both.
+    With a memory map, a full disk would kill the process, and on a network file system two machines would overwrite
+    each other's rows in the memory pages that they share.
     """
 
     def __init__(self, path: Path) -> None:

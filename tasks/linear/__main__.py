@@ -28,39 +28,25 @@ def main() -> None:
         assert here.encoder
         labels = {split: prepared.labels(split) for split in layout.SPLITS}
         classes = prepared.meta()["classes"]
-        description: dict[str, Any] = {
-            "classes": classes,
-            "labelled": int((labels["train"] >= 0).sum()),
-            "reason": None,
-        }
-        if not description["labelled"]:
+        labelled = int((labels["train"] >= 0).sum())
+        description: dict[str, Any] = {"classes": classes, "labelled": labelled, "reason": None}
+        if not labelled:
             description |= {"classes": [], "reason": NO_LABELS}
             here.metrics({"labelled": 0, "reason": NO_LABELS})
             print(f"{here.encoder}: {NO_LABELS}, nothing to classify")
         else:
-            metrics, classifier = evaluate(
-                _load(here.encoder), labels, prepared.heldout(), len(classes), here.params.linear
-            )
+            embeddings = {
+                split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), allow_pickle=False))
+                for split in layout.SPLITS
+            }
+            metrics, classifier = evaluate(embeddings, labels, prepared.heldout(), len(classes), here.params.linear)
             here.metrics(metrics)
             weights = {"weight": classifier.weight, "bias": classifier.bias}
-            save_file(
-                {name: value.cpu().contiguous() for name, value in weights.items()},
-                here.folder / "classifier.safetensors",
-            )
-            print(
-                f"{here.encoder}: "
-                + ", ".join(
-                    f"{key} {value:.4f}" for key, value in metrics.items() if key != "all" and isinstance(value, float)
-                )
-            )
+            stored = {name: value.cpu().contiguous() for name, value in weights.items()}
+            save_file(stored, here.folder / "classifier.safetensors")
+            numbers = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+            print(f"{here.encoder}: {', '.join(numbers)}")
         stage.write_text(here.folder / "classifier.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-
-
-def _load(encoder: str) -> dict[str, Tensor]:
-    return {
-        split: torch.from_numpy(np.load(layout.embeddings(encoder, split), allow_pickle=False))
-        for split in layout.SPLITS
-    }
 
 
 def evaluate(
@@ -72,8 +58,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], probing.LinearClassifier]:
     """kNN and linear accuracy on the held-out training images and on the test images.
 
-    The weight decay is chosen on the held-out images; the classifier that is tested and kept is fitted on all labelled
-    training images with it.
+    The weight decay is chosen on the held-out images; with it, the classifier that is tested and kept is fitted on all
+    labelled training images.
 
     Args:
         embeddings: Of `train` (N, D) and `test` (M, D).
@@ -83,7 +69,7 @@ def evaluate(
         options: Parameters of the stage.
 
     Returns:
-        The stage's metrics, and the classifier. Numbers that nothing is labelled for are absent.
+        The stage's metrics, and the classifier. Without labels, a number is absent.
     """
     device = default_device()
     features = {split: array.to(device) for split, array in embeddings.items()}
@@ -96,38 +82,32 @@ def evaluate(
 
     def knn(bank: Tensor, queries: Tensor, query_labels: Tensor) -> dict[tuple[int, float], float]:
         predictions = probing.knn(
-            features["train"][bank],
-            targets["train"][bank],
-            queries,
+            *(features["train"][bank], targets["train"][bank], queries),
             classes=classes,
             neighbours=options.neighbours,
             temperatures=options.temperatures,
         )
         return {key: _accuracy(predicted, query_labels) for key, predicted in predictions.items()}
 
+    def fit(rows: Tensor, weight_decays: list[float]) -> list[probing.LinearClassifier]:
+        return probing.fit_linear(
+            *(features["train"][rows], targets["train"][rows]),
+            classes=classes,
+            weight_decays=weight_decays,
+            iterations=options.iterations,
+        )
+
     first = (options.neighbours[0], options.temperatures[0])
     decays = list(options.weight_decays)
     best = decays[0]
     if len(held):
         metrics["knn_heldout"] = knn(fitting, features["train"][held], targets["train"][held])[first]
-        candidates = probing.fit_linear(
-            features["train"][fitting],
-            targets["train"][fitting],
-            classes=classes,
-            weight_decays=decays,
-            iterations=options.iterations,
-        )
+        candidates = fit(fitting, decays)
         accuracies = [_accuracy(c.predict(features["train"][held]), targets["train"][held]) for c in candidates]
         best = decays[int(np.argmax(accuracies))]
         metrics["linear_heldout"] = max(accuracies)
     metrics["weight_decay"] = best
-    classifier = probing.fit_linear(
-        features["train"][labelled],
-        targets["train"][labelled],
-        classes=classes,
-        weight_decays=[best],
-        iterations=options.iterations,
-    )[0]
+    (classifier,) = fit(labelled, [best])
     if len(tested):
         found = knn(labelled, features["test"][tested], targets["test"][tested])
         metrics["knn"] = found[first]

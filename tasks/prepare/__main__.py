@@ -1,4 +1,4 @@
-"""prepare: a data set by name, or a folder of images, as arrays that every other stage reads.
+"""Write a named data set, or a folder of images, as arrays that every other stage reads.
 
 python -m tasks.prepare
 """
@@ -25,7 +25,7 @@ Source = sources.Named | folders.Folder
 
 
 def main() -> None:
-    """Read the source, write both splits and what is known of them."""
+    """Run the stage."""
     with stage.running("prepare") as here:
         data, seed = here.params.data, here.params.seed
         source = find(data, seed)
@@ -38,11 +38,24 @@ def main() -> None:
             write_items(here.folder / split, source, split, kept[split], labels[split])
         heldout = draw_heldout(labels["train"], data.heldout_fraction, seed)
         np.save(here.folder / "train" / "heldout.npy", heldout)
-        write_statistics(here.folder, image_size, channels, data.resize)
-        write_meta(here.folder, source, labels, skipped)
+        shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "resize": data.resize}
+        mean, std = arrays.mean_and_std(here.folder / "train" / "images.npy")
+        # What an encoder has to know of its images: all that decides pretraining besides the images themselves.
+        write_json(here.folder / layout.STATISTICS.name, shape | {"mean": mean, "std": std})
+        images = {split: len(labels[split]) for split in layout.SPLITS}
+        labelled = {split: int((labels[split] >= 0).sum()) for split in layout.SPLITS}
+        # What a person or the report has to know of the data.
+        write_json(
+            here.folder / layout.META.name,
+            {"source": source.name, "classes": source.classes}
+            | shape
+            | {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
+            | {"content_hash": content_hash(here.folder, source.classes)}
+            | {"skipped": skipped, "ignored": source.ignored, "warnings": source.warnings},
+        )
         here.metrics(
-            {f"{split}_images": len(labels[split]) for split in layout.SPLITS}
-            | {f"{split}_labelled": int((labels[split] >= 0).sum()) for split in layout.SPLITS}
+            {f"{split}_images": count for split, count in images.items()}
+            | {f"{split}_labelled": count for split, count in labelled.items()}
             | {"classes": len(source.classes), "skipped": len(skipped)}
         )
         print(
@@ -70,10 +83,10 @@ def find(data: Data, seed: int) -> Source:
 def write_images(
     folder: Path, source: Source, data: Data, image_size: int
 ) -> tuple[dict[str, NDArray[np.int64]], list[dict[str, str]]]:
-    """Write each split's images.npy, of three channels as long as a folder's colour is not known.
+    """Write each split's images.npy, with three channels if it is not yet known whether a folder has colour.
 
     Returns:
-        The indices of each split's images that were written, and path and reason of all that were not.
+        The indices of each split's images that were written, and path and reason of all others.
     """
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
     kept = {}
@@ -110,7 +123,7 @@ def check(
 
 
 def settle_channels(folder: Path, source: Source, data: Data) -> int:
-    """The number of channels; where `auto` finds no colour in a folder's images, both files are cut down to one."""
+    """The number of channels; where `auto` finds no colour in a folder's images, two of three channels are removed."""
     files = [folder / split / "images.npy" for split in layout.SPLITS]
     undecided = data.colour == "auto" and source.channels is None
     if undecided and not any(arrays.has_colour(path) for path in files):
@@ -126,11 +139,7 @@ def write_items(
     """Write labels.npy and items.csv."""
     np.save(folder / "labels.npy", labels)
     rows = (
-        {
-            "index": row,
-            "path": source.paths[split][index],
-            "label": source.classes[label] if label >= 0 else "",
-        }
+        {"index": row, "path": source.paths[split][index], "label": source.classes[label] if label >= 0 else ""}
         for row, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True))
     )
     stage.write_text(folder / "items.csv", stage.table(rows, ["index", "path", "label"]))
@@ -143,34 +152,13 @@ def draw_heldout(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArr
 
 
 def content_hash(folder: Path, classes: list[str]) -> str:
-    """SHA-256 over images, labels and classes: what training and evaluation see, and not what the files are called."""
+    """SHA-256 over images, labels and classes, but not the names of files."""
     sum_ = hashlib.sha256()
     for split in layout.SPLITS:
         for name in ("images.npy", "labels.npy"):
             arrays.add_to_hash(sum_, folder / split / name)
     sum_.update(json.dumps(classes).encode())
     return sum_.hexdigest()
-
-
-def write_statistics(folder: Path, image_size: int, channels: int, resize: str) -> None:
-    """Write what an encoder has to know of its images: all that decides pretraining besides the images themselves."""
-    mean, std = arrays.mean_and_std(folder / "train" / "images.npy")
-    values = {"image_size": image_size, "channels": channels, "resize": resize, "mean": mean, "std": std}
-    write_json(folder / layout.STATISTICS.name, values)
-
-
-def write_meta(
-    folder: Path, source: Source, labels: dict[str, NDArray[np.int64]], skipped: list[dict[str, str]]
-) -> None:
-    """Write what a person or a report has to know of the data."""
-    statistics = json.loads((folder / layout.STATISTICS.name).read_text(encoding="utf-8"))
-    meta: dict[str, Any] = {"source": source.name, "classes": source.classes}
-    meta |= {key: statistics[key] for key in ("image_size", "channels", "resize")}
-    for split in layout.SPLITS:
-        meta[split] = {"images": len(labels[split]), "labelled": int((labels[split] >= 0).sum())}
-    meta["content_hash"] = content_hash(folder, source.classes)
-    meta |= {"skipped": skipped, "ignored": source.ignored, "warnings": source.warnings}
-    write_json(folder / layout.META.name, meta)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Images into one .npy file that is larger than memory may be, and what is counted over it."""
+"""Images in one .npy file that may be larger than memory: writing it, and statistics over it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def write(
     """Read images on several threads and write them one after the other.
 
     Args:
-        path: The .npy file to be.
+        path: The .npy file to make.
         read: Gives image i as uint8 of the shape, or raises DataError with the reason why it can not be read.
         count: Number of images to read.
         shape: (H, W, C) of each.
-        what: Named in the lines of progress.
+        what: A name for the lines of progress.
 
     Returns:
         Indices of the images written, in order, and index and reason of those that could not be read.
@@ -95,12 +95,12 @@ def mean_and_std(path: Path) -> tuple[list[float], list[float]]:
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
-    # Images of one colour: their features are divided by this, so it must not be zero.
+    # Images are divided by the standard deviation, so it must not be zero.
     return [round(float(x), 6) for x in mean], [round(max(float(x), 1 / 255), 6) for x in std]
 
 
 def add_to_hash(sum_: hashlib._Hash, path: Path) -> None:
-    """Add the shape and bytes of a .npy file's array, whatever its header says besides."""
+    """Add the type, shape and bytes of a .npy file's array, but not its header."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     sum_.update(repr((array.dtype.str, array.shape)).encode())
     for chunk in _chunks(array):
@@ -108,7 +108,7 @@ def add_to_hash(sum_: hashlib._Hash, path: Path) -> None:
 
 
 def _step(shape: tuple[int, ...]) -> int:
-    """Items of this shape that are worked on at once."""
+    """Items of this shape in a chunk."""
     return max(1, _CHUNK_BYTES // max(1, int(np.prod(shape))))
 
 
