@@ -5,7 +5,6 @@ python -m tasks.linear swav
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def main() -> None:
             save_file(stored, here.folder / "classifier.safetensors")
             numbers = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
             print(f"{here.encoder}: {', '.join(numbers)}")
-        stage.write_text(here.folder / "classifier.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        stage.write_text(here.folder / "classifier.json", stage.json_text(description))
 
 
 def evaluate(

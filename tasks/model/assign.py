@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,12 +37,15 @@ _CHUNK_BYTES = 1 << 26  # pixels held at once
 def main() -> None:
     """Assign all images that can be read."""
     arguments = _arguments()
-    with errors_as_one_line():
+    with errors_as_one_line(), ExitStack() as stack:
         environment.prepare()
         values = params.load()
         values.method(arguments.encoder)
         root, paths = find(arguments.path)
-        sorted_folder = export.SortedFolder(arguments.export, link=arguments.link) if arguments.export else None
+        add, matrix = None, None
+        file: TextIO = sys.stdout
+        if arguments.export:
+            add = stack.enter_context(export.sorted_folder(arguments.export, link=arguments.link))
         from deepclust import bundle  # imports torch, which takes seconds: mistakes in the arguments come first
 
         model = bundle.load(
@@ -51,18 +54,14 @@ def main() -> None:
             classifier=layout.out("linear", arguments.encoder),
             statistics=layout.PREPARED,
         )
-        with ExitStack() as stack:
-            matrix = None
-            if arguments.embeddings:
-                partial = stack.enter_context(export.whole(arguments.embeddings))
-                matrix = stack.enter_context(npy.RowFile(partial, (model.encoder.feature_dim,), np.float32))
-            target = stack.enter_context(sorted_folder) if sorted_folder else None
-            file: TextIO = sys.stdout
-            if arguments.out:
-                partial = stack.enter_context(export.whole(arguments.out))
-                file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
-            skipped = run(model, root, paths, file, matrix, target, values.embed.batch_size, values.data.max_pixels)
-        print(f"{len(paths) - skipped} images assigned, {skipped} skipped", file=sys.stderr)
+        if arguments.embeddings:
+            partial = stack.enter_context(export.whole(arguments.embeddings))
+            matrix = stack.enter_context(npy.RowFile(partial, (model.encoder.feature_dim,), np.float32))
+        if arguments.out:
+            partial = stack.enter_context(export.whole(arguments.out))
+            file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
+        skipped = run(model, root, paths, file, matrix, add, values.embed.batch_size, values.data.max_pixels)
+    print(f"{len(paths) - skipped} images assigned, {skipped} skipped", file=sys.stderr)
 
 
 def _arguments() -> argparse.Namespace:
@@ -103,7 +102,7 @@ def run(
     paths: list[str],
     table: TextIO,
     matrix: npy.RowFile | None,
-    target: export.SortedFolder | None,
+    add: Callable[[Path, str, str], None] | None,
     batch_size: int,
     max_pixels: int,
 ) -> int:
@@ -116,6 +115,7 @@ def run(
         DataError: If none can be read.
     """
     step = max(1, min(batch_size, _CHUNK_BYTES // (model.image_size**2 * model.channels)))
+    digits = max(2, len(str(len(model.clusters.centroids) - 1)))
     columns = ["path", "cluster", "distance", *(["class", "probability"] if model.classes else [])]
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
@@ -128,8 +128,8 @@ def run(
                 best = int(found.probabilities[index].argmax())
                 row |= {"class": model.classes[best], "probability": f"{found.probabilities[index, best]:.6g}"}
             writer.writerow(row)
-            if target:
-                target.add(root / name, int(found.clusters[index]), name, clusters=len(model.clusters.centroids))
+            if add:
+                add(root / name, f"cluster-{found.clusters[index]:0{digits}}", name)
         if matrix:
             matrix.append(found.features)
         done += len(names)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from deepclust.errors import DataError
 
@@ -25,55 +24,33 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-class SortedFolder:
-    """A new folder with a folder for each cluster, `cluster-07/` and so on, which appears when the body succeeds.
+@contextmanager
+def sorted_folder(folder: Path, *, link: bool) -> Iterator[Callable[[Path, str, str], None]]:
+    """A function that puts an image (file, folder, path in that folder) into a new folder of folders.
 
-    An image keeps its path below its cluster's folder, so images of one name do not replace each other.
+    The new folder appears when the body succeeds. It may exist if it is empty.
 
     Args:
-        folder: The folder to make. It may exist if it is empty.
+        folder: The folder to make.
         link: Make symbolic links instead of copies.
 
     Raises:
         DataError: If there is a file, or a folder with something in it.
     """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DataError(f"expected a new or empty folder for the export, got {folder}; name another or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()  # with the usual permissions, where the temporary one is private
 
-    def __init__(self, folder: Path, *, link: bool = False) -> None:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise DataError(f"expected a new or empty folder for the export, got {folder}; name another or remove it")
-        self._folder = folder
-        self._link = link
+        def add(image: Path, inside: str, name: str) -> None:
+            target = partial / inside / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if link:
+                target.symlink_to(image.resolve())
+            else:
+                shutil.copyfile(image, target)
 
-    def __enter__(self) -> SortedFolder:
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
-        return self
-
-    def add(self, image: Path, cluster: int, name: str, *, clusters: int) -> None:
-        """Add one image.
-
-        Args:
-            image: The file.
-            cluster: Its cluster.
-            name: Its path relative to the folder it was found in.
-            clusters: Number of all clusters, for the width of their numbers.
-        """
-        width = max(2, len(str(clusters - 1)))
-        target = self._partial / f"cluster-{cluster:0{width}}" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if self._link:
-            target.symlink_to(image.resolve())
-        else:
-            shutil.copyfile(image, target)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                self._partial.chmod(0o777 & ~umask)  # mkdtemp makes it private
-                self._partial.replace(self._folder)
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        yield add
+        partial.replace(folder)

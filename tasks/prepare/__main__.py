@@ -41,18 +41,16 @@ def main() -> None:
         shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "resize": data.resize}
         mean, std = arrays.mean_and_std(here.folder / "train" / "images.npy")
         # What an encoder has to know of its images: all that decides pretraining besides the images themselves.
-        write_json(here.folder / layout.STATISTICS.name, shape | {"mean": mean, "std": std})
+        statistics = stage.json_text(shape | {"mean": mean, "std": std})
+        stage.write_text(here.folder / layout.STATISTICS.name, statistics)
         images = {split: len(labels[split]) for split in layout.SPLITS}
         labelled = {split: int((labels[split] >= 0).sum()) for split in layout.SPLITS}
         # What a person or the report has to know of the data.
-        write_json(
-            here.folder / layout.META.name,
-            {"source": source.name, "classes": source.classes}
-            | shape
-            | {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
-            | {"content_hash": content_hash(here.folder, source.classes)}
-            | {"skipped": skipped, "ignored": source.ignored, "warnings": source.warnings},
-        )
+        meta: dict[str, Any] = {"source": source.name, "classes": source.classes, **shape}
+        meta |= {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
+        meta["content_hash"] = content_hash(here.folder, source.classes)
+        meta |= {"skipped": skipped, "ignored": source.ignored, "warnings": source.warnings}
+        stage.write_text(here.folder / layout.META.name, stage.json_text(meta))
         here.metrics(
             {f"{split}_images": count for split, count in images.items()}
             | {f"{split}_labelled": count for split, count in labelled.items()}
@@ -159,11 +157,6 @@ def content_hash(folder: Path, classes: list[str]) -> str:
             arrays.add_to_hash(sum_, folder / split / name)
     sum_.update(json.dumps(classes).encode())
     return sum_.hexdigest()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a small JSON file that a person can read."""
-    stage.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,11 +86,12 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
     pictures["evaluation"] = "evaluation.png" if panels else None
     if panels:
         plots.save(plots.evaluation(panels, encoders, baselines), folder / "evaluation.png")
-    chosen = choose(len(prepared.labels("test")), values.report.map_images, values.seed)
-    labels, classes = prepared.labels("test")[chosen], prepared.meta()["classes"]
+    labels, classes = prepared.labels("test"), prepared.meta()["classes"]
+    # The images on the map, the same for every encoder.
+    chosen = np.sort(np.random.default_rng(values.seed).permutation(len(labels))[: values.report.map_images])
     for encoder, row in zip(encoders, rows, strict=True):
         points = flatten(np.load(layout.embeddings(encoder, "test"), mmap_mode="r", allow_pickle=False)[chosen])
-        figure = plots.embedding_map(points, labels, classes, assignments(encoder)[chosen], int(str(row["k"])))
+        figure = plots.embedding_map(points, labels[chosen], classes, assignments(encoder)[chosen], int(str(row["k"])))
         pictures["maps"][encoder] = f"map-{encoder}.png"
         plots.save(figure, folder / f"map-{encoder}.png")
         pictures["galleries"][encoder] = f"gallery-{encoder}.png"
@@ -173,11 +174,6 @@ def table(path: Path) -> list[dict[str, str]]:
         raise DataError(f"expected a table in {path}, found none; run `dvc repro`")
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def choose(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Indices of the images on the map, the same for every encoder."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
 def assignments(encoder: str) -> NDArray[np.int64]:

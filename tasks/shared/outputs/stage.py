@@ -51,8 +51,7 @@ class Here:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Write the stage's metrics file and log its numbers to MLflow. Nested mappings are joined by dots there."""
-        text = json.dumps(_rounded(values), indent=2, ensure_ascii=False) + "\n"
-        self._files[layout.metrics(self.stage, self.encoder)] = text
+        self._files[layout.metrics(self.stage, self.encoder)] = json_text(_rounded(values))
         self.run.log_metrics(dict(_flat(values)))
 
     def curve(self, rows: Iterable[Mapping[str, Any]], columns: list[str]) -> None:
@@ -108,6 +107,11 @@ def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """JSON that a person can read."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
