@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tasks.report import adaptation_plots as adaptation
 from tasks.report import plots
 
 Rows = list[dict[str, str]]
+SOURCE, TENT, GUARDED = ("source", False), ("tent", False), ("tent", True)
 
 
 def row(shift: str, adapter: str, error: float | None, *, guarded: int = 0, **other: Any) -> dict[str, str]:
@@ -34,76 +36,73 @@ def table(**other: Any) -> Rows:
     ]
 
 
-def batch(shift: str, seen: int, error: float | None, adapter: str = "source", **other: Any) -> dict[str, str]:
-    return row(shift, adapter, error, images=seen, **other)
+def heat_map(rows: Rows) -> adaptation.Grid:
+    (group,) = adaptation.groups(rows, ["snow", "fog"])
+    heat = adaptation.heat_map(group)
+    assert heat is not None
+    return heat
+
+
+def curve_of(stream: Rows) -> adaptation.Curve:
+    (group,) = adaptation.groups(stream, [])
+    curve = adaptation.curve(group, stream)
+    assert curve is not None
+    return curve
+
+
+def batches(setting: str, *shifts: tuple[str, int]) -> list[tuple[str, bool, int, list[int]]]:
+    """Segments of a stream of the source model: title, whether it is reset, start, images seen after each batch."""
+    stream = [row(shift, "source", 0.5, images=seen, setting=setting) for shift, seen in shifts]
+    segments = curve_of(stream).segments
+    return [(part.title, part.begins, part.start, [seen for seen, _ in part.lines[SOURCE]]) for part in segments]
 
 
 def test_shifts_and_adapters_are_in_the_reports_order_whatever_that_of_the_table() -> None:
-    (group,) = adaptation.groups(table(), ["snow", "fog"])
-    heat = adaptation.heat_map(group)
-    assert heat is not None
+    heat = heat_map(table())
     assert [name for name, _ in heat.columns] == ["clean", "snow", "fog", "sketch", "mean of the shifts"]
     assert [rule for _, rule in heat.columns] == [False, True, False, True, True]
     assert [adaptation.name_of(who) for who in heat.lines] == ["source", "tent", "tent, guarded"]
-
-
-def test_severities_are_named_where_there_are_several() -> None:
-    rows = [row(shift, "source", 0.1) for shift in ("clean", "fog 5", "fog 1", "sketch")]
-    (group,) = adaptation.groups(rows, ["fog"])
-    heat = adaptation.heat_map(group)
-    assert heat is not None
-    assert [name for name, _ in heat.columns][:-1] == ["clean", "fog 1", "fog 5", "sketch"]
+    several = heat_map([row(shift, "source", 0.1) for shift in ("clean", "fog 5", "fog 1", "sketch")])
+    assert [name for name, _ in several.columns][:-1] == ["clean", "fog 1", "fog 5", "sketch"]
 
 
 def test_a_cell_is_the_error_and_its_colour_the_difference_from_source() -> None:
-    (group,) = adaptation.groups(table(), ["snow", "fog"])
-    heat = adaptation.heat_map(group)
-    assert heat is not None
-    free = heat.lines["tent", False]
+    heat = heat_map(table())
+    free = heat.lines[TENT]
     assert [cell.text for cell in free] == ["90.0", "30.0", "10.0", "55.0", "31.7"]
     full = f"{adaptation.STRONGEST:.2f}"
-    assert free[0].ground == f"rgba({adaptation.WORSE}, {full})", "70 points worse: clipped"
-    assert free[1].ground == f"rgba({adaptation.WORSE}, {adaptation.STRONGEST / 2:.2f})"
-    assert free[2].ground == f"rgba({adaptation.BETTER}, {full})"
-    assert {cell.ground for cell in heat.lines["source", False]} == {""}
+    assert free[0].colour == f"rgba({adaptation.WORSE}, {full})", "70 points worse: clipped"
+    assert free[1].colour == f"rgba({adaptation.WORSE}, {adaptation.STRONGEST / 2:.2f})"
+    assert free[2].colour == f"rgba({adaptation.BETTER}, {full})"
+    assert {cell.colour for cell in heat.lines[SOURCE]} == {""}
     # (.5 + .39 + .2) / 3 and (.5 + .4 + .3) / 3: the clean images are in no mean
-    assert [heat.lines[who][-1].text for who in (("source", False), ("tent", True))] == ["36.3", "40.0"]
+    assert [heat.lines[who][-1].text for who in (SOURCE, GUARDED)] == ["36.3", "40.0"]
 
 
 def test_the_table_of_means_marks_the_best_and_leaves_out_what_failed() -> None:
     rows = [each for each in table() if (each["adapter"], each["guarded"]) != ("tent", "0")]
-    other = table(setting="mixed")
-    seconds = [
-        {"classifier": "linear", "setting": "mixed", "batch_size": "8", "adapter": "tent", "guarded": guarded}
-        | {"seconds_per_image": value}
-        for guarded, value in (("0", "0.00025"), ("1", "0.0123"))
-    ]
-    names, means = adaptation.mean_table(adaptation.groups(rows + other, []), seconds)
+    where = {"classifier": "linear", "setting": "mixed", "batch_size": "8", "adapter": "tent"}
+    seconds = [where | {"guarded": str(i), "seconds_per_image": cost} for i, cost in enumerate(("0.00025", "0.0123"))]
+    names, means = adaptation.mean_table(adaptation.groups(rows + table(setting="mixed"), []), seconds)
     assert names == ["source", "tent"]
     assert means["linear, reset, 8"] == [
-        adaptation.Mean("36.3", "", ("", ""), (True, False)),
-        adaptation.Mean("", "40.0", ("", ""), (False, False)),
+        adaptation.Mean(("36.3", ""), ("", ""), (True, False)),
+        adaptation.Mean(("", "40.0"), ("", ""), (False, False)),
     ]
-    assert means["linear, mixed, 8"][1] == adaptation.Mean("31.7", "40.0", ("0.25", "12.3"), (True, False))
+    assert means["linear, mixed, 8"][1] == adaptation.Mean(("31.7", "40.0"), ("0.25", "12.3"), (True, False))
 
 
-def test_a_shift_without_labels_is_told_of_by_signs_that_need_none() -> None:
-    rows = [*table(), *(row("photo", name, None, confidence=0.75) for name in ("source", "tent"))]
-    (group,) = adaptation.groups(rows, ["snow", "fog"])
-    heat, (confidence, agreement, used) = adaptation.heat_map(group), adaptation.indicators(group)
-    assert heat is not None
-    assert "photo" not in dict(heat.columns)
-    assert confidence.columns == [("photo", False)]
-    cells = [grid.lines["tent", False][0].text for grid in (confidence, agreement, used)]
-    assert cells == ["75.0", "25.0", "2.5"]
-    assert confidence.lines["tent", True][0].text == "", "not measured: blank, not zero"
-
-
-def test_without_any_label_there_is_no_heat_map_and_no_mean() -> None:
-    (group,) = adaptation.groups([row(shift, "source", None) for shift in ("clean", "fog 5")], ["fog"])
+def test_a_shift_without_labels_has_indicators_in_place_of_errors() -> None:
+    photo = [row("photo", name, None, confidence=0.75) for name in ("source", "tent")]
+    assert "photo" not in dict(heat_map(table() + photo).columns)
+    (group,) = adaptation.groups(table() + photo, [])
+    grids = adaptation.indicators(group)
+    assert grids[0].columns == [("photo", False)]
+    assert [grid.lines[TENT][0].text for grid in grids] == ["75.0", "25.0", "2.5"]
+    assert grids[0].lines[GUARDED][0].text == "", "not measured: blank, not zero"
+    (group,) = adaptation.groups(photo, [])
     assert adaptation.heat_map(group) is None
     assert adaptation.mean_table([group], []) == ([], {})
-    assert len(adaptation.indicators(group)) == len(adaptation.INDICATORS)
 
 
 @pytest.mark.parametrize(
@@ -132,109 +131,44 @@ def test_the_guard_is_summed_up_in_a_sentence(guard: dict[str, float | None], se
 
 
 def test_long_streams_have_curves_and_else_those_begun_afresh() -> None:
-    def drawn(*names: tuple[str, str]) -> list[tuple[str, str]]:
-        rows = [row("clean", "source", 0.1, classifier=kind, setting=setting) for kind, setting in names]
-        return [(group.classifier, group.setting) for group in adaptation.drawn(adaptation.groups(rows, []))]
-
-    linear = [("linear", setting) for setting in ("reset", "mixed", "correlated", "continual")]
-    assert drawn(*linear, ("clusters", "correlated"), ("clusters", "reset")) == [
-        ("linear", "mixed"),
-        ("linear", "continual"),
-        ("clusters", "reset"),
-    ]
-    assert drawn(("linear", "correlated")) == [("linear", "correlated")]
+    names = [("linear", setting) for setting in ("reset", "mixed", "correlated", "continual")]
+    names += [("clusters", "correlated"), ("clusters", "reset"), ("fine_tuned", "correlated")]
+    rows = [row("clean", "source", 0.1, classifier=kind, setting=setting) for kind, setting in names]
+    drawn = [(group.classifier, group.setting) for group in adaptation.drawn(adaptation.groups(rows, []))]
+    assert drawn == [names[1], names[3], names[5], names[6]]
 
 
-def test_streams_begun_afresh_follow_one_another() -> None:
-    stream = [batch(shift, seen, 0.5) for shift in ("clean", "fog 5") for seen in (8, 16)] + [batch("tiny", 3, 0.25)]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    assert [(part.title, part.begins, part.start) for part in curve.segments] == [
-        ("clean", True, 0),
-        ("fog", True, 16),
-        ("tiny", True, 32),
-    ]
-    who = ("source", False)
-    assert [part.lines[who] for part in curve.segments] == [[(8, 0.5), (16, 0.5)], [(24, 0.5), (32, 0.5)], [(35, 0.25)]]
-
-
-def test_streams_of_one_batch_each_are_told_apart() -> None:
-    stream = [batch(shift, 8, 0.5) for shift in ("clean", "fog 5", "snow 5")]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    assert [part.lines["source", False] for part in curve.segments] == [[(8, 0.5)], [(16, 0.5)], [(24, 0.5)]]
-
-
-def test_one_long_stream_counts_on_and_a_batch_across_two_shifts_belongs_to_the_first() -> None:
-    shifts = ("clean", "mixed", "fog 5", "fog 5")
-    stream = [batch(shift, 8 * place, 0.5, setting="continual") for place, shift in enumerate(shifts, 1)]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    assert [(part.title, part.begins, part.start) for part in curve.segments] == [
-        ("clean", False, 0),
-        ("fog", False, 16),
-    ]
-    assert [part.lines["source", False] for part in curve.segments] == [[(8, 0.5), (16, 0.5)], [(24, 0.5), (32, 0.5)]]
-
-
-def test_a_mixed_stream_is_one_segment_even_where_a_batch_is_of_one_shift() -> None:
-    stream = [
-        batch(shift, 8 * place, 0.5, setting="mixed") for place, shift in enumerate(("fog 5", "mixed", "clean"), 1)
-    ]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    assert [(part.title, len(part.lines["source", False])) for part in curve.segments] == [("", 3)]
+def test_a_stream_is_cut_where_the_shift_changes() -> None:
+    afresh = batches("reset", ("clean", 8), ("clean", 16), ("fog 5", 8), ("tiny", 3))
+    assert afresh == [("clean", True, 0, [8, 16]), ("fog", True, 16, [24]), ("tiny", True, 24, [27])]
+    across = batches("continual", ("clean", 8), ("mixed", 16), ("fog 5", 24), ("fog 5", 32))
+    assert across == [("clean", False, 0, [8, 16]), ("fog", False, 16, [24, 32])]
+    assert batches("mixed", ("fog 5", 8), ("mixed", 16), ("clean", 24)) == [("", False, 0, [8, 16, 24])]
 
 
 def test_the_running_mean_is_over_a_third_of_a_segment_and_eight_batches_at_most() -> None:
     def smoothed(values: list[float]) -> list[float]:
-        stream = [batch("fog 5", place, value) for place, value in enumerate(values, 1)]
-        (group,) = adaptation.groups(stream, [])
-        curve = adaptation.curve(group, stream)
-        assert curve is not None
-        return [value for _, value in curve.segments[0].lines["source", False]]
+        curve = curve_of([row("fog 5", "source", value, images=place) for place, value in enumerate(values, 1)])
+        return [value for _, value in curve.segments[0].lines[SOURCE]]
 
     assert smoothed([0.0, 0.25, 1.0]) == [0.0, 0.25, 1.0]
     assert smoothed([0.0, 1.0, 0.0, 0.0, 0.5, 1.0]) == [0.0, 0.5, 0.5, 0.0, 0.25, 0.75]
     assert smoothed([1.0] * 40 + [0.0] * 8)[-8:] == [share / 8 for share in range(7, -1, -1)]
 
 
-def test_only_the_best_guarded_adapters_are_lines() -> None:
-    errors = {"bn": 0.5, "tent": 0.2, "tsd": 0.4, "lame": 0.1, "t3a": 0.3}
-    rows = [row("fog 5", "source", 0.3, images=8)]
-    rows += [
-        row("fog 5", name, error, guarded=guarded, images=8) for name, error in errors.items() for guarded in (0, 1)
-    ]
-    (group,) = adaptation.groups(rows, [])
-    curve = adaptation.curve(group, rows)
-    assert curve is not None
-    lines = list(curve.segments[0].lines)
-    assert {name for name, guarded in lines if not guarded} == {"source", *errors}
-    assert {name for name, guarded in lines if guarded} == {"lame", "tent", "t3a"}
+def test_only_the_best_guarded_adapters_are_lines_and_agreement_stands_in_for_errors() -> None:
+    errors = {"source": 0.3, "bn": 0.5, "tent": 0.2, "tsd": 0.4, "lame": 0.1, "t3a": 0.3}
+    rows = [row("fog 5", *each, guarded=guarded, images=8) for guarded in (0, 1) for each in errors.items()]
+    lines = curve_of([each for each in rows if (each["adapter"], each["guarded"]) != ("source", "1")]).segments[0].lines
+    assert set(lines) == {(name, False) for name in errors} | {("lame", True), ("tent", True), ("t3a", True)}
+    stream = [row("fog 5", name, None, guarded=guarded, images=8) for name, guarded in (SOURCE, TENT, GUARDED)]
+    curve = curve_of([each | {"guarded": str(int(each["guarded"] == "True"))} for each in stream])
+    assert (curve.label, curve.segments[0].lines) == ("agreement with source", {TENT: [(8, 0.25)]})
 
 
-def test_where_a_batch_has_no_error_the_curve_is_the_agreement_with_source() -> None:
-    stream = [
-        batch("fog 5", 8, None, name, guarded=guarded) for name, guarded in (("source", 0), ("tent", 0), ("tent", 1))
-    ]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    assert curve.label == "agreement with source"
-    assert curve.segments[0].lines == {("tent", False): [(8, 0.25)]}
-    assert adaptation.curve(group, stream[:1]) is None, "source alone agrees with itself"
-
-
-def test_a_domains_name_is_no_formula_and_every_adapter_has_its_own_colour(tmp_path) -> None:
-    stream = [batch(shift, 8, 0.5, name) for shift in ("$\\frac$", "b") for name in (*plots._ADAPTERS, "new")]
-    (group,) = adaptation.groups(stream, [])
-    curve = adaptation.curve(group, stream)
-    assert curve is not None
-    figure = plots.stream(curve)
+def test_a_domains_name_is_no_formula_and_every_adapter_has_its_own_colour(tmp_path: Path) -> None:
+    stream = [row(shift, name, 0.5, images=8) for shift in ("$\\frac$", "b") for name in (*plots._ADAPTERS, "new")]
+    figure = plots.stream(curve_of(stream))
     lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     assert len({line.get_color() for line in lines}) == len(plots._ADAPTERS) + 1
     plots.save(figure, tmp_path / "stream.png")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +17,12 @@ from tasks.model import register
 from tasks.report import __main__ as report
 from tasks.report import adaptation_plots, comparison, plots, prune
 from tasks.shared.operations import tracking
+from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
 from tests.tasks import fake_workspace
 
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(tracking.store.SWITCH, "off")
-    monkeypatch.setattr("sys.argv", ["report"])
-    return tmp_path
+NAMES = ("swav", "random", "pixels")
+SHIFTS = [*fake_workspace.SHIFTS, ("<b>a & b", 0)]
 
 
 def digest() -> dict[str, str]:
@@ -39,71 +33,99 @@ def html() -> str:
     return layout.REPORT.read_text(encoding="utf-8")
 
 
-def test_the_report_is_whole_and_the_same_twice(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_workspace.build(workspace, ["swav", "random", "pixels"])
-    report.main()
-    first = digest()
-    assert set(first) == {
-        "comparison.csv",
-        "evaluation.png",
-        "report.html",
-        "scores.png",
-        "training.png",
-        *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in ("pixels", "random", "swav")),
-        *(f"stream-{name}-0.png" for name in ("pixels", "random", "swav")),
+def files() -> set[Path]:
+    return {path for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A workspace with a report of three encoders, and results of a fourth that is not listed."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("labelled")
+        patch.chdir(root)
+        fake_workspace.build(root, [*NAMES, "pcl"], classifiers=["linear", "clusters"], met=SHIFTS)
+        overrides.apply([f"encoders=[{', '.join(NAMES)}]"])
+        overrides.apply(["data.folder=/home/someone/moths", "adapt.domains=/home/someone/sketches"])
+        patch.setattr("sys.argv", ["report"])
+        patch.setenv(tracking.store.SWITCH, "off")
+        report.main()
+        yield root
+
+
+@pytest.fixture
+def here(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(labelled)
+    monkeypatch.setenv(tracking.store.SWITCH, "off")
+    monkeypatch.setattr("sys.argv", ["report"])
+
+
+def test_the_report_is_whole_and_needs_nothing_from_outside(here: None, labelled: Path) -> None:
+    assert set(digest()) == {
+        *("comparison.csv", "evaluation.png", "report.html", "scores.png", "training.png"),
+        *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in NAMES),
+        *(f"stream-{name}-{index}.png" for index in (0, 1) for name in NAMES),
     }
     text = html()
     outside = [url for url in re.findall(r"(?:src|href)=[\"']?([^\"'> ]{1,40})", text) if not url.startswith("data:")]
     assert outside == []
     assert not re.search(r"https?:|@import|url\(|<script", re.sub(r"base64,[^\"]*", "", text))
-    assert str(workspace) not in text
-    assert "a&lt;b&gt;&amp;.jpg" in text, "names of files are text, not markup"
-    for word in ("swav beats pixels and random", "last epoch", "never on the test images", "pretrain.swav.epochs"):
+    for word in ("beats pixels and random", "last epoch", "never on the test images", "pretrain.swav.epochs"):
         assert word in text
-    assert comparison.comparison_text(comparison.read()) in capsys.readouterr().out
+    assert str(labelled) not in text
+    assert "someone" not in text, "where the images are"
+    assert "<td>moths</td>" in text
+    assert "<td>sketches</td>" in text
+    assert "a&lt;b&gt;&amp;.jpg" in text, "names of files and domains are text, not markup"
+    assert "<span>&lt;b&gt;a &amp; b</span>" in text
+    assert "<b>a" not in text
+    assert "bn: no batch normalisation" in text
+
+
+def test_a_report_is_the_same_twice_and_results_of_other_encoders_stay_until_prune_deletes_them(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (layout.out("embed") / ".gitignore").write_text("/swav\n")
+    before, first = files(), digest()
     report.main()
     assert digest() == first
+    assert comparison.comparison_text(comparison.read()) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["prune"])
+    prune.main()
+    said = capsys.readouterr().out
+    assert files() == before
+    monkeypatch.setattr("sys.argv", ["prune", "--delete"])
+    prune.main()
+    assert before - files() == {path for path in before if path.parent.name == "pcl" or path.stem == "pcl"} != set()
+    for path in ("artifacts/pretrain/pcl", "metrics/linear/pcl.json", "plots/adapt/pcl.csv"):
+        assert f"would remove {path}\n" in said
+        assert not Path(path).exists()
 
 
-def test_baselines_come_first_and_numbers_are_those_of_the_metrics(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["swav", "random", "pixels"])
-    report.main()
+def test_baselines_come_first_and_numbers_are_those_of_the_metrics(here: None) -> None:
     rows = comparison.read()
     assert [row["encoder"] for row in rows] == ["pixels", "random", "swav"]
-    measured = comparison.stage_metrics("linear", "swav")
-    assert float(rows[2]["knn20"]) == pytest.approx(measured["all"]["k20_t0.07"], rel=1e-5)
-    assert float(rows[2]["knn200"]) == pytest.approx(measured["all"]["k200_t0.07"], rel=1e-5)
-    assert float(rows[2]["error_tsd"]) == pytest.approx(
-        comparison.stage_metrics("adapt", "swav")["errors"]["tsd"], rel=1e-5
-    )
+    linear, adapted = (comparison.stage_metrics(stage, "swav") for stage in ("linear", "adapt"))
+    assert float(rows[2]["knn20"]) == pytest.approx(linear["all"]["k20_t0.07"], rel=1e-5)
+    assert float(rows[2]["knn200"]) == pytest.approx(linear["all"]["k200_t0.07"], rel=1e-5)
+    names = [name for name in rows[0] if name.startswith(("clean", "error", "guard"))]
+    assert names == ["clean", "error_source", "error_bn", "error_tsd", "guard_worst"], "few adapters"
+    assert float(rows[2]["error_tsd"]) == pytest.approx(adapted["errors"]["tsd"], rel=1e-5)
+    assert float(rows[2]["guard_worst"]) == pytest.approx(adapted["guard"]["worst_setting"], rel=1e-5)
     assert rows[0]["error_bn"] == "", "not applicable to pixels: blank, not zero"
-    assert "bn: no batch normalisation" in html()
+    collected = comparison.collect(NAMES)
+    assert report.best(collected)["guard_worst"] == min(float(str(row["guard_worst"])) for row in collected)
+    shown = [comparison.shown({"guard_worst": cost}, "guard_worst") for cost in (0.0123, -0.2, 0.0)]
+    assert shown == ["+0.012", "-0.200", "+0.000"]
 
 
-def test_without_labels_accuracies_are_absent_and_everything_else_is_there(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["pixels", "swav"], labelled=False, channels=3, k=100)
-    report.main()
-    with layout.COMPARISON.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {rows[1][name] for name in ("acc", "nmi", "ari", "knn20", "knn200", "linear", "clean")} == {""}
-    assert float(rows[1]["silhouette"]) == pytest.approx(0.2)
-    assert "k-means ACC" not in comparison.comparison_text(rows).splitlines()[0]
-    text = html()
-    assert "No test image has a label" in text
-    assert "no labelled training images" in text
-    assert {"map-swav.png", "gallery-swav.png"} <= set(digest())
-
-
-def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["swav"], classifiers=["linear", "clusters"])
-    report.main()
+def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(here: None) -> None:
     text = html().partition("Adaptation to shifted images</h2>")[2].partition("<h2>Protocol")[0]
+    text = text.partition("<summary>swav</summary>")[2]
     assert text.index("<h3>linear, reset, batches of 8</h3>") < text.index("<summary>linear, continual, batches of 8")
     assert text.count('<table class="grid">') == 4
     assert re.findall(r"Along the stream: (.*)</h3>", text) == ["linear, continual, batches of 8"]
     assert text.count("<img") == 2, "and that of the clusters, folded"
-    settings = comparison.stage_metrics("adapt", "swav")["settings"]
-    for name, means in settings.items():
+    for name, means in comparison.stage_metrics("adapt", "swav")["settings"].items():
         line = re.search(rf"<tr><td>{name.replace('/', ', ')}</td>(.*?)</tr>", text)
         assert line is not None
         numbers = re.findall(r"\d+\.\d(?=[ )<])", re.sub(r"<small>.*?</small>", "", line[1]))
@@ -114,85 +136,12 @@ def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(work
     assert "predictions.csv" not in text, "every image has a label"
 
 
-def test_without_labels_clusters_meet_shifts_and_the_report_tells_the_signs(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["swav"], labelled=False, classifiers=["linear", "clusters"])
-    report.main()
-    text = html()
-    for grid in adaptation_plots.INDICATORS.values():
-        assert text.count(f"<caption>{grid}</caption>") == 2, "reset and continual"
-    assert "Error, percent" not in text
-    assert "artifacts/adapt/swav/predictions.csv" in text
-    assert "linear: no labelled training images, so there is no classifier" in text
-    assert "Against source:" not in text
-
-
-def test_a_domains_name_is_text_and_not_markup(workspace: Path) -> None:
-    met = [("clean", 0), ("fog", 5), ("<b>a & b", 0)]
-    fake_workspace.build(workspace, ["swav"], met=met)
-    report.main()
-    assert "<span>&lt;b&gt;a &amp; b</span>" in html()
-    assert "<b>a" not in html()
-
-
-def test_results_of_encoders_that_left_the_list_stay_until_prune_is_told_to_delete_them(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake_workspace.build(workspace, ["pixels", "random", "swav", "pcl"])
-    text = layout.PARAMS.read_text(encoding="utf-8")
-    layout.PARAMS.write_text(text.replace("  pcl: pcl\n", ""), encoding="utf-8")
-    (layout.out("embed") / ".gitignore").write_text("/swav\n")
-    before = _files()
-    report.main()
-    assert before <= _files()
-    assert "pcl" not in layout.COMPARISON.read_text()
-
-    monkeypatch.setattr("sys.argv", ["prune"])
-    capsys.readouterr()
-    prune.main()
-    said = capsys.readouterr().out
-    assert before <= _files()
-    monkeypatch.setattr("sys.argv", ["prune", "--delete"])
-    prune.main()
-    gone = before - _files()
-    assert gone == {path for path in before if path.parent.name == "pcl" or path.stem == "pcl"} != set()
-    for path in ("artifacts/pretrain/pcl", "metrics/linear/pcl.json", "plots/adapt/pcl.csv"):
-        assert f"would remove {path}\n" in said
-        assert not Path(path).exists()
-
-
-def _files() -> set[Path]:
-    return {path for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*") if path.is_file()}
-
-
-def test_a_missing_stage_is_named_and_nothing_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_workspace.build(workspace)
-    layout.metrics("linear", "swav").unlink()
-    with pytest.raises(SystemExit) as stopped:
-        report.main()
-    assert stopped.value.code == 2
-    assert "metrics/linear/swav.json, found none; run `dvc repro linear@swav`" in capsys.readouterr().err
-    assert not layout.REPORT.parent.exists()
-
-
-def test_the_comparison_has_few_adapters_and_what_the_guard_costs_at_worst(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["random", "swav"], adapters=["source", "bn", "tent", "tsd", "lame"])
-    rows = comparison.collect(["random", "swav"])
-    names = [name for name in rows[0] if name.startswith(("clean", "error", "guard"))]
-    assert names == ["clean", "error_source", "error_bn", "error_tsd", "guard_worst"]
-    costs = {name: comparison.stage_metrics("adapt", name)["guard"]["worst_setting"] for name in ("random", "swav")}
-    assert [row["guard_worst"] for row in rows] == list(costs.values())
-    assert report.best(rows)["guard_worst"] == min(costs.values())
-    shown = [comparison.shown({"guard_worst": cost}, "guard_worst") for cost in (0.0123, -0.2, 0.0)]
-    assert shown == ["+0.012", "-0.200", "+0.000"]
-
-
-def test_a_wide_comparison_goes_on_below_with_the_errors_together(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["random", "swav"])
-    rows = comparison.collect(["random", "swav"])
+def test_a_wide_comparison_goes_on_below_with_the_errors_together(here: None) -> None:
+    rows = comparison.collect(NAMES)
     text = comparison.comparison_text(rows)
     assert max(map(len, text.splitlines())) <= 120
     first, second = text.split("\n\n")
-    assert [part.split()[0] for part in second.splitlines()[2:]] == ["random", "swav"]
+    assert [part.split()[0] for part in second.splitlines()[2:]] == ["pixels", "random", "swav"]
     assert "RankMe" in first
     assert re.split(r"\s{2,}", second.splitlines()[0])[1:3] == ["clean error", "source error"]
     assert "\n\n" not in comparison.comparison_text(rows, width=200)
@@ -201,42 +150,7 @@ def test_a_wide_comparison_goes_on_below_with_the_errors_together(workspace: Pat
     assert found == [comparison.title(name) for name in comparison.columns(rows)[1:]], "each column once, in order"
 
 
-def row(name: str, knn: float | None, linear: float | None, acc: float | None = None) -> comparison.Row:
-    spread = None if acc is None else 0.02
-    return {"encoder": name, "method": name, "acc": acc, "acc_std": spread, "knn20": knn, "linear": linear}
-
-
-def test_a_method_that_does_not_beat_a_baseline_is_said_so() -> None:
-    rows = [row("pixels", 0.8, 0.8), row("random", 0.7, 0.7), row("swav", 0.9, 0.9), row("pcl", 0.75, 0.8)]
-    assert comparison.verdict(rows) == [
-        "swav beats pixels and random in kNN 20 and linear.",
-        "pcl does NOT beat the baselines in kNN 20 (.750 against .800 of pixels) and linear (.800 against .800 of "
-        "pixels): it is not working on this data.",
-    ]
-    assert comparison.verdict(rows[1:3])[0].startswith("The baseline pixels is not in `encoders`")
-    assert "No test image has a label" in comparison.verdict([row("pixels", None, None), row("swav", None, None)])[0]
-
-
-def test_each_score_is_judged_by_itself() -> None:
-    rows = [row("pixels", 0.8, 0.8, 0.5), row("random", 0.7, 0.7, 0.3)]
-    rows += [row("swav", 0.8, 0.9, 0.6), row("pcl", 0.9, 0.9, 0.51), row("simsiam", 0.6, 0.9, 0.2)]
-    assert comparison.verdict(rows) == [
-        "swav beats pixels and random in k-means ACC and linear, but NOT in kNN 20 (.800 against .800 of pixels).",
-        "pcl beats pixels and random in k-means ACC (by less than the deviation over seeds), kNN 20 and linear.",
-        "simsiam beats pixels and random in linear, but NOT in k-means ACC (.200 ± .020 against .500 ± .020 of pixels "
-        "and .300 ± .020 of random) and kNN 20 (.600 against .800 of pixels and .700 of random).",
-    ]
-
-
-def test_a_number_that_is_logged_late_is_drawn_from_there(workspace: Path) -> None:
-    path = layout.out("pretrain", "pcl") / "history.csv"
-    rows = [(9, 0, 3.5, "", ""), (19, 1, 2.5, 7.5, "")]
-    fake_workspace.table(path, ["step", "epoch", "loss", "proto_nce", "never"], rows)
-    assert report.history("pcl") == {"loss": [(9, 3.5), (19, 2.5)], "proto_nce": [(19, 7.5)]}
-
-
-def test_evaluation_curves_are_those_of_the_metrics(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["pixels", "swav"])
+def test_evaluation_curves_are_those_of_the_metrics(here: None) -> None:
     found = {panel.title: panel for panel in report.evaluation_curves(["pixels", "swav"])}
     assert list(found) == ["k-means ACC", "NMI", "kNN, τ = 0.07", "kNN, τ = 0.1"]
     clusters, linear = (comparison.stage_metrics(stage, "swav") for stage in ("cluster", "linear"))
@@ -247,22 +161,60 @@ def test_evaluation_curves_are_those_of_the_metrics(workspace: Path) -> None:
     assert found["kNN, τ = 0.1"].lines["swav"] == [(k, linear["all"][f"k{k}_t0.1"], 0.0) for k in (20, 200)]
 
 
-def test_without_labels_the_evaluation_curve_is_the_silhouette(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["pixels", "swav"], labelled=False)
-    (panel,) = report.evaluation_curves(["pixels", "swav"])
-    assert (panel.title, panel.lines["swav"]) == ("silhouette", [(3, 0.2, 0.01), (20, 0.2, 0.01)])
-
-
-def test_where_the_images_lie_is_not_in_the_report(workspace: Path) -> None:
-    fake_workspace.build(workspace, ["pixels", "swav"])
-    text = layout.PARAMS.read_text(encoding="utf-8")
-    layout.PARAMS.write_text(text.replace("folder: data\n", "folder: /home/someone/moths\n"), encoding="utf-8")
-    text = layout.PARAMS.read_text(encoding="utf-8")
-    layout.PARAMS.write_text(text.replace("domains: domains\n", "domains: /home/someone/sketches\n"), encoding="utf-8")
+def test_without_labels_accuracies_are_absent_and_everything_else_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"channels": 3, "k": 100, "classifiers": ["linear", "clusters"]}
+    fake_workspace.build(tmp_path, ["pixels", "swav"], labelled=False, **options)  # type: ignore[arg-type]
     report.main()
-    assert "<td>moths</td>" in html()
-    assert "<td>sketches</td>" in html()
-    assert "someone" not in html()
+    rows = comparison.read()
+    assert {rows[1][name] for name in ("acc", "nmi", "ari", "knn20", "knn200", "linear", "clean")} == {""}
+    assert float(rows[1]["silhouette"]) == pytest.approx(0.2)
+    assert "k-means ACC" not in comparison.comparison_text(rows).splitlines()[0]
+    text = html()
+    for word in ("No test image has a label", "no labelled training images", "artifacts/adapt/swav/predictions.csv"):
+        assert word in text
+    for grid in adaptation_plots.INDICATORS.values():
+        assert text.count(f"<caption>{grid}</caption>") == 4, "reset and continual, of both encoders"
+    assert "Error, percent" not in text
+    assert "Against source:" not in text
+    (panel,) = report.evaluation_curves(["pixels", "swav"])
+    assert (panel.title, panel.lines["swav"]) == ("silhouette", [(20, 0.2, 0.01), (100, 0.2, 0.01)])
+    layout.metrics("linear", "swav").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert stopped.value.code == 2
+    assert "metrics/linear/swav.json, found none; run `dvc repro linear@swav`" in capsys.readouterr().err
+
+
+def test_each_score_is_judged_by_itself() -> None:
+    def row(name: str, knn: float | None, linear: float | None, acc: float | None = None) -> comparison.Row:
+        spread = None if acc is None else 0.02
+        return {"encoder": name, "method": name, "acc": acc, "acc_std": spread, "knn20": knn, "linear": linear}
+
+    rows = [row("pixels", 0.8, 0.8, 0.5), row("random", 0.7, 0.7, 0.3), row("moco", 0.75, 0.8, 0.4)]
+    rows += [row("swav", 0.8, 0.9, 0.6), row("pcl", 0.9, 0.9, 0.51), row("simsiam", 0.6, 0.9, 0.2)]
+    assert comparison.verdict(rows) == [
+        "moco does NOT beat the baselines in k-means ACC (.400 ± .020 against .500 ± .020 of pixels), kNN 20 (.750 "
+        "against .800 of pixels) and linear (.800 against .800 of pixels): it is not working on this data.",
+        "swav beats pixels and random in k-means ACC and linear, but NOT in kNN 20 (.800 against .800 of pixels).",
+        "pcl beats pixels and random in k-means ACC (by less than the deviation over seeds), kNN 20 and linear.",
+        "simsiam beats pixels and random in linear, but NOT in k-means ACC (.200 ± .020 against .500 ± .020 of pixels "
+        "and .300 ± .020 of random) and kNN 20 (.600 against .800 of pixels and .700 of random).",
+    ]
+    assert comparison.verdict(rows[1:3])[0].startswith("The baseline pixels is not in `encoders`")
+    assert "No test image has a label" in comparison.verdict([row("pixels", None, None), row("swav", None, None)])[0]
+
+
+def test_a_number_that_is_logged_late_is_drawn_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = layout.out("pretrain", "pcl") / "history.csv"
+    rows = [(9, 0, 3.5, "", ""), (19, 1, 2.5, 7.5, "")]
+    fake_workspace.table(path, ["step", "epoch", "loss", "proto_nce", "never"], rows)
+    assert report.history("pcl") == {"loss": [(9, 3.5), (19, 2.5)], "proto_nce": [(19, 7.5)]}
+    with pytest.raises(DataError, match="dvc repro report"):
+        comparison.read()
 
 
 def test_a_lost_server_costs_the_registration_and_not_the_report(
@@ -288,21 +240,6 @@ def test_the_map_is_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
     with threadpoolctl.threadpool_limits(2):
         report.flatten(np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
     assert threads == {1}
-
-
-def test_the_comparison_needs_no_heavy_import() -> None:
-
-    code = (
-        "import sys; from tasks.report import comparison; "
-        "print({'torch', 'mlflow', 'matplotlib', 'yaml'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=fake_workspace.REPOSITORY, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
-
-
-def test_reading_a_comparison_that_is_not_there_says_what_to_run(workspace: Path) -> None:
-    with pytest.raises(DataError, match="dvc repro report"):
-        comparison.read()
 
 
 def test_the_map_keeps_groups_apart_and_survives_a_collapsed_encoder() -> None:
