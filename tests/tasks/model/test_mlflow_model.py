@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,125 +23,90 @@ from tests.tasks import fake_workspace
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A labelled grey encoder, an unlabelled colour one and a grey one with a network for colour, all registered."""
-    folder = tmp_path_factory.mktemp("models")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Inside a workspace with a labelled encoder of grey images, registered."""
+    root = tmp_path_factory.mktemp("grey")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, folder))
-        for name, options in {"grey": {}, "colour": {"labelled": False, "channels": 3, "size": 16}}.items():
-            (folder / name).mkdir()
-            patch.chdir(folder / name)
-            fake_workspace.build(folder / name, ["swav"] if name == "grey" else ["pcl"], **options)  # type: ignore[arg-type]
-            register.register("swav" if name == "grey" else "pcl")
-        (folder / "wide").mkdir()
-        patch.chdir(folder / "wide")
-        fake_workspace.build(folder / "wide", ["simsiam"])
-        torch.manual_seed(0)
-        wide = encoders.Encoder(
-            backbone="small",
-            image_size=12,
-            channels=1,
-            mean=[0.4] * 3,
-            std=[0.2] * 3,
-            network_channels=3,
-            input_size=24,
-        )
-        encoders.save(wide.eval(), layout.out("pretrain", "simsiam"))
-        register.register("simsiam")
-    return folder
+        patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, root))
+        patch.chdir(root)
+        fake_workspace.build(root, ["swav"])
+        register.register("swav")
+        yield root
 
 
-def load(root: Path, name: str) -> Any:
+def load(name: str) -> Any:
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     return mlflow.pyfunc.load_model(f"models:/deepclust-{name}@champion", model_config={"device": "cpu"})
 
 
-def by_hand(images: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Encoder, nearest centroid and softmax, in numpy float64."""
+def check(table: Any, images: np.ndarray, name: str) -> None:
+    """Against encoder, nearest centroid and softmax in numpy float64."""
     encoder = encoders.load(layout.out("pretrain", name)).double()
-    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2) / 255)
     encoder.mean, encoder.std = encoder.mean.double(), encoder.std.double()
-    embedding = encoder(tensor).numpy()
+    embedding = encoder(torch.from_numpy(images.transpose(0, 3, 1, 2) / 255)).numpy()
     points = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
     centroids = np.load(layout.out("cluster", name) / "centroids.npy").astype(np.float64)
     distances = np.linalg.norm(points[:, None] - centroids[None], axis=2)
-    found = {"embedding": embedding, "cluster": distances.argmin(axis=1), "distance": distances.min(axis=1)}
+    np.testing.assert_allclose(np.stack(table["embedding"]), embedding, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(table["cluster"], distances.argmin(axis=1))
+    np.testing.assert_allclose(table["distance"], distances.min(axis=1), rtol=1e-4)
     path = layout.out("linear", name) / "classifier.safetensors"
-    if path.exists():
-        head = {key: value.double().numpy() for key, value in load_file(path).items()}
-        scores = embedding @ head["weight"].T + head["bias"]
-        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-        found["probabilities"] = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return found
+    if not path.exists():
+        assert list(table.columns) == ["embedding", "cluster", "distance"]
+        return
+    head = {key: value.double().numpy() for key, value in load_file(path).items()}
+    exponentials = np.exp(embedding @ head["weight"].T + head["bias"])
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.stack(table["probabilities"]), probabilities, rtol=1e-4)
+    assert list(table["class"]) == [f"class {index}" for index in probabilities.argmax(axis=1)]
+    np.testing.assert_allclose(table["probability"], probabilities.max(axis=1), rtol=1e-4)
 
 
-def check(table: Any, expected: dict[str, np.ndarray]) -> None:
-    np.testing.assert_allclose(np.stack(table["embedding"]), expected["embedding"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(table["cluster"], expected["cluster"])
-    np.testing.assert_allclose(table["distance"], expected["distance"], rtol=1e-4)
-
-
-def test_predictions_are_those_of_the_encoder_the_centroids_and_the_classifier(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(root / "grey")
+def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of_any_size_and_mode(grey: Path) -> None:
     images = np.load(layout.split("test") / "images.npy")
-    table = load(root, "swav").predict(images)
-    expected = by_hand(images, "swav")
-    check(table, expected)
-    np.testing.assert_allclose(np.stack(table["probabilities"]), expected["probabilities"], rtol=1e-4)
-    assert list(table["class"]) == [f"class {index}" for index in expected["probabilities"].argmax(axis=1)]
-    np.testing.assert_allclose(table["probability"], expected["probabilities"].max(axis=1), rtol=1e-4)
-
-
-def test_any_size_and_mode_is_prepared_as_the_pipeline_does(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root / "grey")
-    images = np.random.default_rng(0).integers(0, 256, (5, 30, 30, 3), dtype=np.uint8)
-    prepared = [np.asarray(Image.fromarray(image).convert("L").resize((12, 12), 3)) for image in images]
-    model = load(root, "swav")
-    check(model.predict(images), by_hand(np.stack(prepared)[..., None], "swav"))
+    model = load("swav")
+    check(model.predict(images), images, "swav")
+    others = np.random.default_rng(0).integers(0, 256, (5, 30, 30, 3), dtype=np.uint8)
+    prepared = [np.asarray(Image.fromarray(image).convert("L").resize((12, 12), 3)) for image in others]
+    check(model.predict(others), np.stack(prepared)[..., None], "swav")
     ragged = np.empty(2, dtype=object)
-    ragged[:] = [images[0], images[1, :20, :, 0]]
+    ragged[:] = [others[0], others[1, :20, :, 0]]
     assert len(model.predict(ragged)) == 2
-
-
-def test_grey_images_reach_a_larger_network_of_three_channels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root / "wide")
-    images = np.load(layout.split("test") / "images.npy")
-    check(load(root, "simsiam").predict(images), by_hand(images, "simsiam"))
-
-
-def test_without_labels_there_is_no_class(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root / "colour")
-    images = np.load(layout.split("test") / "images.npy")
-    table = load(root, "pcl").predict(images)
-    assert list(table.columns) == ["embedding", "cluster", "distance"]
-    check(table, by_hand(images, "pcl"))
-
-
-def test_other_types_are_refused(root: Path) -> None:
-    model = load(root, "swav")
     with pytest.raises(Exception, match="float64 does not match expected dtype uint8"):
         model.predict(np.zeros((1, 12, 12, 1)))
     with pytest.raises(ValueError, match=r"expected images .* uint8, got \(12, 12, 2\) uint8"):
         model.predict(np.zeros((1, 12, 12, 2), np.uint8))
 
 
-def test_the_stored_model_has_a_signature_an_example_and_no_pickle(root: Path) -> None:
-    metadata = load(root, "swav").metadata
+def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels_there_is_no_class(
+    grey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_workspace.build(tmp_path, ["simsiam"], labelled=False)
+    shape: dict[str, Any] = {"image_size": 12, "channels": 1, "network_channels": 3, "input_size": 24}
+    torch.manual_seed(0)
+    wide = encoders.Encoder(backbone="small", mean=[0.4] * 3, std=[0.2] * 3, **shape)
+    encoders.save(wide.eval(), layout.out("pretrain", "simsiam"))
+    register.register("simsiam")
+    images = np.load(layout.split("test") / "images.npy")
+    check(load("simsiam").predict(images), images, "simsiam")
+
+
+def test_the_stored_model_has_a_signature_an_example_and_no_pickle(grey: Path) -> None:
+    metadata = load("swav").metadata
     inputs = json.loads(metadata.signature.to_dict()["inputs"])
     assert inputs == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, -1, -1, -1]}}]
     assert metadata.saved_input_example_info
     assert metadata.metadata["classes"] == ["class 0", "class 1", "class 2"]
-    files = {path.suffix for path in (root / "grey" / "mlartifacts").rglob("*") if path.is_file()}
+    files = {path.suffix for path in (grey / "mlartifacts").rglob("*") if path.is_file()}
     assert files <= {".py", ".txt", ".yaml", ".json", ".safetensors", ".npy", ""}
-    requirements = next((root / "grey" / "mlartifacts").rglob("requirements.txt")).read_text().split()
+    requirements = next((grey / "mlartifacts").rglob("requirements.txt")).read_text().split()
     assert all(line.count("==") == 1 and "+" not in line for line in requirements)
 
 
-def test_it_loads_in_a_process_that_knows_nothing_of_the_repository(root: Path, tmp_path: Path) -> None:
+def test_it_loads_in_a_process_that_knows_nothing_of_the_repository(grey: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks.py").write_text("'''somebody else's module of the same name'''\n")
     code = """
 import sys
@@ -153,7 +119,6 @@ assert "somebody" in tasks.__doc__
 print(len(table), sorted(table.columns))
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=90
     )
