@@ -1,4 +1,4 @@
-"""Threads are a function of the machine, or of a variable that is a number; SIGTERM is an exit."""
+"""Threads are a function of the machine, or of a variable that is a number."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ from tasks.shared.outputs import environment
 from tests.paths import ROOT
 
 
-def test_the_cores_are_shared_among_the_stages_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cores_are_shared_among_the_stages_at_once_and_the_processes_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(environment, "cores", lambda: 12)
     monkeypatch.delenv("DEEPCLUST_THREADS", raising=False)
     monkeypatch.setenv("DEEPCLUST_PARALLEL", "")
     assert (environment.parallel(), environment.threads()) == (2, 6)
     monkeypatch.setenv("DEEPCLUST_PARALLEL", "5")
     assert (environment.parallel(), environment.threads()) == (5, 2)
-    monkeypatch.setenv("DEEPCLUST_THREADS", "3")
-    assert environment.threads() == 3
-
-
-def test_the_processes_of_a_stage_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPCLUST_THREADS", "7")
-    shares = []
-    for processes in ("1", "2", "3", "16"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        shares.append(environment.threads())
-    assert shares == [7, 3, 2, 1]
+    for processes, share in ((1, 7), (2, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert environment.threads() == share
 
 
 def test_collective_calls_wait_for_minutes_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,28 +34,16 @@ def test_collective_calls_wait_for_minutes_unless_the_user_says_otherwise(monkey
     assert environment.collective_seconds() == 7
 
 
-@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])
-@pytest.mark.parametrize("variable", ["DEEPCLUST_PARALLEL", "DEEPCLUST_THREADS"])
-def test_what_is_no_number_of_at_least_one_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+def test_what_is_no_number_of_at_least_one_is_one_line_when_a_flow_is_imported_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("DEEPCLUST_THREADS", raising=False)
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(SystemExit) as stop:
-        environment.threads()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: expected {variable} to be a number of ")
-    assert error.endswith(f"1 or more; got {value!r}; mend or unset it\n")
-
-
-def test_a_flow_that_is_imported_with_a_wrong_variable_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.pipeline"],
-        cwd=ROOT,
-        env={**os.environ, "DEEPCLUST_PARALLEL": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    for value in ("0", "two", "1.5"):
+        monkeypatch.setenv("DEEPCLUST_THREADS", value)
+        with pytest.raises(SystemExit) as stop:
+            environment.threads()
+        assert stop.value.code == 2
+        expected = "error: expected DEEPCLUST_THREADS to be a number of threads, 1 or more"
+        assert capsys.readouterr().err == f"{expected}; got {value!r}; mend or unset it\n"
+    wrong = {**os.environ, "DEEPCLUST_PARALLEL": "0"}
+    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], cwd=ROOT, env=wrong, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -25,38 +25,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _write(content: str) -> None:
+def _write(content: str) -> dict[str, str]:
     with stage.running("pretrain") as running:
         (running.folder / "encoder").write_text(content)
         running.metrics({"content": content})
         running.curve([{"step": 1}], ["step"])
+    return _files()
 
 
 def _files() -> dict[str, str]:
-    return {
-        path.relative_to(top).as_posix(): path.read_text()
-        for top in (layout.ARTIFACTS, layout.METRICS, layout.PLOTS)
-        for path in top.rglob("*")
-        if path.is_file()
-    }
+    tops = (layout.ARTIFACTS, layout.METRICS, layout.PLOTS)
+    files = [(top, path) for top in tops for path in top.rglob("*") if path.is_file()]
+    return {path.relative_to(top).as_posix(): path.read_text() for top, path in files}
 
 
-def test_folder_metrics_and_curve_are_replaced_together(here: Path) -> None:
-    _write("old")
-    _write("new")
-    assert _files() == {
-        "pretrain/pixels/encoder": "new",
-        "pretrain/pixels.json": '{\n  "content": "new"\n}\n',
-        "pretrain/pixels.csv": "step\n1\n",
-    }
-
-
-def test_on_a_full_disk_everything_old_stays(
+def test_folder_metrics_and_curve_are_replaced_together_or_on_a_full_disk_not_at_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _write("old")
-    before = _files()
-    write = Path.write_text
+    _write("older")
+    assert _write("old") == {
+        "pretrain/pixels/encoder": "old",
+        "pretrain/pixels.json": '{\n  "content": "old"\n}\n',
+        "pretrain/pixels.csv": "step\n1\n",
+    }
+    before, write = _files(), Path.write_text
 
     def full(path: Path, text: str, **options: str) -> int:
         if ".csv" in path.name:  # the last that is written
