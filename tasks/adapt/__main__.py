@@ -234,7 +234,8 @@ def _setting(
     ]
     for long_table in long_tables.values():
         long_table.settle(failed)
-    return Measured(*([row for row in rows if counts(row, failed)] for rows in (table, cost)), failed)
+    kept_table, kept_cost = ([row for row in rows if counts(row, failed)] for rows in (table, cost))
+    return Measured(kept_table, kept_cost, failed)
 
 
 def _predictions(

@@ -76,10 +76,8 @@ def _neighbours(scores: Mapping[str, float]) -> Row:
     """kNN of every k at one temperature: the usual .07 where it was measured, else the first."""
     if not scores:
         return {"knn20": None, "knn200": None}
-    named = [(*key[1:].split("_t"), value) for key, value in scores.items()]
-    temperatures = [temperature for _, temperature, _ in named]
-    chosen = "0.07" if "0.07" in temperatures else temperatures[0]
-    return {f"knn{k}": value for k, temperature, value in named if temperature == chosen}
+    chosen = "_t0.07" if any(key.endswith("_t0.07") for key in scores) else next(iter(scores))[1:].lstrip("0123456789")
+    return {f"knn{key[1:].removesuffix(chosen)}": value for key, value in scores.items() if key.endswith(chosen)}
 
 
 def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
@@ -147,7 +145,7 @@ def _underlined(table: str) -> str:
 def aligned(table: Sequence[Sequence[str]], words: int = 1) -> str:
     """A table as text, its first `words` columns aligned to the left and the others, numbers, to the right."""
     sides = ["left" if column < words else "right" for column in range(len(table[0]))]
-    return tabulate(table, tablefmt="plain", colalign=sides, disable_numparse=True)
+    return str(tabulate(table, tablefmt="plain", colalign=sides, disable_numparse=True))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

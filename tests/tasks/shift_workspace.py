@@ -23,6 +23,7 @@ from tests.paths import ROOT as REPOSITORY
 
 SIZE, CLASSES, CLUSTERS = 12, ("a", "b", "c"), 4
 COUNTS = {"train": 96, "test": 61}
+STATISTICS = {"image_size": SIZE, "channels": 1, "mean": [0.4], "std": [0.3]}
 BACKBONES = {"swav": "small", "pixels": "pixels"}
 EDITS = ["adapt.corruptions=[gaussian_noise, contrast]", "adapt.severities=[5]", "adapt.batch_sizes=[16]"]
 
@@ -40,7 +41,7 @@ def images_and_labels(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def encoder_of(backbone: str) -> encoders.Encoder:
     """An encoder whose BatchNorm has seen images, but darker ones: as after pretraining on augmented views."""
     with seeding.seeded("test"):
-        encoder = encoders.Encoder(backbone=backbone, image_size=SIZE, channels=1, mean=[0.4], std=[0.3])
+        encoder = encoders.Encoder(backbone=backbone, **STATISTICS)  # type: ignore[arg-type]
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches
@@ -78,8 +79,7 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
         np.save(folder / "labels.npy", labels)
         lines = "".join(f"{index},{split}/{index:03}.png,{label}\n" for index, label in enumerate(labels))
         (folder / "items.csv").write_text("index,path,label\n" + lines)
-    statistics = {"image_size": SIZE, "channels": 1, "resize": "crop", "mean": [0.4], "std": [0.3]}
-    layout.STATISTICS.write_text(json.dumps(statistics))
+    layout.STATISTICS.write_text(json.dumps(STATISTICS | {"resize": "crop"}))
     layout.META.write_text(json.dumps({"classes": list(CLASSES)}))
     for name, backbone in BACKBONES.items():
         model = classifier_of(backbone)
