@@ -40,7 +40,11 @@ def main() -> None:
     with stage.running("cluster") as here:
         assert here.encoder
         options = here.params.cluster
-        features = {split: _features(here.encoder, split) for split in layout.SPLITS}
+        # Memory-mapped, copied on write because torch has no read-only tensors.
+        features = {
+            split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), mmap_mode="c", allow_pickle=False))
+            for split in layout.SPLITS
+        }
         count = len(features["train"])
         primary = primary_k(options, classes=len(prepared.meta()["classes"]), images=count)
         ks = [primary, *(k for k in options.other_k if k != primary and k <= count)]
@@ -79,21 +83,12 @@ def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Te
     scores = {}
     for k in fits:
         scores[k] = scorer.mean(fits[k])
-        print(
-            f"{here.encoder}: k = {k}: "
-            + ", ".join(f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)),
-            flush=True,
-        )
+        numbers = [f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)]
+        print(f"{here.encoder}: k = {k}: {', '.join(numbers)}", flush=True)
     own = prototypes.Prototypes(here.encoder, default_device())
     assigned = {split: own.assign(features[split]) for split in layout.SPLITS}
-    here.metrics(
-        {
-            "k": primary,
-            **scores[primary],
-            "other_k": {str(k): scores[k] for k in fits if k != primary},
-            "prototypes": own.score(assigned, splits),
-        }
-    )
+    other = {str(k): scores[k] for k in fits if k != primary}
+    here.metrics({"k": primary, **scores[primary], "other_k": other, "prototypes": own.score(assigned, splits)})
     if table := prototypes.rows(assigned, splits):
         stage.write_text(here.folder / "prototypes.csv", stage.table(table, prototypes.COLUMNS))
     _write(here, _best(fits[primary]).centroids, features, splits, options)
@@ -104,11 +99,6 @@ def primary_k(options: schema.Cluster, *, classes: int, images: int) -> int:
     if options.k != "auto":
         return options.k
     return classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
-
-
-def _features(encoder: str, split: str) -> Tensor:
-    """Memory-mapped, copied on write because torch has no read-only tensors."""
-    return torch.from_numpy(np.load(layout.embeddings(encoder, split), mmap_mode="c", allow_pickle=False))
 
 
 def _points(features: Tensor, options: schema.Cluster) -> Tensor:
@@ -151,11 +141,8 @@ class Scorer:
         silhouette = metrics.silhouette(self._distances, clusters[self._sample])
         if silhouette is not None:
             scores["silhouette"] = silhouette
-        if known.any():
-            scores["acc"] = metrics.matched_accuracy(self._labels[known], clusters[known])
-            scores["nmi"] = metrics.nmi(self._labels[known], clusters[known])
-            scores["ari"] = metrics.ari(self._labels[known], clusters[known])
-        return scores
+        measures = {"acc": metrics.matched_accuracy, "nmi": metrics.nmi, "ari": metrics.ari} if known.any() else {}
+        return scores | {name: score(self._labels[known], clusters[known]) for name, score in measures.items()}
 
 
 def _write(

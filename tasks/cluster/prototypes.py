@@ -63,14 +63,18 @@ class Prototypes:
         `k`; `used`, the share of prototypes with a test image; with labels `nmi`, `ari`, and `majority`, the accuracy
         when each prototype stands for the most frequent class among its labelled training images.
         """
-        train, test = assigned["train"], assigned["test"]
-        scores = {}
+        labels = {split: splits[split].labels for split in layout.SPLITS}
+        known = {split: labels[split] >= 0 for split in layout.SPLITS}
+        scores: dict[str, dict[str, Any]] = {}
         for name, rows in self._prototypes.items():
-            clusters = test[name][0]
-            scores[name] = {"k": len(rows), "used": len(np.unique(clusters)) / min(len(rows), len(clusters))}
-            scores[name] |= _by_labels(
-                train[name][0], splits["train"].labels, clusters, splits["test"].labels, k=len(rows)
-            )
+            train, test = (assigned[split][name][0] for split in ("train", "test"))
+            scores[name] = {"k": len(rows), "used": len(np.unique(test)) / min(len(rows), len(test))}
+            if known["train"].any() and known["test"].any():
+                counts = np.zeros((len(rows), 1 + max(int(each.max()) for each in labels.values())), dtype=np.int64)
+                np.add.at(counts, (train[known["train"]], labels["train"][known["train"]]), 1)
+                clusters, truth = test[known["test"]], labels["test"][known["test"]]
+                scores[name] |= {"nmi": metrics.nmi(truth, clusters), "ari": metrics.ari(truth, clusters)}
+                scores[name]["majority"] = float((counts.argmax(1)[clusters] == truth).mean())
         return scores
 
 
@@ -84,24 +88,3 @@ def rows(assigned: dict[str, Assignments], splits: dict[str, prepared.Split]) ->
             zip(splits[split].paths, clusters.tolist(), scores.tolist(), strict=True)
         )
     ]
-
-
-def _by_labels(
-    train_clusters: NDArray[np.int64],
-    train_labels: NDArray[np.int64],
-    test_clusters: NDArray[np.int64],
-    test_labels: NDArray[np.int64],
-    *,
-    k: int,
-) -> dict[str, float]:
-    known, taught = test_labels >= 0, train_labels >= 0
-    if not known.any() or not taught.any():
-        return {}
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    counts = np.zeros((k, classes), dtype=np.int64)
-    np.add.at(counts, (train_clusters[taught], train_labels[taught]), 1)
-    return {
-        "nmi": metrics.nmi(test_labels[known], test_clusters[known]),
-        "ari": metrics.ari(test_labels[known], test_clusters[known]),
-        "majority": float((counts.argmax(1)[test_clusters[known]] == test_labels[known]).mean()),
-    }

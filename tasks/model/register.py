@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -44,33 +44,17 @@ CODE = (
 _STORED = (*CODE, "deepclust/__init__.py", "deepclust/errors.py")  # an edit of these two makes no new version
 
 
-class Version(NamedTuple):
-    """What decides whether a registered version is the champion.
-
-    Attributes:
-        number: Version number.
-        data: Hash of the data it was trained on.
-        knn: Held-out kNN accuracy, or None without labels.
-        rankme: RankMe of the test embeddings, or None.
-    """
-
-    number: int
-    data: str
-    knn: float | None
-    rankme: float | None
-
-
-def champion(versions: Iterable[Version], data: str) -> Version:
-    """The best of the versions trained on this data: by held-out kNN, else RankMe; of equals, the newest.
+def champion(versions: Iterable[Any], data: str) -> Any:
+    """The best of MLflow's versions trained on this data: by held-out kNN, else RankMe; of equals, the newest.
 
     Numbers on different data are not comparable, so new data has a champion of its own.
     """
 
-    def quality(version: Version) -> tuple[bool, float, int]:
-        labelled = version.knn is not None
-        return labelled, (version.knn if labelled else version.rankme) or 0.0, version.number
+    def quality(version: Any) -> tuple[bool, float, int]:
+        knn = version.tags.get("knn_heldout")
+        return knn is not None, float(knn or version.tags.get("rankme") or 0), int(version.version)
 
-    return max((version for version in versions if version.data == data), key=quality)
+    return max((version for version in versions if version.tags.get(_DATA) == data), key=quality)
 
 
 def register(encoder: str, run_id: str | None = None) -> str:
@@ -99,11 +83,11 @@ def register(encoder: str, run_id: str | None = None) -> str:
             _create(client, experiment, name, encoder, files, tags, run_id)
             known = _versions(client, name)
         version = known[content]
-        best = champion((_version(found) for found in known.values()), data)
+        best = str(champion(known.values(), data).version)
         aliases = client.get_registered_model(name).aliases
-        if str(aliases.get(ALIAS)) != str(best.number):
-            client.set_registered_model_alias(name, ALIAS, str(best.number))
-    place = ALIAS if int(version.version) == best.number else f"{ALIAS} stays version {best.number}"
+        if str(aliases.get(ALIAS)) != best:
+            client.set_registered_model_alias(name, ALIAS, best)
+    place = ALIAS if str(version.version) == best else f"{ALIAS} stays version {best}"
     return f"{name} version {version.version} ({place})"
 
 
@@ -183,11 +167,6 @@ def _training_run(client: Any, experiment: str, encoder: str) -> Any:
 def _versions(client: Any, name: str) -> dict[str, Any]:
     """Versions of a model by content."""
     return {found.tags.get(_CONTENT, ""): found for found in client.search_model_versions(f"name='{name}'")}
-
-
-def _version(found: Any) -> Version:
-    scores = {key: float(found.tags[key]) for key in ("knn_heldout", "rankme") if key in found.tags}
-    return Version(int(found.version), found.tags.get(_DATA, ""), scores.get("knn_heldout"), scores.get("rankme"))
 
 
 def main() -> None:

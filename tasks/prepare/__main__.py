@@ -36,7 +36,10 @@ def main() -> None:
         labels = {split: source.labels[split][kept[split]] for split in layout.SPLITS}
         for split in layout.SPLITS:
             write_items(here.folder / split, source, split, kept[split], labels[split])
-        heldout = draw_heldout(labels["train"], data.heldout_fraction, seed)
+        # A share of each class's labelled training images; none of a class with one image.
+        labelled_rows = np.flatnonzero(labels["train"] >= 0)
+        drawn = np.random.default_rng([seed, 1])
+        heldout = labelled_rows[sampling.stratified(labels["train"][labelled_rows], data.heldout_fraction, drawn)]
         np.save(here.folder / "train" / "heldout.npy", heldout)
         shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "resize": data.resize}
         mean, std = arrays.mean_and_std(here.folder / "train" / "images.npy")
@@ -123,8 +126,7 @@ def check(
 def settle_channels(folder: Path, source: Source, data: Data) -> int:
     """The number of channels; where `auto` finds no colour in a folder's images, two of three channels are removed."""
     files = [folder / split / "images.npy" for split in layout.SPLITS]
-    undecided = data.colour == "auto" and source.channels is None
-    if undecided and not any(arrays.has_colour(path) for path in files):
+    if data.colour == "auto" and source.channels is None and not any(arrays.has_colour(path) for path in files):
         for path in files:
             arrays.keep_first_channel(path)
     channels: int = np.load(files[0], mmap_mode="r", allow_pickle=False).shape[3]
@@ -141,12 +143,6 @@ def write_items(
         for row, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True))
     )
     stage.write_text(folder / "items.csv", stage.table(rows, ["index", "path", "label"]))
-
-
-def draw_heldout(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of a share of each class's training images; none of a class with one image."""
-    labelled = np.flatnonzero(labels >= 0)
-    return labelled[sampling.stratified(labels[labelled], fraction, np.random.default_rng([seed, 1]))]
 
 
 def content_hash(folder: Path, classes: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +132,12 @@ def all_params(params: Params) -> dict[str, str]:
     return flatten(params.resolved(params.encoders))
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, str]:
+def flatten(value: Any, name: str = "") -> dict[str, str]:
     """Nested mappings and lists of mappings to dotted names; other lists as JSON."""
-    return dict(_flat(values, ""))
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
+        items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
     elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-        for index, item in enumerate(value):
-            yield from _flat(item, f"{name}.{index}")
-    elif isinstance(value, (list, tuple)):
-        yield name, json.dumps(list(value))
+        items = [(f"{name}.{index}", item) for index, item in enumerate(value)]
     else:
-        yield name, str(value)
+        return {name: json.dumps(list(value)) if isinstance(value, (list, tuple)) else str(value)}
+    return {path: text for key, item in items for path, text in flatten(item, key).items()}
