@@ -23,6 +23,7 @@ from tests.paths import ROOT
 SIDE, MEAN, STD = 8, 0.5, 0.25
 BRIGHTNESS = {"dark.png": 20, "middle.png": 128, "sub/dark.png": 30, "sub/deep/light.png": 230}
 Run = Callable[..., str]
+said: list[str] = []  # on stderr in the last run
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def main(*words: str) -> str:
         monkeypatch.setattr("sys.argv", ["assign", "--encoder", "pixels", *words])
         assign.main()
-        return capsys.readouterr().out
+        captured = capsys.readouterr()
+        said[:] = [captured.err]
+        return captured.out
 
     return main
 
@@ -117,21 +120,18 @@ def test_a_classifier_adds_class_and_probability(run: Run) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3 * SIDE**2])
 def test_table_and_embeddings_have_the_same_rows_whatever_the_chunk(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chunk: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(assign, "_CHUNK_BYTES", chunk)
     Path("new/broken.png").write_bytes(b"no image")
-    monkeypatch.setattr("sys.argv", ["assign", "--encoder", "pixels", "new", "--out", "out/table.csv"])
-    monkeypatch.setattr("sys.argv", [*assign.sys.argv, "--embeddings", "out/e.npy"])
-    assign.main()
+    assert run("new", "--out", "out/table.csv", "--embeddings", "out/e.npy") == ""
     table = rows(Path("out/table.csv").read_text(encoding="utf-8"))
     embeddings = np.load("out/e.npy", allow_pickle=False)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(embeddings, np.stack([feature(BRIGHTNESS[name]) for name in table]), atol=1e-6)
     assert list(table) == sorted(BRIGHTNESS)
     assert sorted(path.name for path in Path("out").iterdir()) == ["e.npy", "table.csv"]
-    said = "skipped broken.png: not an image that can be read\n4 images assigned, 1 skipped\n"
-    assert tuple(capsys.readouterr()) == ("", said)
+    assert said == ["skipped broken.png: not an image that can be read\n4 images assigned, 1 skipped\n"]
 
 
 @pytest.mark.parametrize("how", ["--copy", "--link"])
