@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,39 +21,9 @@ from tasks.shared.operations.observers import probe
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
 from tests.tasks import small_run
+from tests.tasks.conftest import ENCODERS
 
-ENCODERS = ("pixels", "random", "swav", "deepcluster_v2", "pcl")
 STAGES = ("pretrain", "embed", "cluster", "linear", "adapt")
-
-
-def whole(folder: Path, encoders: Sequence[str], *, labelled: bool) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        small_run.build(folder, labelled=labelled)
-        overrides.apply([f"encoders=[{', '.join(encoders)}]"])
-        small_run.run("prepare", patch)
-        for stage in STAGES:
-            for encoder in encoders:
-                small_run.run(stage, patch, encoder)
-        small_run.run("report", patch)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from whole(tmp_path_factory.mktemp("labelled"), ENCODERS, labelled=True)
-
-
-@pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from whole(tmp_path_factory.mktemp("unlabelled"), ("pixels", "swav"), labelled=False)
-
-
-@pytest.fixture
-def here(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a copy of the labelled workspace."""
-    shutil.copytree(labelled, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
 
 
 def metrics(root: Path, stage: str, encoder: str) -> dict:
@@ -102,7 +70,7 @@ def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) ->
 
 
 def test_the_stage_cluster_searches_by_faiss_unless_torch_is_asked_for_and_says_where_faiss_is_missing(
-    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kmeans.faiss is None:
         pytest.skip("faiss is not installed")
@@ -176,7 +144,7 @@ def test_the_kept_classifier_gives_the_reported_accuracy(labelled: Path) -> None
 
 
 def test_a_stage_run_again_writes_the_same_bytes_and_pretraining_though_its_labels_are_gone(
-    here: None, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def contents(stage: str) -> dict[str, bytes]:
         """Of each file but adapt's times."""
@@ -206,7 +174,7 @@ def test_without_labels_label_based_numbers_are_absent_and_the_rest_is_there(unl
         assert not (unlabelled / layout.out("linear", encoder) / "classifier.safetensors").exists()
 
 
-def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(here: None) -> None:
+def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(here: Path) -> None:
     logged: dict[str, float] = {}
 
     class Recorder(tracking.NullRun):
@@ -227,7 +195,7 @@ def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(here: None) -> 
 
 
 def test_a_users_mistake_is_one_line_and_leaves_the_old_outputs(
-    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for stage, encoder, edit, message in (
         ("cluster", "swav", "cluster.k=90", "cluster.k: expected at most"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,17 +20,16 @@ from safetensors.torch import load_file
 from deepclust.models import encoder as encoders
 from tasks.model import register
 from tasks.shared.outputs import layout
-from tests.tasks import fake_workspace
 
 
 @pytest.fixture(scope="module")
-def grey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Inside a workspace with a labelled encoder of grey images, registered."""
-    root = tmp_path_factory.mktemp("grey")
+def root(labelled: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Inside a workspace with a labelled encoder, registered."""
+    root = shutil.copytree(labelled, tmp_path_factory.mktemp("model") / "copy")
+    shutil.copy(empty_store, root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, root))
         patch.chdir(root)
-        fake_workspace.build(root, ["swav"])
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
         register.register("swav")
         yield root
 
@@ -46,7 +46,9 @@ def check(table: Any, images: np.ndarray, name: str) -> None:
     encoder = encoders.load(layout.out("pretrain", name)).double()
     encoder.mean, encoder.std = encoder.mean.double(), encoder.std.double()
     embedding = encoder(torch.from_numpy(images.transpose(0, 3, 1, 2) / 255)).numpy()
-    points = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    points = embedding
+    if json.loads((layout.out("cluster", name) / "cluster.json").read_text())["normalise"]:
+        points = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
     centroids = np.load(layout.out("cluster", name) / "centroids.npy").astype(np.float64)
     distances = np.linalg.norm(points[:, None] - centroids[None], axis=2)
     np.testing.assert_allclose(np.stack(table["embedding"]), embedding, rtol=1e-4, atol=1e-5)
@@ -60,17 +62,17 @@ def check(table: Any, images: np.ndarray, name: str) -> None:
     exponentials = np.exp(embedding @ head["weight"].T + head["bias"])
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.stack(table["probabilities"]), probabilities, rtol=1e-4)
-    assert list(table["class"]) == [f"class {index}" for index in probabilities.argmax(axis=1)]
+    assert list(table["class"]) == [f"kind{index}" for index in probabilities.argmax(axis=1)]
     np.testing.assert_allclose(table["probability"], probabilities.max(axis=1), rtol=1e-4)
 
 
-def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of_any_size_and_mode(grey: Path) -> None:
+def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of_any_size_and_mode(root: Path) -> None:
     images = np.load(layout.split("test") / "images.npy")
     model = load("swav")
     check(model.predict(images), images, "swav")
     others = np.random.default_rng(0).integers(0, 256, (5, 30, 30, 3), dtype=np.uint8)
-    prepared = [np.asarray(Image.fromarray(image).convert("L").resize((12, 12), 3)) for image in others]
-    check(model.predict(others), np.stack(prepared)[..., None], "swav")
+    prepared = [np.asarray(Image.fromarray(image).resize((16, 16), 3)) for image in others]
+    check(model.predict(others), np.stack(prepared), "swav")
     ragged = np.empty(2, dtype=object)
     ragged[:] = [others[0], others[1, :20, :, 0]]
     assert len(model.predict(ragged)) == 2
@@ -81,32 +83,33 @@ def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of
 
 
 def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels_there_is_no_class(
-    grey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    fake_workspace.build(tmp_path, ["simsiam"], labelled=False)
-    shape: dict[str, Any] = {"image_size": 12, "channels": 1, "network_channels": 3, "input_size": 24}
+    monkeypatch.chdir(shutil.copytree(unlabelled, tmp_path / "copy"))
+    shape: dict[str, Any] = {"image_size": 16, "channels": 1, "network_channels": 3, "input_size": 24}
     torch.manual_seed(0)
     wide = encoders.Encoder(backbone="small", mean=[0.4] * 3, std=[0.2] * 3, **shape)
-    encoders.save(wide.eval(), layout.out("pretrain", "simsiam"))
-    register.register("simsiam")
-    images = np.load(layout.split("test") / "images.npy")
-    check(load("simsiam").predict(images), images, "simsiam")
+    encoders.save(wide.eval(), layout.out("pretrain", "swav"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy/mlflow.db")
+    shutil.copy(root / "mlflow.db", "mlflow.db")
+    register.register("swav")
+    images = np.load(layout.split("test") / "images.npy")[..., :1]
+    check(load("swav").predict(images), images, "swav")
 
 
-def test_the_stored_model_has_a_signature_an_example_and_no_pickle(grey: Path) -> None:
+def test_the_stored_model_has_a_signature_an_example_and_no_pickle(root: Path) -> None:
     metadata = load("swav").metadata
     inputs = json.loads(metadata.signature.to_dict()["inputs"])
     assert inputs == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, -1, -1, -1]}}]
     assert metadata.saved_input_example_info
-    assert metadata.metadata["classes"] == ["class 0", "class 1", "class 2"]
-    files = {path.suffix for path in (grey / "mlartifacts").rglob("*") if path.is_file()}
+    assert metadata.metadata["classes"] == ["kind0", "kind1", "kind2"]
+    files = {path.suffix for path in (root / "mlartifacts").rglob("*") if path.is_file()}
     assert files <= {".py", ".txt", ".yaml", ".json", ".safetensors", ".npy", ""}
-    requirements = next((grey / "mlartifacts").rglob("requirements.txt")).read_text().split()
+    requirements = next((root / "mlartifacts").rglob("requirements.txt")).read_text().split()
     assert all(line.count("==") == 1 and "+" not in line for line in requirements)
 
 
-def test_it_loads_in_a_process_that_knows_nothing_of_the_repository(grey: Path, tmp_path: Path) -> None:
+def test_it_loads_in_a_process_that_knows_nothing_of_the_repository(root: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks.py").write_text("'''somebody else's module of the same name'''\n")
     code = """
 import sys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from tasks.model.register import champion
 from tasks.shared.operations import params, provenance, tracking
 from tasks.shared.outputs import layout
 from tests.paths import ROOT
-from tests.tasks import fake_workspace
 
 
 def version(number: int, data: str = "d", **scores: float) -> Any:
@@ -40,23 +38,27 @@ def test_the_champion_is_the_better_on_the_same_data(versions: list[Any], best: 
     assert champion(versions, "d").version == champion(versions[::-1], "d").version == best
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Inside a workspace with results of one encoder."""
-    root = tmp_path_factory.mktemp("registered")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", fake_workspace.store(tmp_path_factory, root))
-        patch.delenv(tracking.PARENT, raising=False)
-        fake_workspace.build(root, ["swav"])
-        yield tracking.connect()[0]
+@pytest.fixture
+def client(here: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of the store of a workspace in which every stage ran."""
+    shutil.copy(empty_store, here)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    for name in (tracking.PARENT, tracking.store.SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    return tracking.connect()[0]
+
+
+def write(path: Path, **values: Any) -> None:
+    """Change values of a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | values))
 
 
 def retrain(knn: float) -> str:
     """Register another classifier, of another held-out accuracy."""
-    for path, key in ((layout.out("linear", "swav") / "classifier.json", "weight_decay"),
-                      (layout.metrics("linear", "swav"), "knn_heldout")):  # fmt: skip
-        fake_workspace.write(path, json.loads(path.read_text()) | {key: knn})
+    write(layout.out("linear", "swav") / "classifier.json", weight_decay=knn)
+    write(layout.metrics("linear", "swav"), knn_heldout=knn)
     return register.register("swav").removeprefix("deepclust-swav version ")
 
 
@@ -70,10 +72,14 @@ def test_a_version_per_content_and_an_alias_that_moves_to_the_better_only(client
         "2 (champion stays version 3)",
     ]
     first = client.get_model_version("deepclust-swav", "1")
-    tags = {"run": trained.run_id, "data.hash": "data-1", "knn_heldout": "0.8"}
+    tags = {
+        "run": trained.run_id,
+        "data.hash": json.loads(layout.META.read_text())["content_hash"],
+        "knn_heldout": "0.8",
+    }
     assert first.run_id == trained.run_id
     assert first.tags.items() >= tags.items()
-    fake_workspace.write(layout.META, json.loads(layout.META.read_text()) | {"content_hash": "data-2"})
+    write(layout.META, content_hash="data-2")
     assert retrain(0.7) == "4 (champion)", "only test images changed"
     assert retrain(0.1) == "5 (champion stays version 4)"
     assert len(client.search_model_versions("name='deepclust-swav'")) == 5
@@ -98,7 +104,7 @@ def test_changed_code_of_a_prediction_is_a_new_version_and_a_remark_in_the_error
 def test_a_stored_model_asks_for_timm_where_it_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for backbone, needed in (("resnet18", False), ("timm/test_vit", True)):
-        fake_workspace.write(layout.out("pretrain", "any") / "encoder.json", {"backbone": backbone})
+        write(layout.out("pretrain", "any") / "encoder.json", backbone=backbone)
         found = [line.partition("==")[0] for line in register._requirements("any")]
         assert ("timm" in found) == needed
         assert {"torch", "safetensors"}.issubset(found)
@@ -107,13 +113,13 @@ def test_a_stored_model_asks_for_timm_where_it_needs_it(tmp_path: Path, monkeypa
 def test_an_encoder_that_has_not_run_is_named_and_nothing_is_registered_while_tracking_is_off(
     client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["register", "--encoder", "pcl"])
+    monkeypatch.setattr("sys.argv", ["register", "--encoder", "moco"])
     with pytest.raises(SystemExit) as stopped:
         register.main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "artifacts/pretrain/pcl/encoder.safetensors to register pcl" in error
+    assert "artifacts/pretrain/moco/encoder.safetensors to register moco" in error
     monkeypatch.setenv(tracking.store.SWITCH, "off")
     register.main()
     assert "tracking is off" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import pytest
 
 from deepclust.errors import PreemptedError, TrackingError
 from tasks.shared.operations import params, provenance, tracking
-from tests.tasks import fake_workspace
+from tests.paths import ROOT
 
 TRACK = (
     "from tasks.shared.operations import params, tracking\n"
@@ -29,8 +29,9 @@ TRACK = (
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a store that two processes opened at the same time."""
     root = tmp_path_factory.mktemp("tracked")
-    shutil.copy(fake_workspace.REPOSITORY / "params.yaml", root)
-    fake_workspace.write(root / "artifacts" / "prepare" / "meta.json", {"content_hash": "data-1"})
+    shutil.copy(ROOT / "params.yaml", root)
+    (root / "artifacts" / "prepare").mkdir(parents=True)
+    (root / "artifacts" / "prepare" / "meta.json").write_text('{"content_hash": "data-1"}')
     for words in ("init -q", "add params.yaml", "commit -qm x"):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words.split()]
         subprocess.run(command, cwd=root, check=True)
@@ -43,7 +44,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(root: Path, code: str, **environment: str) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DEEPCLUST"))}
-    kept |= {"PYTHONPATH": str(fake_workspace.REPOSITORY), **environment}
+    kept |= {"PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, cwd=root, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -182,7 +183,7 @@ def test_a_file_that_is_no_store_is_a_tracking_error(tmp_path: Path, monkeypatch
 def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:
     code = TRACK + "run.log_metrics({'a': 1.0}); run.pipeline.log_params({'b': 2}); run.log_artifact('none')\n"
     code += "import sys; assert 'mlflow' not in sys.modules; assert tracking.open_pipeline() == ''"
-    shutil.copy(fake_workspace.REPOSITORY / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     process = start(tmp_path, code, DEEPCLUST_TRACKING="off")
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 0
