@@ -81,7 +81,9 @@ def evaluate(
 
     def knn(bank: Tensor, queries: Tensor, query_labels: Tensor) -> dict[tuple[int, float], float]:
         predictions = probing.knn(
-            *(features["train"][bank], targets["train"][bank], queries),
+            features["train"][bank],
+            targets["train"][bank],
+            queries,
             classes=classes,
             neighbours=options.neighbours,
             temperatures=options.temperatures,
@@ -90,7 +92,8 @@ def evaluate(
 
     def fit(rows: Tensor, weight_decays: list[float]) -> list[probing.LinearClassifier]:
         return probing.fit_linear(
-            *(features["train"][rows], targets["train"][rows]),
+            features["train"][rows],
+            targets["train"][rows],
             classes=classes,
             weight_decays=weight_decays,
             iterations=options.iterations,

@@ -20,7 +20,7 @@ def unlisted(encoders: Iterable[str]) -> list[Path]:
     kept = set(encoders)
     found = []
     for name in ("pretrain", "embed", "cluster", "linear", "adapt"):
-        # Behind a link lies what belongs to another workspace as well.
+        # A link leads to a folder that another workspace uses too.
         linked = layout.out(name).is_symlink()
         found += [path for path in _entries(layout.out(name)) if path.is_dir() and not linked and path.name not in kept]
         for root in (layout.METRICS, layout.PLOTS):

@@ -1,4 +1,4 @@
-"""Runs in MLflow: one for each stage, nested under one for the pipeline. Only this module imports MLflow.
+"""Runs in MLflow: one for each stage, nested under one for the pipeline. All stages reach MLflow through this module.
 
     with tracking.stage_run("embed", "swav", params) as run:
         run.log_metrics({"rankme": 41.7})
