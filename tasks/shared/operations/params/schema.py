@@ -191,7 +191,7 @@ class Adapt(_WithSections):
     """Whether each adapter is measured a second time, with a fallback to bn and source."""
     align: Flag
     """Whether BatchNorm's running statistics become those of plain training images first."""
-    settings: Annotated[tuple[Literal["reset", "continual", "mixed", "correlated"], ...], NotEmpty]
+    settings: Annotated[tuple[str, ...], NotEmpty]
     """How shifts and classes follow one another."""
     batch_sizes: Annotated[tuple[Count, ...], NotEmpty]
     """Images that are met at once."""
@@ -230,7 +230,7 @@ class Adapt(_WithSections):
 
     def check(self) -> None:
         """Read every section, and compare names with what there is. Raises: ConfigError."""
-        from deepclust.adaptation import ADAPTERS
+        from deepclust.adaptation import ADAPTERS, shifts
         from deepclust.adaptation.base import LearnerConfig
         from deepclust.corruptions import CORRUPTIONS
 
@@ -238,6 +238,7 @@ class Adapt(_WithSections):
         for name in {"shared", *self.sections}.difference(names, ["shared"]):
             raise ConfigError(f"adapt.{name}: unknown parameter{hint(name, [*names, *self.own()])}")
         _check_names("adapt.adapters", self.adapters, ADAPTERS)
+        _check_names("adapt.settings", self.settings, shifts.SETTINGS)
         _check_names("adapt.corruptions", self.corruptions, CORRUPTIONS)
         if "shared" in self.sections:
             parse(LearnerConfig, self.sections["shared"], "adapt.shared")
@@ -348,7 +349,7 @@ def merged(shared: Any, own: Any) -> Any:
     return {**shared, **{key: merged(shared[key], value) if key in shared else value for key, value in own.items()}}
 
 
-def _check_names(path: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
+def _check_names(path: str, names: Iterable[str], known: Iterable[str]) -> None:
     for index, name in enumerate(names):
         if name not in known:
             raise ConfigError(f"{path}.{index}: expected one of {', '.join(known)}; got {name!r}{hint(name, known)}")

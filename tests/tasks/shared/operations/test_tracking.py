@@ -70,7 +70,7 @@ def test_processes_on_a_fresh_store_share_one_parent_and_say_where_they_come_fro
     assert len(parents) == 1
     parent = here.get_run(parents.pop())
     assert parent.info.status == "FINISHED"
-    assert parent.data.params["pretrain.swav.epochs"] == str(params.load().method("swav").epochs)  # type: ignore[union-attr]
+    assert parent.data.params["pretrain.swav.epochs"] == str(params.load().options("swav").epochs)  # type: ignore[attr-defined]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     expected = {"git.commit": commit, "git.dirty": "false", "data.hash": "data-1", "dvc.stage": "embed@swav"}
     expected |= {"mlflow.source.name": "tasks.embed", "mlflow.source.git.commit": commit}
@@ -135,7 +135,7 @@ def test_numbers_that_are_none_are_left_out_and_an_epoch_is_one_request(here: An
     found = here.get_run(run.run_id).data
     assert {name for name in found.metrics if not name.startswith("system/")} == {"loss", "rate"}
     assert len([call for call in calls if any(item.key == "loss" for item in call.get("metrics", ()))]) == 1
-    assert found.params["optimiser.rate"] == str(params.load().method("swav").optimiser.rate)  # type: ignore[union-attr]
+    assert found.params["optimiser.rate"] == str(params.load().options("swav").optimiser.rate)  # type: ignore[attr-defined]
     assert found.params["crops.0.count"] == "2"
 
 

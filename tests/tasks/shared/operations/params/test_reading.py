@@ -29,7 +29,7 @@ def _with(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     *parents, last = dotted.split(".")
     for part in parents:
         here = here[int(part) if part.isdigit() else part]
-    here[last] = value
+    here[last] = here[last] | value if isinstance(value, dict) and last in ("tsd", "lame") else value
     return raw
 
 
@@ -53,6 +53,14 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("cluster.normalise", 1, r"^cluster\.normalise: expected a valid boolean, got 1$"),
         ("linear.neighbours", [], r"^linear\.neighbours: .*at least 1 item.*$"),
         ("adapt.tsd.filter", 1, r"^adapt\.tsd\.filter: unknown parameter; did you mean filter_k\?$"),
+        ("adapt.tsd", {"compat": "original", "steps": 2}, r"^adapt\.tsd: compat 'original' means steps 1, got 2; "),
+        (
+            "adapt.tsd",
+            {"local_weight": 0.0, "parameters": "head"},
+            r"^adapt\.tsd: .* no gradient reaches parameters head",
+        ),
+        ("adapt.lame", {"affinity": "linear", "neighbours": 5}, r"^adapt\.lame: affinity 'linear' has no neighbours"),
+        ("adapt.settings", ["rest"], r"^adapt\.settings\.0: expected one of .*; got 'rest'; did you mean reset\?$"),
         ("adapt.tdd", {}, r"^adapt\.tdd: unknown parameter; did you mean tsd\?$"),
         ("adapt.severities", [6], r"^adapt\.severities\.0: .*less than or equal to 5, got 6"),
         ("adapt.severities", [5, 3, 5], r"^adapt: severities must be distinct, got \[5, 3, 5\]$"),
