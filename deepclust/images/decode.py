@@ -6,13 +6,15 @@ brightness stays comparable between images. EXIF rotation is applied. Of an anim
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepclust.errors import DataError
 
@@ -21,19 +23,9 @@ EXTENSIONS = frozenset(
 )
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 Resize = Literal["crop", "pad", "stretch"]
 
-# A damaged file is either skipped with its reason or reads well; the decoder's mutterings in between help nobody.
+# Pillow warns of files that it still reads. One that it can not read is skipped with a reason, so no warning is needed.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -58,26 +50,18 @@ def read_image(path: Path, *, image_size: int, channels: int, resize: Resize, ma
     Raises:
         DataError: If it can not be read; the message is the reason alone, without the path.
     """
-    try:
-        with _open(path, max_pixels) as image:
-            image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes large photographs several times faster
-            image.load()
-            return square(_plain(_upright(image)), image_size=image_size, channels=channels, resize=resize)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise undocumented types on damaged files
-        raise DataError(_reason(error)) from error
+    with _opened(path, max_pixels) as image:
+        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes large photographs several times faster
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return square(_plain(image), image_size=image_size, channels=channels, resize=resize)
 
 
 def shorter_side(path: Path, *, max_pixels: int) -> int:
     """Shorter side in pixels, from the header. Raises: DataError as `read_image`."""
-    try:
-        with _open(path, max_pixels) as image:
-            return min(image.size)
-    except DataError:
-        raise
-    except Exception as error:  # as above
-        raise DataError(_reason(error)) from error
+    with _opened(path, max_pixels) as image:
+        return min(image.size)
 
 
 def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
@@ -87,11 +71,9 @@ def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize
     if image.size != (image_size, image_size):
         # Pillow's bicubic widens with the reduction, so it does not alias.
         if resize == "crop":
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
         elif resize == "pad":
+            # ImageOps.pad would round half an odd border to the nearest even number, and can lose a side of one pixel.
             scale = image_size / max(width, height)
             size = max(1, round(width * scale)), max(1, round(height * scale))
             whole = Image.new(image.mode, (image_size, image_size))
@@ -103,23 +85,21 @@ def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize
     return np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels)
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """A file's image, of which only the header is read; what fails within the block is a DataError too."""
     if not path.is_file():
         raise DataError("not a regular file")  # a pipe would be waited for
     Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
-    image = Image.open(path, formats=_FORMATS)
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise undocumented types on damaged files
+        raise DataError(_reason(error)) from error
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from deepclust.errors import DataError
 from deepclust.images import decode, find, sampling
 
 LABELS = "labels.csv"
-TRAIN = "train"
+TRAIN = ("train",)
 TEST = ("test", "val", "valid", "validation")
 UNLABELLED = ("unlabelled", "unlabeled")
 AUTO_SIZES = (8, 64)  # pixels: from and to
@@ -91,7 +91,7 @@ def load(path: str, *, test_fraction: float, seed: int, max_pixels: int) -> Fold
     top = _top(root, files.images)
     sides = _sides(files.images, top, warnings)
     if (root / top / LABELS).is_file():
-        listed = read_labels(root, top, files)
+        listed = _read_labels(root, top, files)
         found = {split: [listed.get(image) for image in side] for split, side in sides.items()}
     else:
         found = {split: _classes(list(side.values()), warnings) for split, side in sides.items()}
@@ -122,12 +122,9 @@ def _heads(paths: Iterable[str]) -> set[str]:
     return {path.split("/", 1)[0] for path in paths if "/" in path}
 
 
-def _test_of(heads: set[str]) -> str | None:
-    return next((head for name in TEST for head in sorted(heads) if head.lower() == name), None)
-
-
-def _train_of(heads: set[str]) -> str | None:
-    return next((head for head in sorted(heads) if head.lower() == TRAIN), None)
+def _first(heads: set[str], names: Iterable[str]) -> str | None:
+    """The folder that has the first of these names, in whatever case."""
+    return next((head for name in names for head in sorted(heads) if head.lower() == name), None)
 
 
 def _top(root: Path, images: list[str]) -> str:
@@ -137,7 +134,7 @@ def _top(root: Path, images: list[str]) -> str:
         return ""
     top = f"{heads.pop()}/"
     inner = _heads(image.removeprefix(top) for image in images)
-    return top if (root / top / LABELS).is_file() or (_train_of(inner) and _test_of(inner)) else ""
+    return top if (root / top / LABELS).is_file() or (_first(inner, TRAIN) and _first(inner, TEST)) else ""
 
 
 def _sides(images: list[str], top: str, warnings: list[str]) -> dict[str, Side]:
@@ -145,7 +142,7 @@ def _sides(images: list[str], top: str, warnings: list[str]) -> dict[str, Side]:
     inner = {image: image.removeprefix(top) for image in images}
     heads = _heads(inner.values())
     unlabelled = {head for head in heads if head.lower() in UNLABELLED}
-    train, test = _train_of(heads), _test_of(heads)
+    train, test = _first(heads, TRAIN), _first(heads, TEST)
     loose = any("/" not in path for path in inner.values())
     if train is None or (test is None and (loose or heads - unlabelled != {train})):
         return {"train": inner}
@@ -198,15 +195,14 @@ def _drawn(
     chosen = sampling.stratified(labels, fraction, rng)
     if not len(chosen):  # each class has one image only
         chosen = sampling.stratified(np.zeros_like(labels), fraction, rng)
-    is_test = np.isin(np.arange(len(paths)), chosen)
-    sides = {"train": np.flatnonzero(~is_test), "test": np.flatnonzero(is_test)}
+    sides = {"train": np.setdiff1d(np.arange(len(paths)), chosen), "test": chosen}
     return (
         {split: [paths[index] for index in indices] for split, indices in sides.items()},
         {split: labels[indices] for split, indices in sides.items()},
     )
 
 
-def read_labels(root: Path, top: str, files: find.Files) -> dict[str, str | None]:
+def _read_labels(root: Path, top: str, files: find.Files) -> dict[str, str | None]:
     """labels.csv as path: class, paths relative to the root.
 
     Raises:
@@ -223,25 +219,18 @@ def read_labels(root: Path, top: str, files: find.Files) -> dict[str, str | None
                     f"{' and no '.join(sorted(missing))}; add it"
                 )
             for row in rows:
-                where = f"{LABELS} line {rows.line_num}"
+                path = PurePosixPath(row["path"] or "")
+                name, problem = f"{top}{path}", None
                 if not row["path"] or row["label"] is None:
-                    raise DataError(
-                        f"{where}: expected a path and a label (or nothing after the comma); complete the line"
-                    )
-                path = PurePosixPath(row["path"])
-                if path.is_absolute() or ".." in path.parts:
-                    raise DataError(
-                        f"{where}: expected a path inside the folder, got {row['path']!r}; mend or remove it"
-                    )
-                name = f"{top}{path}"
-                if name not in known:
-                    raise DataError(
-                        f"{where}: expected an image of the folder, found no {row['path']!r}; mend or remove it"
-                    )
-                if name in labels:
-                    raise DataError(
-                        f"{where}: expected each image once, got {row['path']!r} again; remove one of the lines"
-                    )
+                    problem = "expected a path and a label (or nothing after the comma); complete the line"
+                elif path.is_absolute() or ".." in path.parts:
+                    problem = f"expected a path inside the folder, got {row['path']!r}; mend or remove it"
+                elif name not in known:
+                    problem = f"expected an image of the folder, found no {row['path']!r}; mend or remove it"
+                elif name in labels:
+                    problem = f"expected each image once, got {row['path']!r} again; remove one of the lines"
+                if problem:
+                    raise DataError(f"{LABELS} line {rows.line_num}: {problem}")
                 labels[name] = row["label"].strip() or None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{LABELS}: expected a CSV file in UTF-8, got: {error}; save it as such") from error

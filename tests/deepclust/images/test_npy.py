@@ -11,9 +11,10 @@ import pytest
 from deepclust.images.npy import RowFile
 
 
-@pytest.mark.parametrize("counts", [[], [1], [0, 9, 1], [1] * 1200])
+@pytest.mark.parametrize("counts", [[], [0, 9, 1], [1] * 1200])
 def test_the_file_is_what_numpy_would_have_saved(tmp_path: Path, counts: list[int]) -> None:
-    parts = [np.random.default_rng(0).random((count, 2, 3)).astype(np.float32) for count in counts]
+    # Rows that do not lie in order in memory are written in order all the same.
+    parts = [np.random.default_rng(0).random((count, 3, 2)).astype(np.float32).mT for count in counts]
     with RowFile(tmp_path / "a.npy", (2, 3), np.float32) as rows:
         for part in parts:
             rows.append(part)
@@ -21,13 +22,6 @@ def test_the_file_is_what_numpy_would_have_saved(tmp_path: Path, counts: list[in
     np.save(expected, np.concatenate([np.empty((0, 2, 3), np.float32), *parts]))
     assert (tmp_path / "a.npy").read_bytes() == expected.getvalue()
     assert rows.count == sum(counts)
-
-
-def test_values_that_do_not_lie_in_order_in_memory_are_written_in_order(tmp_path: Path) -> None:
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(0, 2, 1)
-    with RowFile(tmp_path / "a.npy", (4, 3), np.uint8) as rows:
-        rows.append(array)
-    assert np.array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")
