@@ -42,31 +42,26 @@ def load() -> Arrays:
         DataError: If no source has the whole data set.
     """
     cached = download.cache() / "fashion-mnist"
+    sources: dict[str, Callable[[Path], Path]] = {
+        "the cache": lambda _: cached,
+        f"Debian's package in {INSTALLED}": lambda _: INSTALLED,
+        "the download": _download,
+        "Debian's package tools": _debian,
+    }
     problems: list[str] = []
-    for name, folder in (("the cache", cached), (f"Debian's package in {INSTALLED}", INSTALLED)):
-        try:
-            arrays = _read(folder)
-        except FileNotFoundError:
-            problems.append(f"{name}: not there")
-        except DataError as error:
-            problems.append(f"{name}: {error}")
-            download.warn(f"{error}; trying the next source")
-        else:
-            if folder != cached and cached.exists():
-                _keep(folder, cached)
-            return arrays
-    for name, fill in _REMOTE.items():
+    for name, found_in in sources.items():
         with tempfile.TemporaryDirectory(prefix="deepclust-") as temporary:
             try:
-                folder = fill(Path(temporary))
+                folder = found_in(Path(temporary))
                 arrays = _read(folder)
+            except FileNotFoundError:
+                problems.append(f"{name}: not there")
             except DataError as error:
                 problems.append(f"{name}: {error}")
                 download.warn(f"Fashion-MNIST, {name}: {error}; trying the next source")
-            except FileNotFoundError as error:
-                problems.append(f"{name}: {error.filename} is missing")
             else:
-                _keep(folder, cached)
+                if folder != cached and (folder != INSTALLED or cached.exists()):
+                    _keep(folder, cached)
                 return arrays
     raise DataError(
         f"expected Fashion-MNIST, got it from no source ({'; '.join(problems)}); connect this machine, install "
@@ -139,6 +134,3 @@ def _run(command: list[str], folder: Path) -> None:
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise DataError(f"{words} failed: {last}")
-
-
-_REMOTE: dict[str, Callable[[Path], Path]] = {"the download": _download, "Debian's package tools": _debian}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import math
 import zlib
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def read(path: Path, *, sha256: str | None = None) -> NDArray[np.uint8]:
 
     Args:
         path: The file; `.gz` at its end means gzip.
-        sha256: What the decompressed bytes must hash to.
+        sha256: What the decompressed bytes must hash to. None: the file itself was checked before.
 
     Returns:
         An array of the file's own shape: (N,) labels or (N, H, W) images.
@@ -35,15 +34,9 @@ def read(path: Path, *, sha256: str | None = None) -> NDArray[np.uint8]:
             content = file.read(_LIMIT)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged: expected gzip, got: {error}") from error
-    if sha256:
-        got = hashlib.sha256(content).hexdigest()
-        if got != sha256:
-            raise DataError(f"{path} is damaged: expected SHA-256 {sha256} of its decompressed bytes, got {got}")
-    if content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path} is damaged: expected an IDX file of unsigned bytes, got the head {content[:4]!r}")
+    if sha256 and (got := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(f"{path} is damaged: expected SHA-256 {sha256} of its decompressed bytes, got {got}")
+    # torchvision's `read_image_file` would read a file once more, after its check, and uncompressed ones only.
     dimensions = content[3]
-    shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
-    body = len(content) - 4 - 4 * dimensions
-    if body != math.prod(shape):
-        raise DataError(f"{path} is damaged: expected {math.prod(shape)} bytes for its shape {shape}, got {body}")
+    shape = np.frombuffer(content, ">u4", dimensions, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

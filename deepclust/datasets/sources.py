@@ -1,12 +1,16 @@
-"""Data sets by name, read from their published binary files: no pickle, no path taken from an archive."""
+"""Data sets by name, read from their published binary files: no pickle, no path taken from an archive.
+
+torchvision's classes read the same arrays, which the tests compare, but: its CIFAR unpickles, its MNIST wants unpacked
+files that it does not check, its SVHN hashes once more what `download.verified` has hashed, and its STL10 holds 3 GB in
+memory.
+"""
 
 from __future__ import annotations
 
 import io
 import shutil
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust.datasets import download, fashion_mnist, idx
-from deepclust.errors import DataError
 from deepclust.images import decode
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -68,16 +71,10 @@ def load(name: str) -> Named:
     """Get a data set, from the cache or its publisher.
 
     Raises:
-        DataError: If it can not be had or is damaged.
+        DataError: If it can not be had whole: no file is read whose sum is not the published one.
     """
     classes, train, test = LOADERS[name]()
     parts = {"train": train, "test": test}
-    for split, (images, labels) in parts.items():
-        if len(images) != len(labels) or labels.min() < -1 or labels.max() >= len(classes):
-            raise DataError(
-                f"{name}: expected as many {split} labels as images ({len(images)}), all below {len(classes)}; got "
-                f"{len(labels)} up to {labels.max()}; empty {download.cache()} and run again"
-            )
     return Named(
         name=name,
         classes=classes,
@@ -88,16 +85,14 @@ def load(name: str) -> Named:
     )
 
 
-def _grey(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Parts:
-    return images[..., None], labels.astype(np.int64)
+def _mnists(part: str, arrays: fashion_mnist.Arrays) -> Parts:
+    """Images and labels of `train` or `t10k`, which all three data sets of this kind call alike."""
+    return arrays[f"{part}-images-idx3-ubyte"][..., None], arrays[f"{part}-labels-idx1-ubyte"].astype(np.int64)
 
 
 def _fashion_mnist() -> tuple[list[str], Parts, Parts]:
     arrays = fashion_mnist.load()
-    train, test = (
-        _grey(arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]) for part in ("train", "t10k")
-    )
-    return fashion_mnist.CLASSES, train, test
+    return fashion_mnist.CLASSES, _mnists("train", arrays), _mnists("t10k", arrays)
 
 
 def _idx(folder: str, mirrors: list[str], classes: list[str], md5: dict[str, str]) -> tuple[list[str], Parts, Parts]:
@@ -105,10 +100,7 @@ def _idx(folder: str, mirrors: list[str], classes: list[str], md5: dict[str, str
     for name, sum_ in md5.items():
         urls = [f"{mirror}/{name}.gz" for mirror in mirrors]
         arrays[name] = idx.read(download.verified(download.cache() / folder / f"{name}.gz", urls, md5=sum_))
-    train, test = (
-        _grey(arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]) for part in ("train", "t10k")
-    )
-    return classes, train, test
+    return classes, _mnists("train", arrays), _mnists("t10k", arrays)
 
 
 def _mnist() -> tuple[list[str], Parts, Parts]:
@@ -137,29 +129,16 @@ def _archive(name: str, url: str, md5: str) -> Path:
     return download.verified(download.cache() / name, [f"{url}/{name}"], md5=md5)
 
 
-def _members(archive: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Whole members of a tar. Raises: DataError if one is missing or the archive is damaged."""
-    wanted, found = set(names), {}
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.name in wanted and (file := tar.extractfile(member)):
-                    found[member.name] = file.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive} is damaged ({error}); remove it and run again") from error
-    if missing := sorted(wanted - set(found)):
-        raise DataError(f"expected {', '.join(missing)} in {archive}, found none; remove it and run again")
-    return found
+def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Whole members of a tar, which is read once from its start to its end."""
+    with tarfile.open(archive) as tar:
+        wanted = ((member.name, tar.extractfile(member)) for member in tar if member.name in names)
+        return {name: file.read() for name, file in wanted if file}
 
 
 def _records(content: bytes, label_bytes: int) -> Parts:
     """CIFAR's records: labels, of which the last is the finest, then 32 x 32 red, green and blue."""
-    size = label_bytes + 3 * 32 * 32
-    if len(content) % size:
-        raise DataError(
-            f"expected records of {size} bytes, got {len(content)} bytes; empty {download.cache()} and run again"
-        )
-    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
     pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return pixels, records[:, label_bytes - 1].astype(np.int64)
 
@@ -223,8 +202,6 @@ def _stl10_images(archive: Path, split: str, parts: list[str]) -> NDArray[np.uin
                     tar.extractfile(f"stl10_binary/{part}_X.bin") or io.BytesIO() as member,
                 ):
                     shutil.copyfileobj(member, file)
-        if partial.stat().st_size != size:
-            raise DataError(f"expected {size} bytes of {split} images in {archive}, got {partial.stat().st_size}")
         partial.replace(target)
     columns_first = np.memmap(target, np.uint8, "r").reshape(-1, 3, 96, 96)  # as MATLAB stores them
     return columns_first.transpose(0, 3, 2, 1)
