@@ -98,7 +98,7 @@ def fit(
         ConfigError: If k is not in 1..number of points, or the engine is unknown, on all processes.
         DataError: If a point is not finite, on all processes.
     """
-    _check_engine(engine)
+    engine_used(engine, points_ND.device)  # refuses an unknown one
     _, count = _place(points_ND)
     if not 1 <= k <= count:
         raise ConfigError(f"expected 1 ≤ k ≤ {count}, the number of points; got k = {k}; lower it")
@@ -117,15 +117,7 @@ def fit(
             centroids = _INITIALISATIONS[initialisation](points, k, generator)
         else:
             centroids = F.normalize(initial.float(), dim=1) if spherical else initial.float().clone()
-        found = _lloyd(
-            points,
-            centroids,
-            total=total,
-            iterations=iterations,
-            tolerance=tolerance,
-            spherical=spherical,
-            engine=engine,
-        )
+        found = _lloyd(points, centroids, total, iterations, tolerance, spherical, engine)
         if best is None or found.inertia < best.inertia:
             best = found
     assert best is not None, f"expected at least one run, got {restarts}"
@@ -133,14 +125,7 @@ def fit(
 
 
 def _lloyd(
-    points: Tensor,
-    centroids: Tensor,
-    *,
-    total: float,
-    iterations: int,
-    tolerance: float,
-    spherical: bool,
-    engine: Engine,
+    points: Tensor, centroids: Tensor, total: float, iterations: int, tolerance: float, spherical: bool, engine: Engine
 ) -> Clusters:
     """One run from `centroids`; `total` is the sum of the points' squared lengths."""
     k = len(centroids)
@@ -224,22 +209,13 @@ def engine_used(engine: Engine, device: torch.device) -> Engine:
     Raises:
         ConfigError: If the engine is unknown.
     """
-    _check_engine(engine)
-    if engine == "torch" or faiss is None:
-        return "torch"
-    if device.type == "cpu":
-        return "faiss"
-    return "faiss" if device.type == "cuda" and _faiss_knows(device) else "torch"
-
-
-def _check_engine(engine: str) -> None:
     if engine not in get_args(Engine):
         raise ConfigError(f"expected an engine of k-means (faiss or torch), got {engine!r}; name one of the two")
-
-
-def _faiss_knows(device: torch.device) -> bool:
-    """Whether this faiss was built for GPUs and sees this one."""
-    return hasattr(faiss, "StandardGpuResources") and _index(device) < faiss.get_num_gpus()
+    if engine == "torch" or faiss is None:
+        return "torch"
+    if device.type == "cuda" and hasattr(faiss, "StandardGpuResources") and _index(device) < faiss.get_num_gpus():
+        return "faiss"  # which was built for GPUs and sees this one
+    return "faiss" if device.type == "cpu" else "torch"
 
 
 def _index(device: torch.device) -> int:
@@ -357,7 +333,8 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chosen = points.new_empty(k, points.shape[1])
     chosen[:1] = _fetch(points, start, first)
     closest = points.new_full((len(points),), math.inf)
-    _lower(closest, points, norms, chosen[:1], _fetch(norms, start, first))
+    for near, with_first in _lowered(closest, points, norms, chosen[:1], _fetch(norms, start, first)):
+        near.copy_(with_first[:, 0])
     for number in range(1, k):
         cumulative = closest.cumsum(0, dtype=torch.float64)
         weights = distributed.gather(cumulative[-1:].sum(0, keepdim=True))
@@ -368,35 +345,28 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
         # Fewer distinct points than clusters leave no weight: any point will do then.
         drawn = distributed.all_sum(before).clamp(max=count - 1)
         rows, norms_of_rows = _fetch(points, start, drawn), _fetch(norms, start, drawn)
-        best = distributed.all_sum(_potentials(closest, points, norms, rows, norms_of_rows)).argmin()
+        sums = torch.zeros(candidates, dtype=torch.float64, device=points.device)
+        for _, with_each in _lowered(closest, points, norms, rows, norms_of_rows):
+            sums += with_each.sum(0, dtype=torch.float64)
+        best = distributed.all_sum(sums).argmin()
         chosen[number] = rows[best]
-        _lower(closest, points, norms, rows[best][None], norms_of_rows[best][None])
+        for near, with_best in _lowered(closest, points, norms, rows[best][None], norms_of_rows[best][None]):
+            near.copy_(with_best[:, 0])
     return chosen
 
 
-def _potentials(closest: Tensor, points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:
-    """For each of a few others, the sum in float64 of the points' squared distances to the nearest, with it added."""
-    sums = torch.zeros(len(others), dtype=torch.float64, device=points.device)
+def _lowered(
+    closest: Tensor, points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Block by block: the points' squared distances to the nearest, and what they are with each of a few others added.
+
+    `norms` are squared lengths.
+    """
     for block, squares, near in zip(
         _blocks(points), _blocks(norms, like=points), _blocks(closest, like=points), strict=True
     ):
-        after = _squared_to(block, squares, others, norms_of_others)
-        sums += torch.minimum(near[:, None], after, out=after).sum(0, dtype=torch.float64)
-    return sums
-
-
-def _lower(closest: Tensor, points: Tensor, norms: Tensor, other: Tensor, norm: Tensor) -> None:
-    """Lower the points' squared distances to the nearest by those to another one (1, D), in place."""
-    for block, squares, near in zip(
-        _blocks(points), _blocks(norms, like=points), _blocks(closest, like=points), strict=True
-    ):
-        torch.minimum(near, _squared_to(block, squares, other, norm)[:, 0], out=near)
-
-
-def _squared_to(points: Tensor, norms: Tensor, others: Tensor, norms_of_others: Tensor) -> Tensor:
-    """Squared distances (N, len(others)) of all points to some, given the squared lengths of both."""
-    products = points @ others.T
-    return products.mul_(-2).add_(norms[:, None]).add_(norms_of_others).clamp_(min=0)
+        squared = (block @ others.T).mul_(-2).add_(squares[:, None]).add_(norms_of_others).clamp_(min=0)
+        yield near, torch.minimum(near[:, None], squared, out=squared)
 
 
 _INITIALISATIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {

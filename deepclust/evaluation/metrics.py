@@ -21,8 +21,7 @@ def matched_accuracy(labels: Labels, clusters: Labels) -> float:
         labels: (N,) class of each item.
         clusters: (N,) cluster of each item.
     """
-    counts = np.zeros((clusters.max() + 1, labels.max() + 1), dtype=np.int64)
-    np.add.at(counts, (clusters, labels), 1)
+    counts = sklearn_metrics.cluster.contingency_matrix(clusters, labels)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return float(counts[rows, columns].sum() / len(labels))
 
