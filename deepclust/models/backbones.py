@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,23 +48,18 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def _convnet(width: int) -> Callable[[int, int], tuple[nn.Module, int]]:
-    def build_convnet(channels: int, image_size: int) -> tuple[nn.Module, int]:
-        return (
-            nn.Sequential(
-                nn.Conv2d(channels, width, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-                ResidualBlock(width, width, 1),
-                ResidualBlock(width, 2 * width, 2),
-                ResidualBlock(2 * width, 4 * width, 2),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-            ),
-            4 * width,
-        )
-
-    return build_convnet
+def _convnet(width: int, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    net = nn.Sequential(
+        nn.Conv2d(channels, width, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        ResidualBlock(width, width, 1),
+        ResidualBlock(width, 2 * width, 2),
+        ResidualBlock(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return net, 4 * width
 
 
 def _pixels(channels: int, image_size: int) -> tuple[nn.Module, int]:
@@ -86,8 +82,8 @@ def _resnet(name: str, *, channels: int, stem: str) -> tuple[nn.Module, int]:
 
 _OTHERS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "pixels": _pixels,
-    "small": _convnet(32),
-    "medium": _convnet(64),
+    "small": functools.partial(_convnet, 32),
+    "medium": functools.partial(_convnet, 64),
 }
 
 
@@ -199,17 +195,20 @@ def download(name: str, *, image_size: int) -> dict[str, Tensor]:
 
 def _timm(name: str, *, channels: int, image_size: int) -> tuple[nn.Module, int]:
     net = _create(name, image_size=image_size, in_chans=channels, num_classes=0)
-    images = torch.zeros(2, channels, image_size, image_size, device="meta")
     try:
-        # On `meta` nothing is computed; on a copy, so that the network itself stays where it is.
-        with torch.no_grad():
-            features = copy.deepcopy(net).eval().to("meta")(images)
+        features = _output(net, channels, image_size)
     except Exception as error:  # whatever the model's own layers raise
-        raise _unfit(name, tuple(images.shape[1:]), error) from error
+        raise _unfit(name, (channels, image_size, image_size), error) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ConfigError(f"backbone: expected features (2, dim) of 2 images, {TIMM}{name} gives {shape}; take another")
     return net, features.shape[1]
+
+
+@torch.no_grad()
+def _output(net: nn.Module, channels: int, size: int) -> Any:
+    """What a copy of the network gives for two images on `meta`, where nothing is computed."""
+    return copy.deepcopy(net).eval().to("meta")(torch.zeros(2, channels, size, size, device="meta"))
 
 
 def _create(name: str, *, image_size: int, **options: Any) -> nn.Module:
@@ -250,16 +249,14 @@ def _line(error: Exception) -> str:
 
 
 def check_crops(backbone: nn.Module, sizes: Sequence[int], *, channels: int) -> None:
-    """Refuse sizes of crops that a backbone can not take, on `meta`, where nothing is computed.
+    """Refuse sizes of crops that a backbone can not take.
 
     Raises:
         ConfigError: With the crop and what the backbone's layers say.
     """
-    shadow = copy.deepcopy(backbone).eval().to("meta")
     for number, size in enumerate(sizes):
         try:
-            with torch.no_grad():
-                shadow(torch.zeros(2, channels, size, size, device="meta"))
+            _output(backbone, channels, size)
         except Exception as error:  # whatever the backbone's own layers raise
             raise ConfigError(
                 f"crops.{number}.size: the backbone can not take crops of {size} pixels ({_line(error)}); "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ def extract(
         DataError: If there are no images, or a feature is not finite.
     """
     features: NDArray[np.float32] | None = None
-    for where, rows in _batches(encoder, images, slice(0, len(images)), batch_size, device):
+    for where, rows in batches(encoder, images, slice(0, len(images)), batch_size=batch_size, device=device):
         if features is None:
             features = np.empty((len(images), rows.shape[1]), dtype=np.float32)
         features[where] = rows
@@ -44,48 +43,27 @@ def extract(
     return features
 
 
-class Rows(Protocol):
-    """Where rows can be written: an array, or a file."""
-
-    def __setitem__(self, where: slice, rows: NDArray[np.float32], /) -> None:
-        """Write some rows."""
-
-
-def extract_into(
-    features: Rows,
+@torch.inference_mode()
+def batches(
     encoder: Callable[[Tensor], Tensor],
     images: NDArray[np.uint8],
-    *,
     rows: slice,
+    *,
     batch_size: int,
     device: torch.device,
-) -> None:
-    """Write the features of some images into their rows, holding no more than a batch at a time.
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Features of some images, a batch at a time, with the rows that they belong to.
 
     Args:
-        features: (N, D) float32, of which only `rows` are touched.
         encoder: As for `extract`.
-        images: All N, as for `extract`; as a rule a memory map too.
+        images: All N, as for `extract`; may be a memory map, of which a batch at a time is read.
         rows: Start and stop of the images to embed; may be empty.
         batch_size: Images of a forward pass.
         device: Where the encoder is.
 
     Raises:
-        DataError: If there are no images at all, or a feature is not finite; the rows before it are written then.
+        DataError: If there are no images at all, or a feature is not finite.
     """
-    for where, embedded in _batches(encoder, images, rows, batch_size, device):
-        features[where] = embedded
-
-
-@torch.inference_mode()
-def _batches(
-    encoder: Callable[[Tensor], Tensor],
-    images: NDArray[np.uint8],
-    rows: slice,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Batch by batch, which images they are and their finite features."""
     if len(images) == 0:
         raise DataError("expected at least one image to embed, got none")
     for start in range(rows.start, rows.stop, batch_size):

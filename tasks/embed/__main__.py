@@ -58,7 +58,8 @@ def embed(
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(images), trained.feature_dim))
     with distributed.together(), _File(path) as rows:
         share = distributed.share(len(images))
-        features.extract_into(rows, trained, images, rows=share, batch_size=batch_size, device=device)
+        for where, embedded in features.batches(trained, images, share, batch_size=batch_size, device=device):
+            rows[where] = embedded
     return len(images)
 
 
