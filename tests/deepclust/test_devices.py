@@ -34,7 +34,7 @@ KMEANS = {"fit", "_nearest", "_fetch", "_plus_plus", "_lloyd", "_accumulate", "_
 # Before an epoch: features go through numpy, and are clustered.
 BEFORE_EPOCH = {
     "deepcluster_v2.DeepClusterV2.before_epoch",
-    "features._batches",
+    "features.batches",
     *(f"kmeans.{each}" for each in KMEANS),
 }
 # An adapter refuses a batch before it does harm, so it has to know.
@@ -105,7 +105,7 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_copies_nothing_to_the_gpu_that_waits_for_it(name: str) -> None:
-    once = {"data.Images.__init__", "features._batches", "loop.train", "kmeans._random_points"}
+    once = {"data.Images.__init__", "features.batches", "loop.train", "kmeans._random_points"}
     assert set(watched(name).uploads) <= once | {"kmeans.concentration"}
 
 
