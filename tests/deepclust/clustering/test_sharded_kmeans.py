@@ -15,7 +15,7 @@ from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError, DataError
 from tests import processes
 
-WORLDS = (2, 4)
+BOTH = pytest.mark.parametrize("initialisation", ["k-means++", "points"])
 
 
 def points(count: int, *, unit: bool = False) -> Tensor:
@@ -27,18 +27,15 @@ def points(count: int, *, unit: bool = False) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=1) if unit else rows
 
 
-def few_distinct(count: int) -> Tensor:
-    """Exact copies of five points, whose squares and products are whole numbers."""
-    return torch.tensor([[0.0, 0.0], [3.0, 1.0], [8.0, 0.0], [0.0, 9.0], [-7.0, 5.0]]).repeat(count // 5 + 1, 1)[:count]
-
-
-def fit(rows: Tensor, k: int, options: dict[str, Any], sizes: list[int] | None = None) -> kmeans.Clusters:
-    """The fit on this process's rows: its share, or as many as `sizes` says."""
+def fit(rows: Tensor | str, k: int, options: dict[str, Any], sizes: list[int] | None = None) -> kmeans.Clusters:
+    """The fit on this process's rows: its share, or as many as `sizes` says; rows may be those of a file."""
+    if isinstance(rows, str):
+        rows = torch.from_numpy(np.load(rows, mmap_mode="c"))
     mine = distributed.share(len(rows))
     if sizes is not None:
         start = sum(sizes[: distributed.rank()])
         mine = slice(start, start + sizes[distributed.rank()])
-    return kmeans.fit(rows[mine], k, **options)
+    return kmeans.fit(rows[mine], k, **({"seed": 0, "iterations": 20} | options))
 
 
 def joined(parts: list[kmeans.Clusters]) -> kmeans.Clusters:
@@ -47,13 +44,8 @@ def joined(parts: list[kmeans.Clusters]) -> kmeans.Clusters:
     for part in parts[1:]:
         assert torch.equal(part.centroids, first.centroids)
         assert (part.inertia, part.iterations) == (first.inertia, first.iterations)
-    return kmeans.Clusters(
-        first.centroids,
-        torch.cat([part.assignments for part in parts]),
-        torch.cat([part.distances for part in parts]),
-        first.inertia,
-        first.iterations,
-    )
+    assignments, distances = (torch.cat([getattr(part, of) for part in parts]) for of in ("assignments", "distances"))
+    return kmeans.Clusters(first.centroids, assignments, distances, first.inertia, first.iterations)
 
 
 def assert_same(many: kmeans.Clusters, one: kmeans.Clusters, rows: Tensor) -> None:
@@ -68,132 +60,75 @@ def assert_same(many: kmeans.Clusters, one: kmeans.Clusters, rows: Tensor) -> No
     torch.testing.assert_close(chosen[:, 0], chosen[:, 1], rtol=0, atol=1e-6)
 
 
-OPTIONS = {
-    "k-means++": {"initialisation": "k-means++"},
-    "points": {"initialisation": "points"},
-    "spherical": {"initialisation": "points", "spherical": True},
-    "spherical k-means++": {"initialisation": "k-means++", "spherical": True},
-    "restarts": {"initialisation": "points", "restarts": 4},
-}
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_many_processes_find_what_one_finds(world: int, name: str, seed: int) -> None:
-    rows = points(601, unit="spherical" in name)
-    options = {"seed": seed, "iterations": 30} | OPTIONS[name]
-    one = fit(rows, 13, options)
+@pytest.mark.parametrize(
+    ("world", "k", "options"),
+    [
+        (2, 13, {"initialisation": "k-means++"}),
+        (4, 13, {"initialisation": "points"}),
+        (2, 13, {"initialisation": "k-means++", "spherical": True}),
+        (4, 13, {"initialisation": "points", "restarts": 3}),
+        (2, 13, {"engine": "torch"}),
+        (2, 13, {"initial": points(601)[5:18].clone()}),
+        (2, 260, {"initialisation": "points", "iterations": 5}),  # another way to search than for few clusters
+    ],
+)
+def test_many_processes_find_what_one_finds(world: int, k: int, options: dict[str, Any], seed: int) -> None:
+    rows = points(601, unit="spherical" in options)
+    one = fit(rows, k, options | {"seed": seed})
     assert one.iterations > 3
-    assert_same(joined(processes.pool(world).run(fit, rows, 13, options)), one, rows)
+    assert_same(joined(processes.pool(world).run(fit, rows, k, options | {"seed": seed})), one, rows)
+    if "initial" in options:
+        assert torch.equal(options["initial"], rows[5:18])
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("initialisation", ["k-means++", "points"])
-def test_the_search_for_many_clusters_finds_the_same_too(world: int, initialisation: str) -> None:
-    rows = points(601)
-    options = {"seed": 0, "iterations": 5, "initialisation": initialisation}
-    many = joined(processes.pool(world).run(fit, rows, 260, options))
-    assert_same(many, fit(rows, 260, options), rows)
-
-
-@pytest.mark.parametrize("k", [13, 260])
-def test_two_processes_and_one_with_either_engine_come_to_the_same_inertia(k: int) -> None:
-    rows, found = points(601), []
-    for engine in ("faiss", "torch"):
-        options = {"seed": 0, "iterations": 10, "engine": engine}
-        one, many = fit(rows, k, options), joined(processes.pool(2).run(fit, rows, k, options))
-        assert_same(many, one, rows)
-        found += [one.inertia, many.inertia]
-    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
-
-
-@pytest.mark.parametrize("initialisation", ["k-means++", "points"])
-@pytest.mark.parametrize("sizes", [[400, 201], [1, 600], [0, 601], [601, 0], [7, 0, 590, 4]])
+@BOTH
+@pytest.mark.parametrize("sizes", [[1, 600], [601, 0], [7, 0, 590, 4]])
 def test_any_division_of_the_rows_gives_the_same(sizes: list[int], initialisation: str) -> None:
-    rows = points(601)
-    options = {"seed": 1, "iterations": 30, "initialisation": initialisation}
+    rows, options = points(601), {"seed": 1, "initialisation": initialisation}
     many = joined(processes.pool(len(sizes)).run(fit, rows, 13, options, sizes))
     assert_same(many, fit(rows, 13, options), rows)
 
 
-@pytest.mark.parametrize("initialisation", ["k-means++", "points"])
+@BOTH
 def test_fewer_points_than_processes_are_clustered_too(initialisation: str) -> None:
-    rows = points(3)
-    for k in (1, 2, 3):
-        options = {"seed": 0, "iterations": 10, "initialisation": initialisation}
+    rows, options = points(3), {"initialisation": initialisation}
+    for k in (1, 3):
         assert_same(joined(processes.pool(4).run(fit, rows, k, options)), fit(rows, k, options), rows)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_given_start_ends_where_one_process_ends_and_stays_as_it_is(world: int) -> None:
-    rows = points(601)
-    options = {"seed": 0, "iterations": 30, "initial": rows[5:18].clone()}
-    one = fit(rows, 13, options)
-    assert torch.equal(options["initial"], rows[5:18])
-    assert_same(joined(processes.pool(world).run(fit, rows, 13, options)), one, rows)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("initialisation", ["k-means++", "points"])
-def test_more_clusters_than_distinct_points_end_alike(world: int, initialisation: str) -> None:
-    rows = few_distinct(42)
-    options = {"seed": 0, "iterations": 20, "initialisation": initialisation}
-    one = fit(rows, 12, options)
+@BOTH
+def test_more_clusters_than_distinct_points_end_alike(initialisation: str) -> None:
+    # Exact copies of five points, whose squares and products are whole numbers.
+    rows = torch.tensor([[0.0, 0.0], [3.0, 1.0], [8.0, 0.0], [0.0, 9.0], [-7.0, 5.0]]).repeat(9, 1)[:42]
+    one = fit(rows, 12, {"initialisation": initialisation})
     assert one.inertia == 0
-    many = joined(processes.pool(world).run(fit, rows, 12, options))
+    many = joined(processes.pool(2).run(fit, rows, 12, {"initialisation": initialisation}))
     assert torch.equal(many.centroids, one.centroids)
     assert many.iterations == one.iterations
     assert torch.equal(many.distances, one.distances)
 
 
-def _refilled(rows: Tensor, centroids: Tensor) -> Tensor:
+def _refilled(rows: Tensor) -> list[float]:
     mine = rows[distributed.share(len(rows))]
-    centroids = centroids.clone()
-    assignments = torch.zeros(len(mine), dtype=torch.long)
-    kmeans._refill(mine, assignments, centroids, torch.tensor([len(rows), 0, 0, 0]))
-    return centroids
+    centroids = torch.tensor([[0.0], [-50.0], [-50.0], [-50.0]])
+    kmeans._refill(mine, torch.zeros(len(mine), dtype=torch.long), centroids, torch.tensor([len(rows), 0, 0, 0]))
+    return centroids.flatten().tolist()
 
 
 def test_empty_clusters_move_to_the_worst_served_points_of_all_and_of_equals_to_the_first() -> None:
     # One process has three of the four farthest, at two distances that others have as well.
     rows = torch.tensor([[0.0], [5.0], [1.0], [2.0], [-5.0], [5.0], [9.0], [0.0]])
-    start = torch.tensor([[0.0], [-50.0], [-50.0], [-50.0]])
-    for world in WORLDS:
-        for centroids in processes.pool(world).run(_refilled, rows, start):
-            assert centroids.flatten().tolist() == [0.0, 9.0, 5.0, -5.0]
-
-
-def test_one_process_may_have_fewer_points_than_there_are_empty_clusters() -> None:
-    rows = torch.tensor([[0.0], [4.0], [3.0], [6.0], [1.0]])
-    start = torch.tensor([[0.0], [-50.0], [-50.0], [-50.0]])
-    for centroids in processes.pool(4).run(_refilled, rows, start):
-        assert centroids.flatten().tolist() == [0.0, 6.0, 4.0, 3.0]
-
-
-def _fetched(rows: Tensor, indices: Tensor) -> Tensor:
-    mine = rows[distributed.share(len(rows))]
-    start, count = kmeans._place(mine)
-    assert count == len(rows)
-    return kmeans._fetch(mine, start, indices)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_rows_come_from_whoever_has_them(world: int) -> None:
-    rows, indices = points(13), torch.tensor([12, 0, 3, 3, 7])
-    for fetched in processes.pool(world).run(_fetched, rows, indices):
-        assert torch.equal(fetched, rows[indices])
-
-
-def _memory_mapped(path: str, k: int) -> kmeans.Clusters:
-    rows = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return fit(rows, k, {"seed": 0, "iterations": 10})
+    # Fewer points on a process than there are empty clusters.
+    few = torch.tensor([[0.0], [4.0], [3.0], [6.0], [1.0]])
+    assert _refilled(rows) == [0.0, 9.0, 5.0, -5.0]
+    assert processes.pool(4).run(_refilled, rows) == [[0.0, 9.0, 5.0, -5.0]] * 4
+    assert processes.pool(4).run(_refilled, few) == [[0.0, 6.0, 4.0, 3.0]] * 4
 
 
 def test_points_may_be_a_memory_map_which_stays_as_it_is(tmp_path: Path) -> None:
     rows, path = points(601), tmp_path / "points.npy"
     np.save(path, rows.numpy())
-    one = fit(rows, 13, {"seed": 0, "iterations": 10})
-    assert_same(joined(processes.pool(2).run(_memory_mapped, str(path), 13)), one, rows)
+    assert_same(joined(processes.pool(2).run(fit, str(path), 13, {})), fit(rows, 13, {}), rows)
     assert torch.equal(torch.from_numpy(np.load(path)), rows)
 
 
@@ -202,32 +137,26 @@ def _concentration(distances: Tensor, assignments: Tensor) -> Tensor:
     return kmeans.concentration(distances[mine], assignments[mine], k=40, temperature=0.2)
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("count", [91, 2])
-def test_concentration_counts_the_members_on_all_processes(world: int, count: int) -> None:
+def test_concentration_counts_the_members_on_all_processes(count: int) -> None:
     generator = seeding.generator("concentration")
     distances = torch.rand(count, generator=generator)
     assignments = (40 * torch.rand(count, generator=generator).square()).long()
-    one = _concentration(distances, assignments)
-    many = processes.pool(world).run(_concentration, distances, assignments)
+    many = processes.pool(4).run(_concentration, distances, assignments)
     for found in many:
         assert torch.equal(found, many[0])
-        torch.testing.assert_close(found, one, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, _concentration(distances, assignments), rtol=1e-6, atol=0)
 
 
-def _refused(rows: Tensor, k: int) -> tuple[str, str]:
-    try:
-        fit(rows, k, {"seed": 0, "iterations": 5})
-    except (ConfigError, DataError) as error:
-        return type(error).__name__, str(error)
-    return "none", ""
+def _refused(rows: Tensor, k: int) -> str:
+    with pytest.raises((ConfigError, DataError)) as error:
+        fit(rows, k, {})
+    return str(error.value)
 
 
 def test_errors_are_those_of_one_process_and_the_same_on_all() -> None:
-    rows = points(5)
-    broken = rows.clone()
+    rows, broken = points(5), points(5)
     broken[4, 2] = torch.inf
-    for wrong in [(rows, 6), (rows, 0), (broken, 2)]:
-        one = _refused(*wrong)
-        assert one[0] != "none"
-        assert processes.pool(4).run(_refused, *wrong) == [one] * 4
+    for wrong, message in [((rows, 6), "≤ 5, the number of points; got k = 6"), ((broken, 2), "finite points")]:
+        assert message in _refused(*wrong)
+        assert processes.pool(4).run(_refused, *wrong) == [_refused(*wrong)] * 4
