@@ -14,20 +14,13 @@ from tests.deepclust.corruptions.pictures import noisy, scenes, seeded
 
 
 def test_contrast_keeps_a_share_of_the_distance_to_each_channels_mean():
-    images = torch.tensor([[[[0.0, 1.0]], [[0.2, 0.4]], [[0.5, 0.5]]]])
-    result = corrupt(images, "contrast", 2, generator=seeded())
-    truth = torch.tensor([[[[0.25, 0.75]], [[0.25, 0.35]], [[0.5, 0.5]]]])
-    torch.testing.assert_close(result, truth)
-
-
-def test_contrast_of_sizes_that_are_no_power_of_two_is_about_the_mean():
-    images = noisy(3, 3, 13, 21)
+    images = noisy(3, 3, 13, 21)  # sizes that are no power of two
     mean = images.mean(dim=(2, 3), keepdim=True)
     result = corrupt(images, "contrast", 5, generator=seeded())
     torch.testing.assert_close(result, mean + 0.15 * (images - mean))
 
 
-def test_brightness_adds_to_the_value_of_hsv():
+def test_brightness_adds_to_the_value_of_hsv_and_for_grey_images_to_the_value():
     pixels = [(0.2, 0.4, 0.1), (0.0, 0.0, 0.0), (0.9, 0.5, 0.95), (0.3, 0.3, 0.3), (1.0, 1.0, 1.0), (1e-3, 0.0, 0.0)]
     truth = []
     for red, green, blue in pixels:
@@ -36,24 +29,14 @@ def test_brightness_adds_to_the_value_of_hsv():
     images = torch.tensor(pixels, dtype=torch.float64).T.reshape(1, 3, 1, -1)
     result = corrupt(images, "brightness", 5, generator=seeded()).reshape(3, -1).T
     torch.testing.assert_close(result, torch.tensor(truth, dtype=torch.float64))
+    grey = images[:, :1]
+    torch.testing.assert_close(corrupt(grey, "brightness", 1, generator=seeded()), (grey + 0.05).clamp(max=1))
 
 
-def test_brightness_of_grey_images_is_a_sum():
-    images = noisy(2, 1, 8, 8)
-    images[0, 0, 0, 0] = 0
-    result = corrupt(images, "brightness", 1, generator=seeded())
-    torch.testing.assert_close(result, (images + 0.05).clamp(max=1))
-
-
-def test_elastic_transform_of_no_strength_is_the_identity():
-    for dtype in (torch.float32, torch.float64):
-        images = noisy(3, 3, 20, 31).to(dtype)
-        assert torch.equal(digital.elastic_transform(images, (0.0, 2.0, 0.0), seeded()), images)
-
-
-def test_the_affine_part_moves_three_points_as_drawn():
+def test_the_affine_part_moves_three_points_as_drawn_and_no_strength_moves_nothing():
     height, width, move = 40, 48, 3.0
     images = scenes(1, 1, height, width)
+    assert torch.equal(digital.elastic_transform(images.float(), (0.0, 2.0, 0.0), seeded()), images.float())
     result = digital.elastic_transform(images, (0.0, 1.0, move), seeded())[0, 0].numpy()
     generator = seeded()
     torch.randn((2, height, width), generator=generator)
@@ -66,7 +49,7 @@ def test_the_affine_part_moves_three_points_as_drawn():
     np.testing.assert_allclose(result, truth, atol=1e-9)
 
 
-@pytest.mark.parametrize(("side", "std", "sigma"), [(64, 1.5, 1.0), (128, 0.7, 2.0), (16, 1.0, 0.0)])
+@pytest.mark.parametrize(("side", "std", "sigma"), [(64, 1.5, 1.0), (16, 1.0, 0.0)])
 def test_the_field_has_the_stated_standard_deviation_at_every_size(side, std, sigma):
     # A ramp says how far each pixel was moved; the middle is clear of the edges.
     ramp = (torch.arange(side, dtype=torch.float64) / side).expand(1024 // side, 1, side, side)
@@ -77,28 +60,21 @@ def test_the_field_has_the_stated_standard_deviation_at_every_size(side, std, si
         assert inner.std().item() == pytest.approx(std * side / 32, rel=0.12)
 
 
-def test_pixelate_by_hand_joins_the_middle_two_of_eight():
-    images = noisy(1, 1, 8, 8)
-    result = corrupt(images, "pixelate", 5, generator=seeded())
-    truth = images.clone()
+def test_pixelate_is_pillows_box_down_and_up_again_and_joins_the_middle_two_of_eight():
+    images = noisy(1, 1, 64, 80).float()
+    for severity, share in ((1, 0.95), (3, 0.85), (5, 0.65)):
+        block = 1 + (1 / share - 1) * 2
+        small = Image.fromarray(images[0, 0].numpy()).resize((int(80 / block), int(64 / block)), Image.Resampling.BOX)
+        result = corrupt(images, "pixelate", severity, generator=seeded())[0, 0].numpy()
+        np.testing.assert_allclose(result, np.asarray(small.resize((80, 64), Image.Resampling.BOX)), atol=1e-6)
+    truth = images[..., :8, :8].clone()
+    result = corrupt(truth, "pixelate", 5, generator=seeded())
     truth[:, :, 3:5] = truth[:, :, 3:5].mean(dim=2, keepdim=True)
     truth[:, :, :, 3:5] = truth[:, :, :, 3:5].mean(dim=3, keepdim=True)
     torch.testing.assert_close(result, truth)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 80), (32, 48)])
-def test_pixelate_is_pillows_box_down_and_up_again(height, width):
-    images = noisy(1, 1, height, width).float()
-    for severity, share in enumerate([0.95, 0.9, 0.85, 0.75, 0.65], start=1):
-        block = 1 + (1 / share - 1) * min(height, width) / 32
-        small = (int(width / block), int(height / block))
-        image = Image.fromarray(images[0, 0].numpy())
-        truth = image.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BOX)
-        result = corrupt(images, "pixelate", severity, generator=seeded())[0, 0].numpy()
-        np.testing.assert_allclose(result, np.asarray(truth), atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 64, 40)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 40)])
 def test_jpeg_is_pillows_at_the_stated_quality(shape):
     images = scenes(2, *shape).float()
     for severity, quality in enumerate([80, 65, 58, 50, 40], start=1):
@@ -111,9 +87,8 @@ def test_jpeg_is_pillows_at_the_stated_quality(shape):
             np.testing.assert_allclose(compressed.permute(1, 2, 0).numpy(), truth, atol=1e-6)
 
 
-@pytest.mark.parametrize(("height", "width"), [(21, 21), (16, 24)])
-def test_rotation_is_scipys_rotation_to_one_side_or_the_other(height, width):
-    images = noisy(6, 1, height, width)
+def test_rotation_is_scipys_rotation_to_one_side_or_the_other():
+    images = noisy(6, 1, 16, 24)
     result = corrupt(images, "rotation", 2, generator=seeded()).numpy()
     sides = []
     for image, rotated in zip(images.numpy(), result, strict=True):

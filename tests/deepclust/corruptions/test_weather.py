@@ -29,10 +29,9 @@ def plain_plasma(chances, decay):
     return cloud
 
 
-@pytest.mark.parametrize(("severity", "amount", "decay"), [(1, 0.2, 3.0), (5, 1.5, 1.75)])
-def test_fog_is_a_plasma_fractal_under_the_scenes_own_white(severity, amount, decay):
-    images = noisy(2, 3, 20, 28) * 0.8
-    result = corrupt(images, "fog", severity, generator=seeded()).numpy()
+def test_fog_is_a_plasma_fractal_under_the_scenes_own_white():
+    images, amount, decay = noisy(2, 3, 20, 28) * 0.8, 1.5, 1.75
+    result = corrupt(images, "fog", 5, generator=seeded()).numpy()
     generator = seeded()
     for image, foggy in zip(images.numpy(), result, strict=True):
         cloud = plain_plasma(torch.rand(32, 32, generator=generator).double().numpy(), decay)[:20, :28]
@@ -40,7 +39,7 @@ def test_fog_is_a_plasma_fractal_under_the_scenes_own_white(severity, amount, de
         np.testing.assert_allclose(foggy, (image + amount * cloud) * image.max() / (image.max() + amount), atol=1e-12)
 
 
-@pytest.mark.parametrize(("severity", "kept", "amount"), [(1, 1.0, 0.2), (4, 0.85, 0.47), (5, 0.75, 0.6)])
+@pytest.mark.parametrize(("severity", "kept", "amount"), [(1, 1.0, 0.2), (5, 0.75, 0.6)])
 def test_frost_is_a_mixture_of_the_scene_and_bluish_ice(severity, kept, amount):
     images = scenes(4, 3, 32, 32)
     ice = corrupt(torch.zeros_like(images), "frost", severity, generator=seeded())
@@ -51,7 +50,7 @@ def test_frost_is_a_mixture_of_the_scene_and_bluish_ice(severity, kept, amount):
     assert red < green < blue
 
 
-@pytest.mark.parametrize("side", [28, 64, 224])
+@pytest.mark.parametrize("side", [28, 100])
 def test_ice_has_crystals_on_a_dimmer_film_at_every_size(side):
     ice = weather.frost_texture(torch.zeros(6, 1, side, side), seeded())
     assert ice.min() >= 0.1 - 1e-6
@@ -77,25 +76,13 @@ def test_a_needle_points_six_ways():
         assert brightness[between.abs() < 8].max() < 0.02
 
 
-def test_snow_on_black_is_flakes_and_their_half_turn_on_grey():
-    black = torch.zeros(4, 1, 32, 32, dtype=torch.float64)
-    for severity, kept in enumerate([0.95, 0.9, 0.9, 0.85], start=1):
-        flakes = corrupt(black, "snow", severity, generator=seeded()) - (1 - kept) * 0.5
-        assert flakes.min() >= -1e-12
-        assert (flakes.amax(dim=(1, 2, 3)) > 0.05).all()
-        torch.testing.assert_close(flakes, flakes.flip(2, 3))
-
-
-def test_snow_leaves_the_brightest_white_and_whitens_by_luminance():
-    colour = torch.tensor([0.8, 0.2, 0.4], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 24, 24)
+def test_snow_whitens_by_luminance_and_adds_flakes_and_their_half_turn_that_fall_rather_down():
+    flakes = corrupt(torch.zeros(40, 3, 48, 48, dtype=torch.float64), "snow", 1, generator=seeded()) - 0.05 * 0.5
+    assert flakes.min() >= -1e-12
+    assert (flakes.amax(dim=(1, 2, 3)) > 0.05).all()
+    torch.testing.assert_close(flakes, flakes.flip(2, 3))
+    assert flakes.diff(dim=2).square().mean() < 0.6 * flakes.diff(dim=3).square().mean()
+    colour = torch.tensor([0.8, 0.2, 0.4], dtype=torch.float64).view(3, 1, 1).expand_as(flakes)
+    whiter = torch.maximum(colour, torch.tensor(1.5 * (0.299 * 0.8 + 0.587 * 0.2 + 0.114 * 0.4) + 0.5))
     snowy = corrupt(colour, "snow", 1, generator=seeded())
-    flakes = corrupt(torch.zeros_like(colour), "snow", 1, generator=seeded()) - 0.05 * 0.5
-    luminance = 0.299 * 0.8 + 0.587 * 0.2 + 0.114 * 0.4
-    whiter = torch.maximum(colour, torch.tensor(1.5 * luminance + 0.5))
     torch.testing.assert_close(snowy, (0.95 * colour + 0.05 * whiter + flakes).clamp(max=1))
-
-
-def test_snow_falls_more_down_than_sideways():
-    snowy = corrupt(torch.zeros(40, 1, 48, 48), "snow", 3, generator=seeded())
-    down, sideways = snowy.diff(dim=2).square().mean(), snowy.diff(dim=3).square().mean()
-    assert down < 0.6 * sideways
