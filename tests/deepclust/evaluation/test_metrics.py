@@ -13,22 +13,16 @@ def test_matched_accuracy_is_the_best_of_all_matchings() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         labels, clusters = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
-        best = max(
-            np.mean([order[c] == y for c, y in zip(clusters, labels, strict=True)]) for order in permutations(range(4))
-        )
+        best = max(np.mean(np.array(order)[clusters] == labels) for order in permutations(range(4)))
         assert metrics.matched_accuracy(labels, clusters) == pytest.approx(best)
 
 
-def test_renamed_classes_are_found_perfectly_and_surplus_clusters_count_as_wrong() -> None:
+def test_surplus_clusters_count_as_wrong_and_too_few_match_one_class_each() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2])
-    assert metrics.matched_accuracy(labels, np.array([2, 2, 0, 0, 1, 1])) == 1.0
-    assert metrics.matched_accuracy(labels, np.array([0, 3, 1, 4, 2, 5])) == pytest.approx(0.5)
+    for clusters, expected in (([2, 2, 0, 0, 1, 1], 1), ([0, 3, 1, 4, 2, 5], 1 / 2), ([0, 0, 0, 0, 5, 5], 2 / 3)):
+        assert metrics.matched_accuracy(labels, np.array(clusters)) == pytest.approx(expected)
     assert metrics.nmi(labels, np.array([2, 2, 0, 0, 1, 1])) == pytest.approx(1.0)
     assert metrics.ari(labels, np.array([2, 2, 0, 0, 1, 1])) == pytest.approx(1.0)
-
-
-def test_fewer_clusters_than_classes_match_one_class_each() -> None:
-    assert metrics.matched_accuracy(np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1])) == pytest.approx(0.75)
 
 
 def test_silhouette_by_hand_and_undefined_for_one_cluster() -> None:

@@ -16,7 +16,7 @@ def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + torch.randn(count, 6, generator=generator), labels
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.1), (20, 0.001)])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.1), (20, 0.001)])
 def test_knn_equals_a_loop_in_float64(k: int, temperature: float) -> None:
     bank, labels = data(100, 0)
     queries, _ = data(30, 1)
@@ -51,18 +51,13 @@ def test_the_linear_classifier_reaches_scikit_learns_objective() -> None:
     np.testing.assert_allclose(ours, expected.predict_proba(standard), atol=2e-3)
 
 
-def test_classifiers_come_in_the_order_of_their_weight_decays() -> None:
+def test_classifiers_come_in_the_order_of_their_decays_and_what_never_varies_gets_no_weight() -> None:
     features, labels = data(200, 0)
-    small, large = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-4, 1.0], iterations=200)
-    assert small.weight.norm() > 3 * large.weight.norm()
-
-
-def test_a_feature_that_never_varies_gets_no_weight() -> None:
-    features, labels = data(100, 0)
     features[:, 2] = 4.0
-    (found,) = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-3], iterations=50)
-    assert torch.isfinite(found.weight).all()
-    assert (found.weight[:, 2] == 0).all()
+    small, large = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-4, 1.0], iterations=100)
+    assert small.weight.norm() > 3 * large.weight.norm()
+    assert torch.isfinite(small.weight).all()
+    assert (small.weight[:, 2] == 0).all()
 
 
 def test_no_labels_are_refused() -> None:
