@@ -6,42 +6,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepclust import seeding
 from deepclust.evaluation import watchdog
-from deepclust.methods import method_class, simsiam
-from deepclust.models import backbones
-from deepclust.training import loop, optim, views
+from deepclust.methods import simsiam
+from deepclust.training import loop, views
+from tests.deepclust.training import test_loop
 
-CPU = torch.device("cpu")
 SIZE = 16
+CROPS = [
+    views.Crop(count=2, size=SIZE, scale=(0.4, 1.0), ratio=(1.0, 1.0)),
+    views.Crop(count=2, size=9, scale=(0.1, 0.4), ratio=(1.0, 1.0)),
+]
 BATCH = 20  # 60 steps an epoch: after two, every rule has had the patience it asks for
-# The defaults of the parameters' files, with sizes for 1,200 images of six kinds.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "swav": {
-        "hidden_dim": 64, "dim": 32, "prototypes": [20], "temperature": 0.1, "epsilon": 0.05, "sinkhorn_iterations": 3,
-        "assign_crops": [0, 1], "freeze_prototypes_steps": 0, "hard_assignment_steps": 0, "queue_length": 0,
-        "queue_start_epoch": 0,
-    },
-    "pcl": {
-        "hidden_dim": 64, "dim": 32, "key_momentum": 0.99, "queue_length": 400, "temperature": 0.1, "key_groups": 4,
-        "clusters": [60, 120], "negatives": 20, "warmup_epochs": 1, "kmeans_iterations": 10,
-        "kmeans_engine": "faiss", "kmeans_restarts": 1, "kmeans_every": 1, "kmeans_warm_start": False,
-        "spherical": False,
-    },
-    "simsiam": {
-        "hidden_dim": 128, "dim": 128, "projector_layers": 2, "predictor_dim": 32, "constant_predictor_rate": True,
-        "zero_init_residual": False,
-    },
-}  # fmt: skip
 RATES = {"swav": 0.4, "pcl": 0.2, "simsiam": 0.2}
-COLOUR = views.Colour(
-    flip=0.5, jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.0
-)  # fmt: skip
+# Those of the parameters' files, with sizes for 1,200 images of six kinds.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swav": {"hidden_dim": 64, "dim": 32, "prototypes": [20]},
+    "pcl": {"hidden_dim": 64, "dim": 32, "key_momentum": 0.99, "queue_length": 400, "temperature": 0.1}
+    | {"clusters": [60, 120], "negatives": 20, "kmeans_iterations": 10},
+    "simsiam": {"hidden_dim": 128, "dim": 128, "predictor_dim": 32},
+}
 
 
 def drawings(count: int = 1200) -> NDArray[np.uint8]:
@@ -68,43 +55,29 @@ def drawings(count: int = 1200) -> NDArray[np.uint8]:
 
 
 def watched(
-    name: str, images: NDArray[np.uint8], *, rate: float | None = None, schedule_warmup: int = 0, **changes: Any
+    name: str, images: NDArray[np.uint8], *, rate: float = 1.0, epochs: int = 2, warmup: int = 0, **changes: Any
 ) -> list[watchdog.Report]:
-    """The reports on two epochs; `changes` are to the method's options."""
-    with seeding.seeded(0):
-        backbone, dim = backbones.build("small", channels=1, image_size=SIZE)
-        method = method_class(name)(backbone, dim, **(OPTIONS[name] | changes))
-    method.to(memory_format=torch.channels_last)
-    large = views.Crop(count=2, size=SIZE, scale=(0.4, 1.0), ratio=(1.0, 1.0))
-    small = views.Crop(count=2, size=9, scale=(0.1, 0.4), ratio=(1.0, 1.0))
-    recipe = loop.Recipe(
-        epochs=2,
-        batch_size=BATCH,
-        accumulate=1,
-        precision="float32",
-        optimiser=optim.Optimiser(
-            name="sgd",
-            rate=RATES[name] if rate is None else rate,
-            weight_decay=5e-4,
-            decay_norm_and_bias=True,
-            clip_norm=None,
-            warmup_epochs=schedule_warmup,
-            final_rate=0.001,
-            options={"momentum": 0.9},
-        ),
-        crops=[large, small] if name == "swav" else [large],
-        colour=COLOUR,
-        seed=0,
-    )
+    """The reports on a short run; `rate` is a factor, `changes` are to the method's options."""
+    method = test_loop.build(name, **(OPTIONS[name] | changes))
+    optimiser = test_loop.optimiser(rate=RATES[name] * rate, weight_decay=5e-4, warmup_epochs=warmup, final_rate=0.001)
     mean, std = float(images.mean() / 255), float(max(images.std() / 255, 1e-3))
 
     def normalise(batch: Tensor) -> Tensor:
         return (batch - mean) / std
 
-    watch = watchdog.Watchdog(method, images, normalise=normalise, device=CPU, seed=0)
+    watch = watchdog.Watchdog(method, images, normalise=normalise, device=test_loop.CPU, seed=0)
     reports: list[watchdog.Report] = []
-    judge = lambda done: reports.append(watch.epoch(done))  # noqa: E731
-    loop.train(method, images, recipe, normalise=normalise, device=CPU, on_step=watch.step, on_epoch=judge)
+    loop.train(
+        method,
+        images,
+        test_loop.recipe(
+            epochs=epochs, batch_size=BATCH, optimiser=optimiser, crops=CROPS[: 2 if name == "swav" else 1]
+        ),
+        normalise=normalise,
+        device=test_loop.CPU,
+        on_step=watch.step,
+        on_epoch=lambda done: reports.append(watch.epoch(done)),
+    )
     return reports
 
 
@@ -113,14 +86,14 @@ def first_symptoms(reports: list[watchdog.Report]) -> list[str]:
     return [report.alarms[0].symptom for report in reports if report.alarms]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", RATES)
 def test_a_healthy_run_raises_no_alarm(name: str) -> None:
     reports = watched(name, drawings())
     assert [alarm.message for report in reports for alarm in report.alarms] == []
 
 
 def test_a_warm_up_in_which_nothing_is_learnt_yet_raises_no_alarm() -> None:
-    reports = watched("swav", drawings(), schedule_warmup=200)
+    reports = watched("swav", drawings(), warmup=200)
     assert reports[-1].indicators["loss_to_chance"] > 1 - watchdog.LOSS_FROM_CHANCE
     assert [alarm.message for report in reports for alarm in report.alarms] == []
 
@@ -139,10 +112,10 @@ def test_hard_codes_of_free_prototypes_are_learnt_and_no_collapse() -> None:
     assert reports[-1].indicators["loss_to_chance"] < 0.8
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", RATES)
 def test_a_rate_100_times_too_large_is_named_diverging(name: str) -> None:
     # The stated rates are for 256 images; batches of 20 would scale them down to what the nets here can stand.
-    reports = watched(name, drawings(), rate=100 * RATES[name] * 256 / BATCH)
+    reports = watched(name, drawings(), rate=100 * 256 / BATCH, epochs=1)
     assert first_symptoms(reports)[0] == "diverging", [report.indicators["weight_growth"] for report in reports]
 
 
