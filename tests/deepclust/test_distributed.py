@@ -13,63 +13,45 @@ from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, PeerError
 from tests import processes
 
-WORLDS = (2, 4)
-
 
 def _rows(count: int, *shape: int) -> Tensor:
     return torch.randn(count, *shape, generator=seeding.generator("rows"))
 
 
-def _gather_uneven(count: int) -> Tensor:
-    return distributed.gather(_rows(count, 3)[distributed.share(count)], count)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("count", [3, 8, 13])
-def test_gathered_shares_are_the_whole_in_its_order(world: int, count: int) -> None:
-    for whole in processes.pool(world).run(_gather_uneven, count):
-        assert torch.equal(whole, _rows(count, 3))
-
-
-def _reduce() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reduce(counts: list[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
     mine = _rows(4, 3)[distributed.rank()]
-    return (
-        distributed.all_sum(mine.double()),
-        distributed.all_max(mine),
-        distributed.all_mean(mine.double()),
-        distributed.broadcast(mine),
-    )
+    gathered = [distributed.gather(_rows(count, 3)[distributed.share(count)], count) for count in counts]
+    return gathered, {
+        "sum": distributed.all_sum(mine.double()),
+        "max": distributed.all_max(mine),
+        "mean": distributed.all_mean(mine.double()),
+        "first": distributed.broadcast(mine),
+    }
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_reductions_are_those_of_the_stacked_rows(world: int) -> None:
-    rows = _rows(4, 3)[:world]
-    for total, largest, mean, first in processes.pool(world).run(_reduce):
-        torch.testing.assert_close(total, rows.double().sum(0))
-        assert torch.equal(largest, rows.amax(0))
-        torch.testing.assert_close(mean, rows.double().mean(0))
-        assert torch.equal(first, rows[0])
+@pytest.mark.parametrize("world", [2, 4])
+def test_reductions_are_those_of_the_stacked_rows_and_gathered_shares_the_whole(world: int) -> None:
+    rows, counts = _rows(4, 3)[:world], [3, 8, 13]
+    for gathered, found in processes.pool(world).run(_reduce, counts):
+        for count, whole in zip(counts, gathered, strict=True):
+            assert torch.equal(whole, _rows(count, 3))
+        torch.testing.assert_close(found["sum"], rows.double().sum(0))
+        torch.testing.assert_close(found["mean"], rows.double().mean(0))
+        assert torch.equal(found["max"], rows.amax(0))
+        assert torch.equal(found["first"], rows[0])
 
 
-def _part(count: int, parts: int) -> Tensor:
-    return distributed.part(torch.arange(count), parts)
-
-
-def test_a_part_of_all_processes_together_is_the_part_of_one_process() -> None:
-    first, second = processes.pool(2).run(_part, 12, 3)
-    assert [*first[:2], *second[:2]] == [0, 1, 2, 3]
-    assert [*first[4:], *second[4:]] == [8, 9, 10, 11]
-
-
-def _indivisible() -> str:
+def _part() -> tuple[list[int], str]:
     with pytest.raises(ConfigError) as error:
         distributed.part(torch.arange(10), 2)
-    return str(error.value)
+    return distributed.part(torch.arange(12), 3).tolist(), str(error.value)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused_with_the_numbers() -> None:
-    for message in processes.pool(4).run(_indivisible):
-        assert "4 processes × accumulate 2, got 10" in message
+def test_a_part_of_all_processes_together_is_that_of_one_and_what_can_not_be_divided_is_refused() -> None:
+    (first, message), (second, _) = processes.pool(2).run(_part)
+    assert [*first[:2], *second[:2]] == [0, 1, 2, 3]
+    assert [*first[4:], *second[4:]] == [8, 9, 10, 11]
+    assert "2 processes × accumulate 2, got 10" in message
 
 
 def _one_fails() -> str:
@@ -112,8 +94,7 @@ def _train(kind: str, sizes: list[int]) -> dict[str, Any]:
     return {name: value.detach() for name, value in net.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d", "timm"])
-@pytest.mark.parametrize("sizes", [[4, 4], [7, 1], [8, 0]])
+@pytest.mark.parametrize(("kind", "sizes"), [("1d", [7, 1]), ("2d", [8, 0]), ("timm", [4, 4])])
 def test_synchronised_batch_norm_trains_like_one_process(kind: str, sizes: list[int]) -> None:
     want = _train(kind, sizes)
     for got in processes.pool(2).run(_train, kind, sizes):
