@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, PreemptedError
-from deepclust.methods import METHODS, Method, method_class
+from deepclust.methods import Method, method_class
 from deepclust.models import backbones
 from deepclust.training import checkpoint, loop, optim, resume, views
 from tests import processes
@@ -99,10 +99,9 @@ def assert_same(
     losses, logged, state = train(name, changes, dtype, rate)
     assert len(losses) >= 10
     results = processes.pool(world).run(train, name, changes, dtype, rate)
-    for _, _, their_state in results:
-        for key, value in results[0][2].items():
-            assert torch.equal(their_state[key], value), f"{key} is not the same on all processes"
     their_losses, their_logged, their_state = results[0]
+    for _, _, other in results[1:]:
+        assert all(torch.equal(other[key], value) for key, value in their_state.items()), "not the same on all"
     assert their_losses == pytest.approx(losses, rel=losses_to, abs=losses_to)
     for ours, theirs in zip(logged, their_logged, strict=True):
         assert theirs == pytest.approx(ours, rel=10 * losses_to, abs=10 * losses_to)
@@ -115,18 +114,19 @@ def assert_same(
             assert torch.equal(their_state[key], value), key
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (2, 2), (4, 1)])
+# Each way to divide a batch with another method, and each method at least once.
+@pytest.mark.parametrize(
+    ("name", "world", "accumulate"),
+    [("swav", 2, 2), ("deepcluster_v2", 2, 1), ("moco", 4, 1), ("pcl", 2, 2), ("simsiam", 2, 1)],
+)
 def test_a_run_is_the_same_on_one_process_and_on_several(name: str, world: int, accumulate: int) -> None:
     to = 1e-5 if name in CLUSTERING else 1e-10
     assert_same(name, world, {"accumulate": accumulate}, torch.float64, RATE, losses_to=to, weights_to=to)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("world", [2, 4])
-def test_in_float32_a_run_differs_by_its_rounding_only(name: str, world: int) -> None:
+def test_in_float32_a_run_differs_by_its_rounding_only() -> None:
     ten_updates = {"epochs": 2}
-    assert_same(name, world, ten_updates, torch.float32, SMALL_RATE, losses_to=1e-5, weights_to=1e-4)
+    assert_same("pcl", 2, ten_updates, torch.float32, SMALL_RATE, losses_to=1e-5, weights_to=1e-4)
 
 
 def go_on(name: str, folder: Path, *, until: int | None = None) -> tuple[list[float], dict[str, Tensor]]:
@@ -146,8 +146,10 @@ def go_on(name: str, folder: Path, *, until: int | None = None) -> tuple[list[fl
     return losses, state
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("first", "stop", "second"), [(2, 7, 1), (1, 10, 2), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("name", "first", "stop", "second"),
+    [("swav", 2, 7, 1), ("deepcluster_v2", 1, 10, 2), ("moco", 2, 3, 1), ("pcl", 2, 3, 4), ("simsiam", 1, 7, 2)],
+)
 def test_a_run_goes_on_on_another_number_of_processes(
     name: str, first: int, stop: int, second: int, tmp_path: Path
 ) -> None:
