@@ -1,4 +1,4 @@
-"""The one door to `torch.distributed`: what several processes of one run do together.
+"""What several processes of one run do together. No other module calls `torch.distributed`.
 
 On one process every function is the identity, so that nobody else asks whether there are more. All processes call the
 same functions in the same order; none is called where only some of them come by.
@@ -11,7 +11,7 @@ buckets anew after the first step of a process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
@@ -71,14 +71,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(count: int) -> slice:
-    """The rows of `count` that belong to this process: consecutive ones, as many for each process give or take one."""
-    return slice(count * rank() // processes(), count * (rank() + 1) // processes())
-
-
-def share_size(count: int, of: int) -> int:
-    """How many rows of `count` belong to process `of`."""
-    return count * (of + 1) // processes() - count * of // processes()
+def share(count: int, of: int | None = None) -> slice:
+    """The consecutive rows of `count` that belong to process `of`, or to this one; as many for each, give or take one."""
+    of = rank() if of is None else of
+    return slice(count * of // processes(), count * (of + 1) // processes())
 
 
 def part(rows: Tensor, parts: int = 1) -> Tensor:
@@ -96,23 +92,27 @@ def part(rows: Tensor, parts: int = 1) -> Tensor:
     return rows.view(parts, processes(), len(rows) // pieces, *rows.shape[1:])[:, rank()].flatten(0, 1)
 
 
-@torch.no_grad()
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over the processes, without gradient."""
-    return _reduced(tensor, dist.ReduceOp.SUM)
+    return _combined(tensor, dist.all_reduce)
+
+
+def all_max(tensor: Tensor) -> Tensor:
+    """Largest value over the processes, entry by entry, without gradient."""
+    return _combined(tensor, dist.all_reduce, dist.ReduceOp.MAX)
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """The main process's values."""
+    return _combined(tensor, dist.broadcast, 0)
 
 
 @torch.no_grad()
-def all_max(tensor: Tensor) -> Tensor:
-    """Largest value over the processes, entry by entry, without gradient."""
-    return _reduced(tensor, dist.ReduceOp.MAX)
-
-
-def _reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+def _combined(tensor: Tensor, collective: Callable[..., object], *options: object) -> Tensor:
     if processes() == 1:
         return tensor
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, operation)
+    collective(result, *options)
     return result
 
 
@@ -134,7 +134,7 @@ def gather(rows: Tensor, count: int | None = None) -> Tensor:
         return rows.detach()
     if count is None:
         count = len(rows) * processes()
-    sizes = [share_size(count, of) for of in range(processes())]
+    sizes = [len(range(count)[share(count, of)]) for of in range(processes())]
     assert len(rows) == sizes[rank()], f"expected {sizes[rank()]} rows of {count} on process {rank()}, got {len(rows)}"
     # Collectives want equal sizes: the shorter shares are filled up.
     mine = rows.new_zeros(max(sizes), *rows.shape[1:])
@@ -151,21 +151,6 @@ def log_softmax(rows: Tensor) -> Tensor:
         return rows.log_softmax(0)
     largest = all_max(rows.amax(0))
     return rows - (largest + all_sum((rows - largest).exp().sum(0)).log())
-
-
-@torch.no_grad()
-def broadcast(tensor: Tensor) -> Tensor:
-    """The main process's values."""
-    if processes() == 1:
-        return tensor
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.broadcast(result, 0)
-    return result
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    all_sum(torch.zeros(1))
 
 
 @contextmanager
@@ -235,18 +220,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def of(cls, other: _BatchNorm) -> SyncBatchNorm:
-        """One with the parameters and buffers of `other`, not copies of them.
-
-        timm's normalisations carry what follows them, drop and activation, inside.
-        """
-        new = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
-        for name, parameter in other._parameters.items():
-            new._parameters[name] = parameter
-        for name, buffer in other._buffers.items():
-            new._buffers[name] = buffer
-        for name, child in other.named_children():
-            new.add_module(name, child)
-        new.training = other.training
+        """One with the parameters and buffers of `other`, not copies; timm's have drop and activation inside too."""
+        new = cls.__new__(cls)
+        new.__dict__.update(other.__dict__)
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
