@@ -47,7 +47,7 @@ class Corruption(NamedTuple):
     """A corruption and its strength at severities 1 to 5.
 
     Attributes:
-        apply: Function of images, strength and generator; its result may leave [0, 1].
+        apply: Function of images (B, C, H, W), strength and a generator on the CPU; its result may leave [0, 1].
         strengths: One for each severity: a number, or several.
         unit: What the numbers are.
     """

@@ -38,15 +38,12 @@ def disc(radius: float) -> list[list[float]]:
 def glass_blur(images: Tensor, strength: tuple[float, float], generator: Generator) -> Tensor:
     """Look through frosted glass: each facet, a pixel of a 32-pixel side, shows a place up to `reach` away.
 
-    Args:
-        images: (B, C, H, W).
-        strength: σ of the Gaussian blur before and after; the reach.
-        generator: Draws the places.
+    The strength is σ of the Gaussian blur before and after, and the reach.
     """
     sigma, reach = (draws.pixels(length, images) for length in strength)
     height, width = images.shape[-2:]
-    offsets = (2 * draws.uniform(images, (2, height, width), generator) - 1) * reach
-    offsets = enlarged(offsets, max(1.0, draws.pixels(1, images)))
+    (chance,) = draws.drawn(images, generator, uniform=[(2, height, width)])
+    offsets = enlarged((2 * chance - 1) * reach, max(1.0, draws.pixels(1, images)))
     y = torch.arange(height).to(images)[:, None] + offsets[:, 0]
     x = torch.arange(width).to(images) + offsets[:, 1]
     return smooth(sampled(smooth(images, sigma), y, x), sigma)
@@ -55,7 +52,8 @@ def glass_blur(images: Tensor, strength: tuple[float, float], generator: Generat
 def motion_blur(images: Tensor, sigma: float, generator: Generator) -> Tensor:
     """Leave a trail at a random angle of at most 45° to the horizontal; its weights are half a Gaussian cut at 4σ."""
     sigma = draws.pixels(sigma, images)
-    slopes = [math.tan((chance - 0.5) * math.pi / 2) for chance in draws.uniform(images, (), generator).tolist()]
+    (chances,) = draws.drawn(images, generator, uniform=[()])
+    slopes = [math.tan((chance - 0.5) * math.pi / 2) for chance in chances.tolist()]
     return streaked(images, slopes, sigma, 4 * sigma)
 
 

@@ -33,21 +33,12 @@ def contrast(images: Tensor, share: float, generator: Generator) -> Tensor:
 def elastic_transform(images: Tensor, strength: tuple[float, float, float], generator: Generator) -> Tensor:
     """Move every pixel by a smooth random field and an affine map, bilinearly; the edges mirror.
 
-    Args:
-        images: (B, C, H, W).
-        strength: Standard deviation of the field along each axis; σ of the Gaussian that makes it smooth; how far at
-            most the affine map moves, along each axis, three points a third of the shorter side off the centre. All in
-            pixels of a shorter side of 32 pixels.
-        generator: Draws both.
+    The strength, in pixels of a shorter side of 32 pixels: standard deviation of the field along each axis; σ of the
+    Gaussian that makes it smooth; how far at most the affine map moves, along each axis, three points a third of the
+    shorter side off the centre.
     """
     height, width = images.shape[-2:]
-    noise, moves = draws.for_each(
-        images,
-        lambda: (
-            torch.randn((2, height, width), generator=generator, dtype=torch.float32),
-            torch.rand((2, 3, 1, 1), generator=generator, dtype=torch.float32),
-        ),
-    )
+    noise, moves = draws.drawn(images, generator, normal=[(2, height, width)], uniform=[(2, 3, 1, 1)])
     std, sigma, affine = (draws.pixels(length, images) for length in strength)
     third = min(height, width) / 3
     y = torch.arange(height).to(images)[:, None]
@@ -73,11 +64,8 @@ def _standardised(noise: Tensor, sigma: float) -> Tensor:
 def pixelate(images: Tensor, share: float, generator: Generator) -> Tensor:
     """Show each block of pixels by its mean.
 
-    Args:
-        images: (B, C, H, W).
-        share: At a shorter side of 32 pixels, blocks to pixels along a side. What a block's side is above one pixel
-            grows with the image.
-        generator: Not used.
+    The share is that of blocks to pixels along a side of 32 pixels. What a block's side is above one pixel grows with
+    the image.
     """
     block = 1 + draws.pixels(1 / share - 1, images)
     for dim in (2, 3):

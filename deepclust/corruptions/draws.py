@@ -6,29 +6,24 @@ tensors of images: a vector's last elements may take another path than the rest,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 REFERENCE_SIDE = 32
+Shapes = Sequence[tuple[int, ...]]
 
 
-def for_each(images: Tensor, draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Call `draw` once for each image and stack what it gives, with the images' type and device."""
-    drawn = [draw() for _ in range(len(images))]
-    return tuple(torch.stack(column).to(images) for column in zip(*drawn, strict=True))
-
-
-def normal(images: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Standard normal numbers (B, *shape)."""
-    return for_each(images, lambda: (torch.randn(shape, generator=generator, dtype=torch.float32),))[0]
-
-
-def uniform(images: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Uniform numbers (B, *shape) in [0, 1)."""
-    return for_each(images, lambda: (torch.rand(shape, generator=generator, dtype=torch.float32),))[0]
+def drawn(images: Tensor, generator: Generator, *, normal: Shapes = (), uniform: Shapes = ()) -> list[Tensor]:
+    """Standard normal numbers (B, *shape) and uniform ones in [0, 1), of the images' type and on their device."""
+    rows = [
+        [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in normal]
+        + [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in uniform]
+        for _ in range(len(images))
+    ]
+    return [torch.stack(column).to(images) for column in zip(*rows, strict=True)]
 
 
 def pixels(length: float, images: Tensor) -> float:

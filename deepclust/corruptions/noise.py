@@ -17,18 +17,21 @@ from deepclust.corruptions import draws
 
 def gaussian_noise(images: Tensor, std: float, generator: Generator) -> Tensor:
     """Add independent normal noise to every value."""
-    return images + std * draws.normal(images, images.shape[1:], generator)
+    (noise,) = draws.drawn(images, generator, normal=[images.shape[1:]])
+    return images + std * noise
 
 
 def shot_noise(images: Tensor, photons: float, generator: Generator) -> Tensor:
     """Count photons: Poisson numbers whose mean is `photons` for the value 1, divided by it."""
-    noise = draws.normal(images, images.shape[1:], generator).double().cpu().numpy()
-    counts = poisson_quantiles(noise, images.detach().double().cpu().numpy() * photons)
+    (noise,) = draws.drawn(images, generator, normal=[images.shape[1:]])
+    counts = poisson_quantiles(noise.double().cpu().numpy(), images.detach().double().cpu().numpy() * photons)
     return torch.from_numpy(counts / photons).to(images)
 
 
 def poisson_quantiles(normal: NDArray[np.float64], rates: NDArray[np.float64]) -> NDArray[np.float64]:
     """The Poisson numbers that lie as high in their distributions as `normal` lies in the standard normal one.
+
+    Those of scipy.stats.poisson.ppf, which takes four to ten times as long.
 
     Args:
         normal: Standard normal numbers, any shape.
@@ -66,5 +69,5 @@ def _stepped(count: NDArray[np.float64], rate: NDArray[np.float64], level: NDArr
 
 def impulse_noise(images: Tensor, share: float, generator: Generator) -> Tensor:
     """Replace a share of all values, half of them by 0 and half by 1."""
-    chance = draws.uniform(images, images.shape[1:], generator)
+    (chance,) = draws.drawn(images, generator, uniform=[images.shape[1:]])
     return images.masked_fill(chance < share / 2, 0).masked_fill(chance >= 1 - share / 2, 1)

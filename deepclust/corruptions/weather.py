@@ -21,22 +21,13 @@ FROST_SIDE = 64
 def snow(images: Tensor, strength: tuple[float, ...], generator: Generator) -> Tensor:
     """Whiten the scene and let flakes fall, at most 45° off the vertical.
 
-    Args:
-        images: (B, C, H, W).
-        strength: Mean and standard deviation of the normal noise the flakes are cut from; how far the noise is
-            magnified before; the noise below which there is no flake; length of a flake's trail and σ of its fading;
-            share of the scene that is not whitened.
-        generator: Draws the noise and the angle.
+    The strength: mean and standard deviation of the normal noise the flakes are cut from; how far the noise is
+    magnified before; the noise below which there is no flake; length of a flake's trail and σ of its fading; share of
+    the scene that is not whitened.
     """
     mean, std, grain, threshold, trail, sigma, kept = strength
     height, width = images.shape[-2:]
-    noise, chance = draws.for_each(
-        images,
-        lambda: (
-            torch.randn((1, height, width), generator=generator, dtype=torch.float32),
-            torch.rand((), generator=generator, dtype=torch.float32),
-        ),
-    )
+    noise, chance = draws.drawn(images, generator, normal=[(1, height, width)], uniform=[()])
     flakes = magnified(mean + std * noise, grain)
     flakes = flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)
     # Only now to the image's size: between the numbers of magnified noise few are beyond the threshold.
@@ -50,10 +41,7 @@ def snow(images: Tensor, strength: tuple[float, ...], generator: Generator) -> T
 def frost(images: Tensor, strength: tuple[float, float], generator: Generator) -> Tensor:
     """Lay ice over the scene: crystals of six needles with branches, in patches.
 
-    Args:
-        images: (B, C, H, W).
-        strength: Share of the scene; share of the ice.
-        generator: Draws the ice.
+    The strength is the share of the scene and that of the ice.
     """
     kept, amount = strength
     ice = frost_texture(images, generator)
@@ -68,14 +56,7 @@ def frost_texture(images: Tensor, generator: Generator) -> Tensor:
     shrink = max(1.0, min(height, width) / FROST_SIDE)
     rows, columns = math.ceil(height / shrink), math.ceil(width / shrink)
     side = plasma_side(rows, columns)
-    seeds, patches, chance = draws.for_each(
-        images,
-        lambda: (
-            torch.rand((2, rows, columns), generator=generator, dtype=torch.float32),
-            torch.rand((side, side), generator=generator, dtype=torch.float32),
-            torch.rand((), generator=generator, dtype=torch.float32),
-        ),
-    )
+    seeds, patches, chance = draws.drawn(images, generator, uniform=[(2, rows, columns), (side, side), ()])
     turns = [(share - 0.5) * math.pi / 6 for share in chance.tolist()]
     # One seed in 60 pixels of a 32-pixel side; buds, on the needles, are eight times as dense.
     density = min(1.0, 1 / draws.pixels(math.sqrt(60), seeds) ** 2)
@@ -113,15 +94,13 @@ def _needles(points: Tensor, turns: list[float], length: float) -> Tensor:
 def fog(images: Tensor, strength: tuple[float, float], generator: Generator) -> Tensor:
     """Add a plasma fractal and scale back to the scene's brightest value.
 
-    Args:
-        images: (B, C, H, W).
-        strength: Amount of fog; decay of the fractal (see `plasma`).
-        generator: Draws the fractal.
+    The strength is the amount of fog and the decay of the fractal (see `plasma`).
     """
     amount, decay = strength
     height, width = images.shape[-2:]
     side = plasma_side(height, width)
-    clouds = plasma(draws.uniform(images, (side, side), generator), decay, height, width)
+    (chances,) = draws.drawn(images, generator, uniform=[(side, side)])
+    clouds = plasma(chances, decay, height, width)
     brightest = images.amax(dim=(1, 2, 3), keepdim=True)
     return (images + amount * clouds) * (brightest / (brightest + amount))
 
