@@ -1,4 +1,4 @@
-"""An encoder with its clusters and, where there is one, its classifier: what applies to new images.
+"""An encoder with its clusters and, where there is one, its classifier: all that assigns new images.
 
     bundle = load(folder)
     assigned = bundle.assign(images)
@@ -59,7 +59,7 @@ class Classifier(NamedTuple):
 
 
 class Assigned(NamedTuple):
-    """What a bundle says of N images.
+    """Clusters and classes of N images.
 
     Attributes:
         features: (N, D) float32.

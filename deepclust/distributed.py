@@ -1,7 +1,7 @@
 """What several processes of one run do together. No other module calls `torch.distributed`.
 
-On one process every function is the identity, so that nobody else asks whether there are more. All processes call the
-same functions in the same order; none is called where only some of them come by.
+On one process every function is the identity, so that no other module asks how many there are. All processes call the
+same functions in the same order; no call may stand in a branch that only some of them take.
 
 The order of every reduction is fixed, so that equal processes give equal bits and a resumed run those of an
 uninterrupted one. That is why the gradients are averaged here and not by DistributedDataParallel, which forms its
@@ -47,7 +47,7 @@ def group(*, seconds: float) -> Iterator[None]:
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=seconds)
     )
     yield
-    # Not after an error: the others may never come.
+    # Not after an error: the other processes may never get here.
     dist.destroy_process_group()
 
 
@@ -67,12 +67,12 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks for all."""
+    """Whether this is the process that writes files and reports."""
     return rank() == 0
 
 
 def share(count: int, of: int | None = None) -> slice:
-    """The consecutive rows of `count` that belong to process `of`, or to this one; as many for each, give or take one."""
+    """The consecutive rows of `count` that belong to process `of`, or to this one: as equal shares as can be."""
     of = rank() if of is None else of
     return slice(count * of // processes(), count * (of + 1) // processes())
 
@@ -136,7 +136,7 @@ def gather(rows: Tensor, count: int | None = None) -> Tensor:
         count = len(rows) * processes()
     sizes = [len(range(count)[share(count, of)]) for of in range(processes())]
     assert len(rows) == sizes[rank()], f"expected {sizes[rank()]} rows of {count} on process {rank()}, got {len(rows)}"
-    # Collectives want equal sizes: the shorter shares are filled up.
+    # Collectives need equal sizes: the shorter shares are padded.
     mine = rows.new_zeros(max(sizes), *rows.shape[1:])
     mine[: len(rows)] = rows.detach()
     everything = [torch.empty_like(mine) for _ in sizes]
@@ -252,7 +252,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise by the statistics of all processes; the gradient takes the same way back."""
+    """Normalise by the statistics of all processes, through which gradients flow too."""
 
     @staticmethod
     def forward(

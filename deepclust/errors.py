@@ -1,8 +1,8 @@
-"""Errors a user can mend. Every message says what was expected, what came and what to do."""
+"""Errors that a user can fix. Every message says what was expected, what was found and what to do."""
 
 
 class DeepclustError(Exception):
-    """A user's mistake or a fact of the outside world; shown as one line, without a traceback."""
+    """A user's mistake or a failure outside of the program; shown as one line, without a traceback."""
 
 
 class ConfigError(DeepclustError):

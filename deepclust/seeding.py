@@ -1,4 +1,4 @@
-"""Randomness from explicit seeds: nothing here or elsewhere in the library touches the global generator for good."""
+"""Randomness from explicit seeds: the library leaves the global generators as they were."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ product. They find the same but for rounding, so that torch stands in where fais
 GPU.
 
 Under several processes each holds some of the points, the processes' rows after one another being the whole, and all
-work as one: whatever decides is summed over all, so that they take the same turns and end with the same centroids. One
-process or many differ in the rounding of sums only. The points themselves are never copied whole, so that they may be a
-memory map.
+work as one: every decision is made on sums over all processes, so that all decide alike and end with the same
+centroids. One process or many differ in the rounding of sums only. The points themselves are never copied whole, so
+that they may be a memory map.
 
 N points, of this process where there are several; K clusters, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""Random numbers and sums whose bits do not depend on which images come together.
+"""Random numbers and sums whose bits do not depend on which images share a batch.
 
 Numbers are drawn image by image on the CPU. Functions like `exp` and sums over a whole dimension are kept away from
 tensors of images: a vector's last elements may take another path than the rest, and a sum another order.

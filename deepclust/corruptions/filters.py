@@ -1,6 +1,6 @@
 """Filters and resampling, as sums of shifted or gathered copies.
 
-Unlike a convolution's or a matrix product's, the bits of such sums do not depend on how many images come together.
+Unlike a convolution's or a matrix product's, the bits of such sums do not depend on how many images share a batch.
 
 Shapes: B images, C channels, H height, W width.
 """

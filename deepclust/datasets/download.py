@@ -25,7 +25,7 @@ def cache() -> Path:
 
 
 def warn(message: str) -> None:
-    """One line on stderr. What the cache held is a matter of the machine, so it never goes into an output."""
+    """One line on stderr. What the cache held differs between machines, so it is never written into an output."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

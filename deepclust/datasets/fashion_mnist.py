@@ -1,4 +1,4 @@
-"""Fashion-MNIST from wherever it can be had; the same bytes from everywhere, held by their sums.
+"""Fashion-MNIST from whichever source has it; the same bytes from each, checked by their SHA-256.
 
 In this order: the cache; Debian's package dataset-fashion-mnist, installed; the download; the package fetched with
 Debian's tools and unpacked without installing it, for machines that reach a package mirror but not the internet.

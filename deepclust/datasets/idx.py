@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deepclust.errors import DataError
 
-_LIMIT = 1 << 28  # bytes; the largest file of this kind holds 47 MB, and a small one could unfold to anything
+_LIMIT = 1 << 28  # bytes; the largest file of this kind holds 47 MB, and a small one could decompress to any size
 
 
 def read(path: Path, *, sha256: str | None = None) -> NDArray[np.uint8]:

@@ -1,8 +1,8 @@
 """Notices while a method trains that it diverges or collapses, and names the published remedy.
 
-It only watches: weights, running statistics, modes and generators are after it what they were before. What it judges
-by needs no labels, and no threshold was fitted to any; each stands between what healthy and broken runs show, with
-room on both sides. The curves of both are in the methods' pages.
+Weights, running statistics, modes and generators stay as they were. No indicator needs labels, and no threshold was
+fitted to labels: each lies between the values of healthy and of broken runs, with a margin on both sides. The curves of
+both are in the methods' pages.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ def load(path: str, *, test_fraction: float, seed: int, max_pixels: int) -> Fold
     root = Path(path).expanduser()
     files = find.images(root)
     if not files.images:
-        reason = (
-            f"; the first left out: {files.skipped[0]['path']}: {files.skipped[0]['reason']}" if files.skipped else ""
-        )
+        reason = "".join("; the first left out: {path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(
             f"expected images ({' '.join(sorted(decode.EXTENSIONS))}) in {root}, found none among "
             f"{files.ignored + len(files.skipped)} files{reason}; check data.folder"

@@ -72,16 +72,8 @@ class Encoder(nn.Module):
             )
         size = input_size or image_size
         stem = backbones.resolve_stem(backbone, image_size=size, stem=stem or "auto")
-        self.description: dict[str, Any] = {
-            "backbone": backbone,
-            "image_size": image_size,
-            "channels": channels,
-            "mean": mean,
-            "std": std,
-            "stem": stem,
-            "network_channels": wanted,
-            "input_size": input_size,
-        }
+        values = (backbone, image_size, channels, mean, std, stem, wanted, input_size)
+        self.description: dict[str, Any] = dict(zip(_OPTIONS, values, strict=True))
         self.backbone, self.feature_dim = backbones.build(
             backbone, channels=wanted, image_size=size, stem=stem or "auto"
         )
