@@ -1,6 +1,6 @@
 """Corruptions: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (arXiv 1903.12261).
 
-`COMMON` are the benchmark's fifteen; gaussian_blur (one of its extras) and rotation (not of the benchmark) come beside
+The benchmark's fifteen; gaussian_blur (one of its extras) and rotation (not of the benchmark) come beside
 them. Strengths are those of CIFAR-10-C (the authors' `make_cifar_c.py`, for images of 32×32 pixels) but where said.
 What is different, deliberately:
 - lengths are pixels of a 32-pixel side and grow with the shorter side, so that a severity looks the same at any size;
@@ -48,66 +48,41 @@ class Corruption(NamedTuple):
 
     Attributes:
         apply: Function of images (B, C, H, W), strength and a generator on the CPU; its result may leave [0, 1].
-        strengths: One for each severity: a number, or several.
-        unit: What the numbers are.
+        strengths: One for each severity, a number or several; `apply` says of what.
     """
 
     apply: Callable[[Tensor, Any, Generator], Tensor]
     strengths: tuple[float | tuple[float, ...], ...]
-    unit: str
 
 
+SNOW = (
+    (0.1, 0.2, 1.0, 0.6, 16.0, 3.0, 0.95),
+    (0.1, 0.2, 1.0, 0.5, 20.0, 4.0, 0.9),
+    (0.15, 0.3, 1.75, 0.55, 20.0, 4.0, 0.9),
+    (0.25, 0.3, 2.25, 0.6, 24.0, 6.0, 0.85),
+    (0.3, 0.3, 1.25, 0.65, 28.0, 12.0, 0.8),
+)
+ELASTIC = ((0.2, 2.0, 1.0), (0.3, 2.0, 1.2), (0.4, 2.0, 1.4), (0.5, 1.5, 1.6), (0.7, 1.5, 1.8))
+# The fifteen of the benchmark in its order, and two more.
 CORRUPTIONS: dict[str, Corruption] = {
-    "gaussian_noise": Corruption(noise.gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), "standard deviation"),
-    "shot_noise": Corruption(noise.shot_noise, (500.0, 250.0, 100.0, 75.0, 50.0), "photons for the value 1"),
-    "impulse_noise": Corruption(noise.impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), "share of the values"),
-    "defocus_blur": Corruption(blur.defocus_blur, (0.19, 0.5, 0.78, 0.94, 1.42), "radius, pixels of a 32-pixel side"),
-    "glass_blur": Corruption(
-        blur.glass_blur,
-        ((0.05, 0.8), (0.25, 1.1), (0.3, 1.4), (0.35, 1.7), (0.4, 2.0)),
-        "σ and reach, pixels of a 32-pixel side",
-    ),
-    "motion_blur": Corruption(blur.motion_blur, (1.0, 1.5, 2.0, 2.25, 2.5), "σ, pixels of a 32-pixel side"),
-    "zoom_blur": Corruption(blur.zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26), "greatest zoom"),
-    "snow": Corruption(
-        weather.snow,
-        (
-            (0.1, 0.2, 1.0, 0.6, 16.0, 3.0, 0.95),
-            (0.1, 0.2, 1.0, 0.5, 20.0, 4.0, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 20.0, 4.0, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 24.0, 6.0, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 28.0, 12.0, 0.8),
-        ),
-        "mean, standard deviation, zoom and threshold of the noise; trail and its σ, pixels of a 32-pixel side; "
-        "share of the scene not whitened",
-    ),
-    "frost": Corruption(
-        weather.frost,
-        ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.47), (0.75, 0.6)),
-        "share of the scene, share of the ice",
-    ),
-    "fog": Corruption(
-        weather.fog,
-        ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75)),
-        "amount, decay of the fractal",
-    ),
-    "brightness": Corruption(digital.brightness, (0.05, 0.10, 0.15, 0.20, 0.30), "added to the value of HSV"),
-    "contrast": Corruption(digital.contrast, (0.75, 0.5, 0.4, 0.3, 0.15), "share of the contrast that is kept"),
-    "elastic_transform": Corruption(
-        digital.elastic_transform,
-        ((0.2, 2.0, 1.0), (0.3, 2.0, 1.2), (0.4, 2.0, 1.4), (0.5, 1.5, 1.6), (0.7, 1.5, 1.8)),
-        "standard deviation and σ of the field, greatest move of the affine map, pixels of a 32-pixel side",
-    ),
-    "pixelate": Corruption(
-        digital.pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), "blocks to pixels along a side of 32 pixels"
-    ),
-    "jpeg_compression": Corruption(digital.jpeg_compression, (80.0, 65.0, 58.0, 50.0, 40.0), "quality, 1 to 100"),
-    "gaussian_blur": Corruption(blur.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0), "σ, pixels of a 32-pixel side"),
-    "rotation": Corruption(digital.rotation, (8.0, 16.0, 24.0, 32.0, 40.0), "degrees"),
+    "gaussian_noise": Corruption(noise.gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": Corruption(noise.shot_noise, (500.0, 250.0, 100.0, 75.0, 50.0)),
+    "impulse_noise": Corruption(noise.impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "defocus_blur": Corruption(blur.defocus_blur, (0.19, 0.5, 0.78, 0.94, 1.42)),
+    "glass_blur": Corruption(blur.glass_blur, ((0.05, 0.8), (0.25, 1.1), (0.3, 1.4), (0.35, 1.7), (0.4, 2.0))),
+    "motion_blur": Corruption(blur.motion_blur, (1.0, 1.5, 2.0, 2.25, 2.5)),
+    "zoom_blur": Corruption(blur.zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
+    "snow": Corruption(weather.snow, SNOW),
+    "frost": Corruption(weather.frost, ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.47), (0.75, 0.6))),
+    "fog": Corruption(weather.fog, ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))),
+    "brightness": Corruption(digital.brightness, (0.05, 0.10, 0.15, 0.20, 0.30)),
+    "contrast": Corruption(digital.contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "elastic_transform": Corruption(digital.elastic_transform, ELASTIC),
+    "pixelate": Corruption(digital.pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": Corruption(digital.jpeg_compression, (80.0, 65.0, 58.0, 50.0, 40.0)),
+    "gaussian_blur": Corruption(blur.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "rotation": Corruption(digital.rotation, (8.0, 16.0, 24.0, 32.0, 40.0)),
 }
-EXTRAS = ("gaussian_blur", "rotation")
-# The fifteen of the benchmark, in its order.
-COMMON = tuple(name for name in CORRUPTIONS if name not in EXTRAS)
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, generator: Generator) -> Tensor:

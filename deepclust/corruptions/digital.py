@@ -89,14 +89,14 @@ def _blocks(images: Tensor, dim: int, count: int) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, quality: float, generator: Generator) -> Tensor:
-    """Encode as JPEG of 8 bits and decode; grey images as grey, colour images with halved chroma. On the CPU."""
+    """Encode as JPEG of 8 bits at a quality of 1 to 100 and decode; grey images as grey, colour images with halved chroma. On the CPU."""
     bytes_BCHW = (images * 255).round().to("cpu", torch.uint8)
     decoded = [decode_jpeg(encode_jpeg(image, quality=int(quality))) for image in bytes_BCHW]
     return torch.stack(decoded).to(images) / 255
 
 
 def rotation(images: Tensor, degrees: float, generator: Generator) -> Tensor:
-    """Rotate about the centre by the angle, clockwise or counterclockwise with equal chance, bilinearly."""
+    """Rotate about the centre by the degrees, clockwise or counterclockwise with equal chance, bilinearly."""
     signs = torch.stack([torch.randint(2, (), generator=generator) for _ in range(len(images))]) * 2.0 - 1.0
     height, width = images.shape[-2:]
     cos, sin = math.cos(math.radians(degrees)), signs.to(images).view(-1, 1, 1) * math.sin(math.radians(degrees))

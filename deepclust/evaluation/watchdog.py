@@ -69,15 +69,11 @@ class Alarm:
     Attributes:
         symptom: What is wrong, in the field's term.
         indicator: Name of the indicator.
-        value: Its value.
-        threshold: The bound that it crossed.
-        message: One line: symptom, number, remedy.
+        message: One line: symptom, number, bound, remedy.
     """
 
     symptom: str
     indicator: str
-    value: float
-    threshold: float
     message: str
 
 
@@ -110,7 +106,7 @@ class _Rule:
             return None
         side, bound = ("above", self.above) if value > self.above else ("below", self.below)
         message = f"{self.symptom}: {self.indicator} {value:.3g}, {side} {bound:g}; {self.remedy}"
-        return Alarm(self.symptom, self.indicator, value, bound, message)
+        return Alarm(self.symptom, self.indicator, message)
 
 
 _SMALLER_RATE = "lower optimiser.rate or lengthen the warm-up"

@@ -207,8 +207,7 @@ def test_an_alarm_is_one_line_with_symptom_number_and_the_methods_remedy(name: s
     for n in range(watchdog.PATIENCE + 1):
         dog.step(step(n, loss_to_chance=0.999))
     (alarm,) = dog.epoch(EPOCH).alarms
-    assert (alarm.indicator, alarm.threshold) == ("loss_from_chance", watchdog.LOSS_FROM_CHANCE)
-    assert alarm.value == pytest.approx(0.001)
+    assert alarm.indicator == "loss_from_chance"
     assert alarm.message.startswith(f"loss at ln K: loss_from_chance 0.001, below 0.01; {remedy}")
     assert "\n" not in alarm.message
 
