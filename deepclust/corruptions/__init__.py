@@ -1,7 +1,7 @@
 """Corruptions: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (arXiv 1903.12261).
 
-The benchmark's fifteen; gaussian_blur (one of its extras) and rotation (not of the benchmark) come beside
-them. Strengths are those of CIFAR-10-C (the authors' `make_cifar_c.py`, for images of 32×32 pixels) but where said.
+The benchmark's fifteen; gaussian_blur (one of its extras) and rotation (not of the benchmark) come beside them.
+Strengths are those of CIFAR-10-C (the authors' `make_cifar_c.py`, for images of 32×32 pixels) but where said.
 What is different, deliberately:
 - lengths are pixels of a 32-pixel side and grow with the shorter side, so that a severity looks the same at any size;
 - images stay floats: the benchmark rounds to 8 bits (here JPEG alone does);

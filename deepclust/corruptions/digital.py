@@ -89,7 +89,7 @@ def _blocks(images: Tensor, dim: int, count: int) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, quality: float, generator: Generator) -> Tensor:
-    """Encode as JPEG of 8 bits at a quality of 1 to 100 and decode; grey images as grey, colour images with halved chroma. On the CPU."""
+    """Encode as JPEG at a quality of 1 to 100 and decode, on the CPU; grey as grey, colour with halved chroma."""
     bytes_BCHW = (images * 255).round().to("cpu", torch.uint8)
     decoded = [decode_jpeg(encode_jpeg(image, quality=int(quality))) for image in bytes_BCHW]
     return torch.stack(decoded).to(images) / 255
