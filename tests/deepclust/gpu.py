@@ -1,15 +1,11 @@
 """A GPU that is not there: real numbers on the CPU, in tensors that say they are on a GPU.
 
-torch's own fake tensors have no numbers at all, so they refuse whatever depends on some: also the CPU's, also where a
-read is meant. These have them: every line of the library runs, and only what a GPU would notice is watched.
+torch's own fake tensors have no numbers, so they refuse whatever depends on some. These have them: every line of the
+library runs. Tensors of both devices in one operation are an error, as on a GPU. Reads by the host, sizes that depend
+on a tensor, and copies to the GPU that are not `non_blocking` make the host wait: they are written down.
 
-- Tensors of both devices in one operation are an error, as on a GPU.
-- Where the host reads a tensor of the GPU, or a size depends on one, the host has to wait: that is written down.
-- So are copies from host to GPU that are not `non_blocking`, which wait for all that the GPU was given before.
-
-What it can not do is the backward pass, which wants the device's own thread: `backward` gives every parameter that it
-would reach a small gradient. Nor does it compute as a GPU does: whether a kernel exists or is deterministic, only one
-can tell. What waits inside a kernel is known by name, in `_WAITING`.
+The backward pass needs the device's own thread: `backward` gives every parameter that it would reach a small gradient.
+Only a GPU can tell whether a kernel exists or is deterministic; those that wait inside are listed in `_WAITING`.
 """
 
 from __future__ import annotations
