@@ -48,3 +48,4 @@ def test_impulse_noise_makes_the_stated_share_of_values_black_or_white():
         assert (result == 1).sum().item() == pytest.approx(changed.sum().item() / 2, rel=0.1)
         assert changed[before].all(), "what a weaker severity hits, a stronger one hits too"
         before = changed
+        assert not torch.equal(changed[:, 0], changed[:, 1]), "each channel has noise of its own"
