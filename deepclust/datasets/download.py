@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deepclust.errors import DataError
@@ -73,8 +74,14 @@ def download(url: str, target: Path, *, md5: str | None = None) -> None:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             partial = Path(file.name)
             sum_ = hashlib.md5(usedforsecurity=False)
-            with _answer(url) as answer:
-                while chunk := _read(answer, url):
+            with _network(url, "can not be reached"):
+                answer = urllib.request.urlopen(url, timeout=TIMEOUT)
+            with answer:
+                while True:
+                    with _network(url, "broke off"):
+                        chunk = answer.read(1 << 20)
+                    if not chunk:
+                        break
                     sum_.update(chunk)
                     file.write(chunk)
         if md5 and sum_.hexdigest() != md5:
@@ -85,25 +92,14 @@ def download(url: str, target: Path, *, md5: str | None = None) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _answer(url: str) -> http.client.HTTPResponse:
+@contextmanager
+def _network(url: str, failed: str) -> Iterator[None]:
+    """Only around what the server does, so that a full disk is not taken for a broken connection."""
     try:
-        answer: http.client.HTTPResponse = urllib.request.urlopen(url, timeout=TIMEOUT)
+        yield
     except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-        raise DataError(f"{url} can not be reached ({_line(error)})") from error
-    return answer
-
-
-def _read(answer: http.client.HTTPResponse, url: str) -> bytes:
-    """The next chunk. Apart from writing it, so that a full disk is not taken for a broken connection."""
-    try:
-        return answer.read(1 << 20)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{url} broke off ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return " ".join(str(reason).split())
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        raise DataError(f"{url} {failed} ({reason})") from error
 
 
 def _md5(path: Path) -> str:
