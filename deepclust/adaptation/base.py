@@ -3,8 +3,8 @@
 An adapter meets a stream of unlabelled, shifted batches: `adapter(images)` returns logits and may learn from the
 images, `reset()` forgets everything since it was made. It works on a copy: the model it was given never changes.
 
-A method is a file with its options (`Config`), its maths as functions of tensors, one step, and a subclass of `Adapter`
-or `Learner` that joins them.
+A method is a file with its options (`Config`), its maths as functions of tensors, and a subclass of `Adapter`, or of
+`Learner` if it takes gradient steps, that joins them.
 """
 
 from __future__ import annotations
@@ -284,9 +284,17 @@ class Learner(Adapter):
     def _begin(self, images: Tensor) -> None:
         """What is done once a batch, before its first step."""
 
-    @abstractmethod
     def _step(self, images: Tensor) -> Tensor:
-        """Take one gradient step on a batch by `descend`; logits from before it, without gradient."""
+        """Take one gradient step on a batch; logits from before it, without gradient."""
+        with torch.enable_grad():
+            logits, loss = self._loss(images)
+            if loss is not None:
+                descend(loss, logits, self._optimizer, name=self.name)
+        return logits.detach()
+
+    @abstractmethod
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of a batch, and the loss whose gradient is descended; None takes no step."""
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -298,16 +306,9 @@ class Learner(Adapter):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         own = self._state()
-        for kind in ("parameters", "buffers"):
+        # The model's also of what does not learn: the head's, from which the number of classes is known.
+        for kind in ("parameters", "buffers", "model"):
             check_shapes(own[kind], state[kind])
-        # Also of what does not learn: the head's, from which the number of classes is known.
-        shapes, got = own["model"], state["model"]
-        for name in sorted(shapes.keys() | got.keys()):
-            if shapes.get(name) != got.get(name):
-                raise AdaptationError(
-                    f"expected a state of a model with {name} of shape {shapes.get(name)}, got {got.get(name)}; "
-                    f"{ANOTHER_MODEL}"
-                )
         check_optimizer(self._optimizer, state["optimizer"])
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -371,14 +372,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         )
 
 
-def check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    """Raises AdaptationError if names or shapes of a state's tensors differ, as with another number of classes."""
+def check_shapes(expected: dict[str, Any], got: dict[str, Any]) -> None:
+    """Raises AdaptationError if a state's tensors, or their shapes as lists, have other names or shapes."""
     if expected.keys() != got.keys():
         differ = ", ".join(sorted(expected.keys() ^ got.keys())[:3])
         raise AdaptationError(f"expected a state of this model and these parameters, got one that differs in {differ}")
     for name, value in expected.items():
-        if value.shape != got[name].shape:
-            raise AdaptationError(
-                f"expected {name} of shape {tuple(value.shape)} in the state, got {tuple(got[name].shape)}; "
-                f"{ANOTHER_MODEL}"
-            )
+        own, other = (list(getattr(each, "shape", each)) for each in (value, got[name]))
+        if own != other:
+            raise AdaptationError(f"expected {name} of shape {own} in the state, got {other}; {ANOTHER_MODEL}")

@@ -127,7 +127,7 @@ class WholeModel(Classifier):
             logits = self._logits(images)
         finally:
             handle.remove()
-        if len(seen) != 1 or not _same(seen[0][1], logits):
+        if len(seen) != 1 or not (seen[0][1] is logits or torch.equal(seen[0][1], logits)):
             raise AdaptationError(
                 f"expected the model to return what its linear head {self.head_name!r} returns; "
                 "name the right layer: WholeModel(model, head=…), or give Classifier(featurizer, head)"
@@ -171,8 +171,3 @@ def check_images(images: Tensor) -> None:
 def as_classifier(model: nn.Module) -> Classifier:
     """The model itself if it is a classifier of ours, else around it. No copy is made."""
     return model if isinstance(model, Classifier) else WholeModel(model)
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Whether both are one tensor, or views of it."""
-    return left is right or (left.shape == right.shape and torch.equal(left, right))

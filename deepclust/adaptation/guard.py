@@ -25,6 +25,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -60,9 +61,9 @@ class Evidence:
 
     Attributes:
         source: Confidence of the source model.
-        bn: Confidence with batch statistics; None where they can not be had.
+        bn: Confidence with batch statistics; None where there are none.
         differs_source: Whether the adapter's class is not the source model's; None where the adapter has no answer.
-        differs_bn: Likewise, `bn`'s.
+        differs_bn: Whether it is not `bn`'s.
     """
 
     source: Tensor
@@ -87,11 +88,13 @@ class Baselines:
 
     def __init__(self, model: nn.Module, source_images: Iterable[Tensor] | None = None) -> None:
         self.source = Source(model)
-        self._bn = _bn(model)
+        self._bn: BN | None = None
+        with suppress(AdaptationError):
+            self._bn = BN(model)
         self.confidence = None if source_images is None else _mean_confidence(self.source, source_images)
 
     def bn(self, images: Tensor) -> Tensor | None:
-        """`bn`'s logits of a batch, None where batch statistics can not be had."""
+        """`bn`'s logits of a batch, None where it has none."""
         try:
             return None if self._bn is None else self._bn(images)
         except AdaptationError:
@@ -118,12 +121,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        adapter: Adapter,
-        model: nn.Module | Baselines,
-        *,
-        window: int = 256,
-        tolerance: float = 0.01,
+        self, adapter: Adapter, model: nn.Module | Baselines, *, window: int = 256, tolerance: float = 0.01
     ) -> None:
         if window < 1 or not 0 <= tolerance < 1:
             raise AdaptationError(
@@ -258,13 +256,6 @@ def _mean_confidence(source: Source, batches: Iterable[Tensor]) -> float:
     if not found:
         raise AdaptationError("expected images of the source to take the confidence from, got none")
     return float(torch.cat(found).double().mean())
-
-
-def _bn(model: nn.Module) -> BN | None:
-    try:
-        return BN(model)
-    except AdaptationError:
-        return None
 
 
 def _evidence(source_BC: Tensor, bn_BC: Tensor | None, adapted_BC: Tensor | None) -> Evidence:

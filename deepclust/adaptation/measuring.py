@@ -5,8 +5,9 @@ Source model and `bn` are asked once a batch; guards share their answers.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,21 +30,8 @@ COLUMNS = [
     *("error", "minus_source", "minus_bn", "nmi", "confidence", "entropy", "agreement", "classes_used"),
     *("by_adapter", "by_bn", "by_source", "guard_right"),
 ]
-CURVE = [
-    "classifier",
-    "setting",
-    "batch_size",
-    "shift",
-    "severity",
-    "adapter",
-    "guarded",
-    "images",
-    "error",
-    "agreement",
-]
+CURVE = [*COLUMNS[:9], "agreement"]
 UNGUARDED = ("source",)  # nothing to fall back from
-
-Error = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
 
 
 @dataclass
@@ -54,9 +42,9 @@ class Answers:
         classes: (M,) predicted classes.
         confidence: (M,) largest probability.
         entropy: (M,) of the prediction, in nats.
-        own: (M,) classes the adapter would have answered without its guard; -1 where it had none.
+        own: (M,) classes that the adapter would have answered without its guard; -1 where it had none.
         given: (M,) whose answer was given: 0 the adapter's, 1 bn's, 2 the source model's.
-        seconds: Time it took, all in all.
+        seconds: Time that it took in all.
     """
 
     classes: NDArray[np.int64]
@@ -69,13 +57,8 @@ class Answers:
     @classmethod
     def of(cls, count: int) -> Answers:
         """Room for `count` images."""
-        return cls(
-            np.full(count, -1, np.int64),
-            np.zeros(count),
-            np.zeros(count),
-            np.full(count, -1, np.int64),
-            np.zeros(count, np.int8),
-        )
+        classes, own = np.full((2, count), -1, np.int64)
+        return cls(classes, np.zeros(count), np.zeros(count), own, np.zeros(count, np.int8))
 
     def put(self, batch: slice, logits: Tensor, own: Tensor | None, given: int) -> None:
         """Fill in a batch."""
@@ -134,16 +117,15 @@ def follow(
     """All adapters, begun afresh, along one stream.
 
     Returns:
-        Name and whether guarded to the answers, and why an adapter could not go through with it. A guarded one can.
+        The answers by name and whether guarded, and why adapters failed on the way. A guarded one never does.
     """
     count = len(stream.shift)
     failed: dict[str, str] = {}
     answers = {(name, False): Answers.of(count) for name in adapters.free}
     answers |= {(name, True): Answers.of(count) for name in adapters.guarded}
-    for adapter in adapters.free.values():
-        adapter.reset()
-    for guard in adapters.guarded.values():
-        guard.reset()
+    each: Adapter | Guard
+    for each in (*adapters.free.values(), *adapters.guarded.values()):
+        each.reset()
     for batch in stream.batches:
         images = load(shifts, stream, batch).to(device)
         begin = _now(device)
@@ -183,28 +165,16 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def errors(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
-    """Share of wrong classes."""
-    return float((labels != classes).mean())
-
-
-def unmatched(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
-    """Share of images outside of the class that their cluster is matched with: 1 - ACC."""
-    return 1 - metrics.matched_accuracy(labels, clusters)
+def errors(labels: NDArray[np.int64], classes: NDArray[np.int64], *, clusters: bool = False) -> float:
+    """Share of wrong classes; of clusters, of images outside of the class that theirs is matched with: 1 - ACC."""
+    return 1 - metrics.matched_accuracy(labels, classes) if clusters else float((labels != classes).mean())
 
 
 def tabulate(
     answers: Mapping[tuple[str, bool], Answers], shifts: Sequence[Shift], stream: Stream, *, clusters: bool
 ) -> list[dict[str, Any]]:
-    """One row an adapter and shift. What only labels tell is absent without them.
-
-    Args:
-        answers: Of one stream.
-        shifts: All shifts.
-        stream: The stream.
-        clusters: Whether the classes are clusters.
-    """
-    error: Error = unmatched if clusters else errors
+    """One row an adapter and shift of a stream. What only labels tell is absent without them."""
+    error = functools.partial(errors, clusters=clusters)
     truth = _labels(shifts, stream)
     guards = {
         name: right(found, answers["source", False], truth, stream, shifts=len(shifts))

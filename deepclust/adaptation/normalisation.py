@@ -6,6 +6,7 @@ Shapes: B images, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,6 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The BatchNorm layers, in the model's order."""
     return [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the model has a BatchNorm layer."""
-    return bool(batch_norms(model))
 
 
 def check_trained_statistics(model: nn.Module) -> None:
@@ -49,12 +45,8 @@ def check_trained_statistics(model: nn.Module) -> None:
 
 
 def check_batch_statistics(images: Tensor, model: nn.Module) -> None:
-    """Check that a batch is large enough to be normalised by its own statistics.
-
-    Raises:
-        AdaptationError: If a model with BatchNorm gets a single image.
-    """
-    if len(images) < 2 and has_batch_norm(model):
+    """Raises AdaptationError if a model with BatchNorm gets a single image, which has no statistics of its own."""
+    if len(images) < 2 and batch_norms(model):
         raise AdaptationError(
             "expected at least two images a batch to take BatchNorm's statistics from, got one; "
             "collect a larger batch, or use the source adapter"
@@ -94,33 +86,24 @@ def renormalise(norm: _BatchNorm, values: Tensor, mean_C: Tensor, variance_C: Te
     return (values - mean_C.view(shape)) * scale_C.view(shape) + norm.running_mean.view(shape)
 
 
-class Blend:
-    """A hook before BatchNorm: statistics between the running ones and the batch's (arXiv 2006.16971, section 3).
-
-    Args:
-        prior: N of the weight N / (N + B) of the running statistics: they count as much as N images.
-    """
-
-    def __init__(self, prior: float) -> None:
-        self.prior = prior
-
-    def __call__(self, norm: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """What BatchNorm is given in place of its input."""
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        mean_C, variance_C = statistics(given[0])
-        weight = self.prior / (self.prior + len(given[0]))
-        mean_C = weight * norm.running_mean + (1 - weight) * mean_C
-        variance_C = weight * norm.running_var + (1 - weight) * variance_C
-        return (renormalise(norm, given[0], mean_C, variance_C),)
-
-
 def blend_statistics(model: nn.Module, prior: float) -> None:
-    """Let BatchNorm normalise with statistics between the running ones and each batch's. In place; eval mode."""
+    """Let BatchNorm normalise with statistics between the running ones and each batch's (arXiv 2006.16971, section 3).
+
+    In place; eval mode. The running ones count as much as `prior` images: N / (N + B).
+    """
     model.eval()
     for norm in batch_norms(model):
-        norm.register_forward_pre_hook(Blend(prior))
+        norm.register_forward_pre_hook(partial(_blend, prior))
+
+
+def _blend(prior: float, norm: _BatchNorm, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean_C, variance_C = statistics(given[0])
+    weight = prior / (prior + len(given[0]))
+    mean_C = weight * norm.running_mean + (1 - weight) * mean_C
+    variance_C = weight * norm.running_var + (1 - weight) * variance_C
+    return (renormalise(norm, given[0], mean_C, variance_C),)
 
 
 @torch.no_grad()

@@ -10,14 +10,7 @@ from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import BATCH_NORMS
 from deepclust.errors import AdaptationError
 
-AFFINE_NORMS = (
-    *BATCH_NORMS,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+AFFINE_NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 Parameters = Literal["all", "affine", "body", "head"]
 

@@ -1,7 +1,8 @@
 """LAME: Parameter-free Online Test-time Adaptation (arXiv 2201.05718, CVPR 2022).
 
-The model stays as it is. The predictions of a batch are moved towards each other where features are alike: minimise
-Σ_i KL(y_i ‖ q_i) − ½ Σ_ij w_ij y_i·y_j over assignments y, q the model's softmax. Deliberately different:
+The model stays as it is. The predictions of a batch are moved towards each other where features are alike: minimise the
+objective Σ_i KL(y_i ‖ q_i) − ½ Σ_ij w_ij y_i·y_j over assignments y, where q is the model's softmax and w the affinity.
+Deliberately different:
 - the default affinity is kNN; the code's default is `rbf`, whose pull grows with the batch until one class takes all
   where labels are not correlated (see docs/methods/adaptation.md);
 - no image is its own neighbour: in the code `rbf` and `linear` pull each image towards itself, and the kth neighbour
@@ -73,12 +74,6 @@ def affinity(features_BD: Tensor, *, kind: Affinity, neighbours: int) -> Tensor:
     return ((weights_BB + weights_BB.T) / 2).masked_fill(itself_BB, 0)
 
 
-def objective(log_y_BC: Tensor, log_q_BC: Tensor, weights_BB: Tensor) -> Tensor:
-    """Σ_i KL(y_i ‖ q_i) − ½ Σ_ij w_ij y_i·y_j, a scalar."""
-    y_BC = log_y_BC.exp()
-    return (y_BC * (log_y_BC - log_q_BC)).sum() - (y_BC * (weights_BB @ y_BC)).sum() / 2
-
-
 def assign(logits_BC: Tensor, weights_BB: Tensor, *, tolerance: float = 1e-9, limit: int = 1000) -> Tensor:
     """Log assignments (B, C) in float64 at which the objective is stationary, downhill from the model's prediction.
 
@@ -104,13 +99,6 @@ def assign(logits_BC: Tensor, weights_BB: Tensor, *, tolerance: float = 1e-9, li
     return log_y_BC
 
 
-@torch.no_grad()
-def step(images: Tensor, *, model: Classifier, kind: Affinity, neighbours: int) -> Tensor:
-    """Logits (B, C) of a batch, in the model's dtype: the logarithms of its assignments."""
-    features_BD, logits_BC = model.outputs(images)
-    return assign(logits_BC, affinity(features_BD, kind=kind, neighbours=neighbours)).to(logits_BC)
-
-
 class LAME(Adapter):
     """Lets images that look alike to the model agree on their class; made for streams of correlated labels.
 
@@ -125,6 +113,9 @@ class LAME(Adapter):
     def _check_model(self, model: Classifier) -> None:
         model.check_head()
 
+    @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
+        features_BD, logits_BC = self.model.outputs(images)
         neighbours = self.config.neighbours or NEIGHBOURS
-        return step(images, model=self.model, kind=self.config.affinity, neighbours=neighbours)
+        pulls_BB = affinity(features_BD, kind=self.config.affinity, neighbours=neighbours)
+        return assign(logits_BC, pulls_BB).to(logits_BC)  # logarithms of the assignments

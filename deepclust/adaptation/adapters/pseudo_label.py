@@ -11,12 +11,10 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.adaptation.base import Learner, LearnerConfig, descend
-from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.base import Learner, LearnerConfig
 from deepclust.config import Positive, Share, config
 
 
@@ -34,24 +32,12 @@ class Config(LearnerConfig):
             raise ValueError("threshold is 1, which no probability exceeds; choose one below 1")
 
 
-def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer, threshold: float) -> Tensor:
-    """Predict a batch and take one step on its confident samples, if any. Changes the model through the optimiser.
-
-    Returns:
-        Logits (B, C) from before the step.
-
-    Raises:
-        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed.
-    """
-    with torch.enable_grad():
-        logits_BC: Tensor = model(images)
-        confidence_B, labels_B = logits_BC.detach().softmax(dim=1).max(dim=1)
-        # Not `>`: NaN has to reach the loss, where it is an error, rather than pass for a lack of confidence.
-        chosen_B = ~(confidence_B <= threshold)
-        if chosen_B.any():
-            loss = F.cross_entropy(logits_BC[chosen_B], labels_B[chosen_B])
-            descend(loss, logits_BC, optimizer, name="pseudo_label")
-    return logits_BC.detach()
+def confident_loss(logits_BC: Tensor, *, threshold: float) -> Tensor | None:
+    """Mean cross-entropy to the arg max of the samples whose largest probability exceeds the threshold, if any."""
+    confidence_B, labels_B = logits_BC.detach().softmax(dim=1).max(dim=1)
+    # Not `>`: NaN has to reach the loss, where it is an error, rather than pass for a lack of confidence.
+    chosen_B = ~(confidence_B <= threshold)
+    return F.cross_entropy(logits_BC[chosen_B], labels_B[chosen_B]) if chosen_B.any() else None
 
 
 class PseudoLabel(Learner):
@@ -61,5 +47,6 @@ class PseudoLabel(Learner):
     config_class = Config
     config: Config
 
-    def _step(self, images: Tensor) -> Tensor:
-        return step(images, model=self.model, optimizer=self._optimizer, threshold=self.config.threshold)
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits_BC: Tensor = self.model(images)
+        return logits_BC, confident_loss(logits_BC, threshold=self.config.threshold)

@@ -20,11 +20,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.adaptation.base import Learner, LearnerConfig, check_shapes, descend
-from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.base import Learner, LearnerConfig, check_shapes
 from deepclust.adaptation.views import view
 from deepclust.config import Flag, Natural, Positive, Share, config
 
@@ -109,55 +108,11 @@ def correct_prior(logits_BC: Tensor, *, how: PriorCorrection) -> Tensor:
     return logits_BC + prior_C.log() if how == "probabilities" else logits_BC * prior_C
 
 
-def step(
-    images: Tensor,
-    mean_C: Tensor | None,
-    *,
-    model: Classifier,
-    learning: dict[str, nn.Parameter],
-    source: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
-    """Predict a batch, take one step on its loss, and go a little back to the source. Changes the model.
-
-    Args:
-        images: The batch.
-        mean_C: Mean prediction over the stream before the batch; None where the stream begins: all classes alike.
-        model: Adapts.
-        learning: Its parameters that learn, by name.
-        source: What they were at the source.
-        optimizer: Theirs.
-        generator: Source of the view's randomness.
-        config: The options.
-
-    Returns:
-        Logits (B, C) from before the step, not corrected, and the mean prediction with the batch.
-
-    Raises:
-        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed but the generator.
-    """
-    with torch.enable_grad():
-        logits_BC: Tensor = model(images)
-        p_BC = logits_BC.detach().softmax(dim=1)
-        if mean_C is None:
-            mean_C = torch.full_like(p_BC[0], 1 / p_BC.shape[1])
-        weights_B = sample_weights(logits_BC, mean_C, temperature=config.temperature)
-        viewed_BC: Tensor = model(view(images, generator=generator, flip=config.flip))
-        losses_B = soft_likelihood_ratio(logits_BC) + symmetric_cross_entropy(viewed_BC, logits_BC)
-        descend((weights_B * losses_B).mean(), logits_BC, optimizer, name="roid")
-    with torch.no_grad():
-        for name, parameter in learning.items():
-            parameter.lerp_(source[name], 1 - config.momentum)
-    return logits_BC.detach(), PROBABILITY_MOMENTUM * mean_C + (1 - PROBABILITY_MOMENTUM) * p_BC.mean(dim=0)
-
-
 class ROID(Learner):
     """Makes certain and diverse predictions more certain and consistent, close to the source.
 
     Attributes:
-        mean_prediction: Mean prediction (classes,) over the stream; None before the first batch.
+        mean_prediction: Mean prediction (classes,) over the stream; None before the first batch: all classes alike.
     """
 
     name = "roid"
@@ -177,18 +132,22 @@ class ROID(Learner):
     def _adapt(self, images: Tensor) -> Tensor:
         return correct_prior(super()._adapt(images), how=self.config.prior_correction)
 
-    def _step(self, images: Tensor) -> Tensor:
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC: Tensor = self.model(images)
+        p_BC = logits_BC.detach().softmax(dim=1)
         # Every step starts from the mean before the batch, so that the batch counts once, by its newest prediction.
-        logits_BC, self.mean_prediction = step(
-            images,
-            self._before,
-            model=self.model,
-            learning=self._learning,
-            source=self._source,
-            optimizer=self._optimizer,
-            generator=self._generator,
-            config=self.config,
-        )
+        mean_C = torch.full_like(p_BC[0], 1 / p_BC.shape[1]) if self._before is None else self._before
+        self.mean_prediction = PROBABILITY_MOMENTUM * mean_C + (1 - PROBABILITY_MOMENTUM) * p_BC.mean(dim=0)
+        weights_B = sample_weights(logits_BC, mean_C, temperature=self.config.temperature)
+        viewed_BC: Tensor = self.model(view(images, generator=self._generator, flip=self.config.flip))
+        losses_B = soft_likelihood_ratio(logits_BC) + symmetric_cross_entropy(viewed_BC, logits_BC)
+        return logits_BC, (weights_B * losses_B).mean()
+
+    @torch.no_grad()
+    def _step(self, images: Tensor) -> Tensor:
+        logits_BC = super()._step(images)
+        for name, parameter in self._learning.items():
+            parameter.lerp_(self._source[name], 1 - self.config.momentum)
         return logits_BC
 
     def _state(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.adaptation.base import Learner, LearnerConfig, check_logits, check_shapes, copy_into, descend
+from deepclust.adaptation.base import Learner, LearnerConfig, check_logits, check_shapes, copy_into
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import batch_norms, renormalise, statistics
 from deepclust.adaptation.parameters import select_parameters
@@ -78,33 +79,21 @@ class Member(NamedTuple):
     age: int
 
 
-def removal_score(
-    age: int, uncertainty: float, *, capacity: int, classes: int, lambda_t: float, lambda_u: float
-) -> float:
+def removal_score(member: Member, *, capacity: int, classes: int, lambda_t: float, lambda_u: float) -> float:
     """How much the memory wants to be rid of a member: high if old and uncertain."""
-    return lambda_t / (1 + math.exp(-age / capacity)) + lambda_u * uncertainty / math.log(classes)
+    old = 1 / (1 + math.exp(-member.age / capacity))
+    return lambda_t * old + lambda_u * member.uncertainty / math.log(classes)
 
 
 def remember(
-    memory: list[Member], newcomer: Member, *, capacity: int, classes: int, lambda_t: float, lambda_u: float
+    memory: list[Member], newcomer: Member, *, capacity: int, classes: int, score: Callable[[Member], float]
 ) -> list[Member]:
     """The memory after an image has come, oldest member first; all of them a time step older.
 
     While there is room in its class and in the memory the newcomer enters. Otherwise it replaces the member with the
-    highest removal score of its own class, if that one is full, or of the largest classes, unless it scores as high
-    itself. Of equal scores the oldest goes. No class holds more than its share of the capacity, rounded up.
+    highest score of its own class, if that one is full, or of the largest classes, unless it scores as high itself. Of
+    equal scores the oldest goes. No class holds more than its share of the capacity, rounded up.
     """
-
-    def score(member: Member) -> float:
-        return removal_score(
-            member.age,
-            member.uncertainty,
-            capacity=capacity,
-            classes=classes,
-            lambda_t=lambda_t,
-            lambda_u=lambda_u,
-        )
-
     counts = Counter(member.label for member in memory)
     rivals: list[Member] = []
     if counts[newcomer.label] >= capacity / classes:
@@ -119,34 +108,15 @@ def remember(
     return [member._replace(age=member.age + 1) for member in memory]
 
 
-class Robust:
-    """A hook before BatchNorm: its running statistics move towards the batch's, and normalise it.
-
-    Args:
-        alpha: α, the share of the batch's statistics.
-    """
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
-    def __call__(self, norm: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """What BatchNorm is given in place of its input."""
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        mean_C, variance_C = statistics(given[0])
-        mean_C = (1 - self.alpha) * norm.running_mean + self.alpha * mean_C
-        variance_C = (1 - self.alpha) * norm.running_var + self.alpha * variance_C
-        # New tensors, not in place: a layer that is used twice needs its earlier statistics for the gradient.
-        norm.running_mean, norm.running_var = mean_C.detach(), variance_C.detach()
-        # Changes no value any more, but the gradient passes through the batch's statistics.
-        return (renormalise(norm, given[0], mean_C, variance_C),)
-
-
 @contextmanager
 def robust_statistics(model: nn.Module, alpha: float) -> Iterator[None]:
-    """While it lasts each batch moves the running statistics of a model in eval mode; elsewhere they only normalise."""
-    handles = [norm.register_forward_pre_hook(Robust(alpha)) for norm in batch_norms(model)]
+    """While it lasts each batch moves BatchNorm's running statistics, which normalise it; the model is in eval mode.
+
+    Args:
+        model: Changed in place; outside of the context its running statistics only normalise.
+        alpha: α, the share of the batch's statistics.
+    """
+    handles = [norm.register_forward_pre_hook(partial(_move, alpha)) for norm in batch_norms(model)]
     try:
         yield
     finally:
@@ -154,46 +124,16 @@ def robust_statistics(model: nn.Module, alpha: float) -> Iterator[None]:
             handle.remove()
 
 
-def step(
-    images: Tensor,
-    ages_M: Tensor,
-    *,
-    student: Classifier,
-    teacher: Classifier,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    config: Config,
-) -> Tensor:
-    """Teach the student the memory, and let the teacher follow. Changes both, and their statistics.
-
-    The loss is the mean of E(a) · H(teacher(x), student(view(x))), with E(a) = e⁻ᵃ / (1 + e⁻ᵃ).
-
-    Args:
-        images: The memory's (M, …).
-        ages_M: Their ages as fractions of the memory's capacity.
-        student: Learns.
-        teacher: Follows: θ ← (1 − ν) θ + ν θ_student, for the parameters that learn.
-        optimizer: The student's.
-        generator: Source of the view's randomness.
-        config: The options.
-
-    Returns:
-        The teacher's logits (M, C) from before the step.
-
-    Raises:
-        AdaptationError: If loss or gradient are not finite; only statistics and generator are then changed.
-    """
-    with torch.no_grad(), robust_statistics(teacher, config.alpha):
-        taught_MC: Tensor = teacher(images)
-    with torch.enable_grad(), robust_statistics(student, config.alpha):
-        log_p_MC = student(view(images, generator=generator, flip=config.flip)).log_softmax(dim=1)
-        divergence_M = -(taught_MC.softmax(dim=1) * log_p_MC).sum(dim=1)
-        descend((torch.sigmoid(-ages_M) * divergence_M).mean(), log_p_MC, optimizer, name="rotta")
-    learnt = select_parameters(student, config.parameters)
-    with torch.no_grad():
-        for name, parameter in select_parameters(teacher, config.parameters).items():
-            parameter.lerp_(learnt[name], config.nu)
-    return taught_MC
+def _move(alpha: float, norm: _BatchNorm, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean_C, variance_C = statistics(given[0])
+    mean_C = (1 - alpha) * norm.running_mean + alpha * mean_C
+    variance_C = (1 - alpha) * norm.running_var + alpha * variance_C
+    # New tensors, not in place: a layer that is used twice needs its earlier statistics for the gradient.
+    norm.running_mean, norm.running_var = mean_C.detach(), variance_C.detach()
+    # Changes no value any more, but the gradient passes through the batch's statistics.
+    return (renormalise(norm, given[0], mean_C, variance_C),)
 
 
 class RoTTA(Learner):
@@ -239,45 +179,49 @@ class RoTTA(Learner):
         self._generator = torch.Generator().manual_seed(self.config.seed)
 
     def _can_fail_late(self, images: Tensor) -> bool:
-        before, frequency = self._seen % self.config.update_frequency, self.config.update_frequency
-        return super()._can_fail_late(images) or before + len(images) >= 2 * frequency
+        frequency = self.config.update_frequency
+        updates = (self._seen + len(images)) // frequency - self._seen // frequency
+        return super()._can_fail_late(images) or updates > 1
 
     def _adapt(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             logits_BC: Tensor = self.teacher(images)
         check_logits(logits_BC, name=self.name, remedy=self._remedy)
         labels, uncertainties = logits_BC.argmax(dim=1).tolist(), entropy(logits_BC).tolist()
+        its, capacity, classes = self.config, self.config.memory_size, logits_BC.shape[1]
+        score = partial(removal_score, capacity=capacity, classes=classes, lambda_t=its.lambda_t, lambda_u=its.lambda_u)
         for image, label, uncertainty in zip(images, labels, uncertainties, strict=True):
-            self.memory = remember(
-                self.memory,
-                Member(image.detach().clone(), label, uncertainty, age=0),
-                capacity=self.config.memory_size,
-                classes=logits_BC.shape[1],
-                lambda_t=self.config.lambda_t,
-                lambda_u=self.config.lambda_u,
-            )
+            newcomer = Member(image.detach().clone(), label, uncertainty, age=0)
+            self.memory = remember(self.memory, newcomer, capacity=capacity, classes=classes, score=score)
             self._seen += 1
-            if self._seen % self.config.update_frequency == 0:
+            if self._seen % its.update_frequency == 0:
                 remembered = torch.stack([member.image for member in self.memory])
-                for _ in range(self.config.steps):
+                for _ in range(its.steps):
                     self._step(remembered)
-        if self.config.predict == "before":
+        if its.predict == "before":
             return logits_BC
         with torch.no_grad():
             after: Tensor = self.teacher(images)
         return after
 
-    def _step(self, images: Tensor) -> Tensor:
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the memory: the mean of E(a) · H(teacher(x), student(view(x))), with E(a) = e⁻ᵃ / (1 + e⁻ᵃ)."""
+        its = self.config
         ages_M = torch.tensor([member.age for member in self.memory], dtype=images.dtype, device=images.device)
-        return step(
-            images,
-            ages_M / self.config.memory_size,
-            student=self.model,
-            teacher=self.teacher,
-            optimizer=self._optimizer,
-            generator=self._generator,
-            config=self.config,
-        )
+        with torch.no_grad(), robust_statistics(self.teacher, its.alpha):
+            taught_MC: Tensor = self.teacher(images)
+        with robust_statistics(self.model, its.alpha):
+            log_p_MC = self.model(view(images, generator=self._generator, flip=its.flip)).log_softmax(dim=1)
+        divergence_M = -(taught_MC.softmax(dim=1) * log_p_MC).sum(dim=1)
+        return log_p_MC, (torch.sigmoid(-(ages_M / its.memory_size)) * divergence_M).mean()
+
+    @torch.no_grad()
+    def _step(self, images: Tensor) -> Tensor:
+        """Teach the student the memory, and let the teacher follow: θ ← (1 − ν) θ + ν θ_student."""
+        log_p_MC = super()._step(images)
+        for name, parameter in self._following.items():
+            parameter.lerp_(self._learning[name], self.config.nu)
+        return log_p_MC
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {

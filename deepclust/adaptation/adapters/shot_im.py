@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.adaptation.base import Learner, LearnerConfig, descend
-from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.base import Learner, LearnerConfig
 from deepclust.adaptation.parameters import Parameters
 from deepclust.config import Positive, config
 from deepclust.errors import AdaptationError
@@ -44,21 +42,6 @@ def information_loss(logits_BC: Tensor) -> Tensor:
     return entropy(logits_BC).mean() + (log_mean_C.exp() * log_mean_C).sum()
 
 
-def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Predict a batch and take one step on its information. Changes the model through the optimiser.
-
-    Returns:
-        Logits (B, C) from before the step.
-
-    Raises:
-        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed.
-    """
-    with torch.enable_grad():
-        logits_BC: Tensor = model(images)
-        descend(information_loss(logits_BC), logits_BC, optimizer, name="shot_im")
-    return logits_BC.detach()
-
-
 class ShotIM(Learner):
     """Makes each prediction certain and all of them together diverse."""
 
@@ -73,5 +56,6 @@ class ShotIM(Learner):
                 "0; collect a larger batch, or use the source adapter"
             )
 
-    def _step(self, images: Tensor) -> Tensor:
-        return step(images, model=self.model, optimizer=self._optimizer)
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC: Tensor = self.model(images)
+        return logits_BC, information_loss(logits_BC)

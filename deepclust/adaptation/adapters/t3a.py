@@ -78,21 +78,6 @@ def prototypes(bank: Supports, classes: int) -> Tensor:
     return F.normalize(class_sums(bank.features, bank.labels, classes), dim=1)
 
 
-def step(
-    images: Tensor, bank: Supports, *, model: Classifier, filter_k: int | None, predict: Predict
-) -> tuple[Tensor, Supports]:
-    """Remember a batch, and predict it with the bank `before` or `after` that.
-
-    Returns:
-        Logits (B, C), and the new bank.
-    """
-    features_BD, logits_BC = model.outputs(images)
-    batch = supports(features_BD, logits_BC.argmax(dim=1), logits_BC)
-    after = keep(Supports(*(torch.cat(pair) for pair in zip(bank, batch, strict=True))), filter_k=filter_k)
-    prototypes_CD = prototypes(after if predict == "after" else bank, logits_BC.shape[1])
-    return features_BD @ prototypes_CD.T, after
-
-
 class T3A(Adapter):
     """Predicts by prototypes of the confident features seen so far.
 
@@ -118,9 +103,12 @@ class T3A(Adapter):
 
     @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
-        filter_k, predict = self.config.filter_k, self.config.predict
-        logits_BC, self.bank = step(images, self.bank, model=self.model, filter_k=filter_k, predict=predict)
-        return logits_BC
+        features_BD, logits_BC = self.model.outputs(images)
+        before, batch = self.bank, supports(features_BD, logits_BC.argmax(dim=1), logits_BC)
+        joined = Supports(*(torch.cat(pair) for pair in zip(before, batch, strict=True)))
+        self.bank = keep(joined, filter_k=self.config.filter_k)
+        used = self.bank if self.config.predict == "after" else before
+        return features_BD @ prototypes(used, logits_BC.shape[1]).T
 
     def _state(self) -> dict[str, Any]:
         return {"classes": self.model.head.out_features, "bank": self.bank._asdict()}

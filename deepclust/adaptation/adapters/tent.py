@@ -9,11 +9,9 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from deepclust.adaptation.base import Learner, LearnerConfig, descend
-from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.base import Learner, LearnerConfig
 from deepclust.config import Positive, config
 
 
@@ -31,26 +29,12 @@ def entropy(logits_BC: Tensor) -> Tensor:
     return -(log_p_BC.exp() * log_p_BC).sum(dim=1)
 
 
-def step(images: Tensor, *, model: Classifier, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Predict a batch and take one step on the mean entropy. Changes the model through the optimiser.
-
-    Returns:
-        Logits (B, C) from before the step.
-
-    Raises:
-        AdaptationError: If loss, gradient or logits are not finite; nothing is then changed.
-    """
-    with torch.enable_grad():
-        logits_BC: Tensor = model(images)
-        descend(entropy(logits_BC).mean(), logits_BC, optimizer, name="tent")
-    return logits_BC.detach()
-
-
 class Tent(Learner):
     """Makes its predictions more certain."""
 
     name = "tent"
     config_class = Config
 
-    def _step(self, images: Tensor) -> Tensor:
-        return step(images, model=self.model, optimizer=self._optimizer)
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC: Tensor = self.model(images)
+        return logits_BC, entropy(logits_BC).mean()

@@ -1,24 +1,8 @@
 """TSD: Feature Alignment and Uniformity for Test Time Adaptation (arXiv 2303.10902, CVPR 2023).
 
 Test-time self-distillation towards prototypes, and local clustering. The default is what the paper means. The authors'
-code (SakurajimaMaiii/TSD) deviates from it in places: each can be chosen by `Deviations` or an option, and
-`compat="original"` sets them all.
-
-| deviation             | default, the paper's                | the code's (`ORIGINAL`)                               |
-|-----------------------|-------------------------------------|-------------------------------------------------------|
-| `normalise`           | `l2`: cosines                       | `l1`: lengths by the L1 norm, an almost flat softmax  |
-| `target`              | `prediction`                        | `softmax_of_prediction`: softmax of the softmax       |
-| `divergence`          | `forward`: KL(target ‖ prototypes') | `reverse`: KL(prototypes' ‖ target)                   |
-| `consistency_filter`  | True; mean over those that pass it  | False; mean over the batch                            |
-| `empty_classes`       | `left_out`, target renormalised     | `zero`: a class without members keeps its exp(0)      |
-| `local_compares`      | `probabilities`                     | `logits` of the sample with neighbours' probabilities |
-| `local_itself`        | False                               | True: a sample is its own nearest neighbour           |
-| `local_repels`        | False: neighbours pull              | True: neighbours push apart                           |
-| `train_mode`          | False: dropout off                  | True: dropout on; `seed` says which random numbers    |
-| `drop_last`           | False: `filter_k` members stay      | its `filter_k` -1, meant to keep all: one of each     |
-|                       |                                     | class goes at every step; `ORIGINAL` leaves it off    |
-| option `local_weight` | .1                                  | 0, so `local_compares` to `local_repels` have no use  |
-| `steps`, `episodic`   | honoured                            | ignored: errors beside `compat`                       |
+code (SakurajimaMaiii/TSD) deviates from it in places: each is a field of `Deviations`, and `compat="original"` sets
+them all (`ORIGINAL`), without the local term, which is never on there. That code ignores `steps` and `episodic`, too.
 
 The prototypes are sums of features of L2 length 1 under either norm, as in the code. There is no option for this: the
 code never resets; here `reset()` brings back model, optimiser and bank. BatchNorm uses batch statistics in both, so
@@ -40,7 +24,7 @@ from torch import Tensor, nn
 from deepclust import config as configs
 from deepclust import seeding
 from deepclust.adaptation.bank import DROP_LAST, Bank, EmptyClasses, check_bank, members, prototypes, remember
-from deepclust.adaptation.base import Learner, LearnerConfig, descend
+from deepclust.adaptation.base import Learner, LearnerConfig
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.parameters import Parameters, select_parameters
 from deepclust.config import Count, Flag, Natural, NotNegative, Positive, config
@@ -97,36 +81,36 @@ class Config(LearnerConfig):
 
 @config
 class Deviations(configs.Config):
-    """What paper and code do differently, each as the table above has it; the defaults are the paper's.
-
-    They are for the library alone: params.yaml has `compat`.
-    """
+    """What the paper and its authors' code do differently; the defaults are the paper's. params.yaml has `compat`."""
 
     normalise: Norm = "l2"
-    """The norm of unit features: `l2` or `l1`."""
+    """The norm of unit features: `l2`, for cosines, or `l1` (the code), which makes an almost flat softmax."""
     target: Target = "prediction"
-    """What the prototypes' prediction learns: the `prediction`, or the `softmax_of_prediction`."""
+    """What the prototypes' prediction learns: the `prediction`, or its softmax once more (the code)."""
     divergence: Divergence = "forward"
-    """`forward` or `reverse` Kullback–Leibler divergence."""
+    """Kullback–Leibler divergence: `forward` of target and prototypes' prediction, or `reverse` (the code)."""
     consistency_filter: Flag = True
-    """Learn only from samples on which head and prototypes agree."""
+    """Learn only from samples on which head and prototypes agree; the code learns from all."""
     empty_classes: EmptyClasses = "left_out"
-    """A class without members is `left_out` of the prototypes' prediction, or `zero` is its prototype."""
+    """A class without members is `left_out` of the prototypes' prediction, or its prototype is `zero` (the code)."""
     local_compares: Compares = "probabilities"
-    """What the local term compares with the neighbours' probabilities: `probabilities` or `logits`."""
+    """What the local term compares with the neighbours' probabilities: `probabilities` or `logits` (the code)."""
     local_itself: Flag = False
-    """A sample is its own neighbour."""
+    """A sample is its own nearest neighbour, as in the code."""
     local_repels: Flag = False
-    """The local term pushes neighbours apart."""
+    """The local term pushes neighbours apart, as in the code."""
     drop_last: Flag = False
-    """In place of `filter_k`, each step drops the least certain member of each pseudo-class; memory grows."""
+    """In place of `filter_k`, each step drops the least certain member of each pseudo-class, and memory grows: what the
+    code does with filter_k -1, which was meant to keep all."""
     train_mode: Flag = False
-    """Dropout and stochastic depth are on, in predictions too. Their random numbers depend on `seed` and on how many
-    batches came before, and leave torch's global generators as they were; they differ between kinds of devices."""
+    """Dropout and stochastic depth are on, in predictions too, as in the code. Their random numbers depend on `seed`
+    and the number of batches before, and leave torch's global generators alone; they differ between kinds of devices.
+    """
     seed: Natural = 0
     """Of train_mode's random numbers."""
 
 
+PAPER = Deviations()
 ORIGINAL = Deviations(
     normalise="l1",
     target="softmax_of_prediction",
@@ -141,16 +125,7 @@ ORIGINAL = Deviations(
 
 
 def distillation_loss(
-    features_BD: Tensor,
-    scores_BC: Tensor,
-    bank: Bank,
-    *,
-    temperature: float,
-    normalise: Norm = "l2",
-    target: Target = "prediction",
-    divergence: Divergence = "forward",
-    consistency_filter: bool = True,
-    empty_classes: EmptyClasses = "left_out",
+    features_BD: Tensor, scores_BC: Tensor, bank: Bank, *, temperature: float, its: Deviations = PAPER
 ) -> Tensor:
     """Mean of KL(sg s ‖ q) over the samples with arg max q = arg max s (step 3); 0 where there are none.
 
@@ -159,46 +134,34 @@ def distillation_loss(
         scores_BC: Soft predictions s; constants.
         bank: Members that the prototypes are made of; constants.
         temperature: τ of q = softmax(cos(z, c) / τ).
-        normalise: The norm that makes z and c unit vectors; with `l1` their product is no cosine.
-        target: The prediction s itself, or its softmax.
-        divergence: `forward` is KL(s ‖ q), `reverse` KL(q ‖ s).
-        consistency_filter: False takes the mean over all samples.
-        empty_classes: Whether q has a class without members.
+        its: What is done otherwise; with normalise `l1` the products of z and c are no cosines.
 
     Raises:
         AdaptationError: If no class has a prototype.
     """
-    order = ORDER[normalise]
-    prototypes_PD, classes_P = prototypes(bank, empty_classes=empty_classes)
+    order = ORDER[its.normalise]
+    prototypes_PD, classes_P = prototypes(bank, empty_classes=its.empty_classes)
     cosines_BP = F.normalize(features_BD, p=order, dim=1) @ F.normalize(prototypes_PD, p=order, dim=1).T
     log_q_BP = (cosines_BP / temperature).log_softmax(dim=1)
     target_BC = scores_BC.detach()
-    if target == "softmax_of_prediction":
+    if its.target == "softmax_of_prediction":
         target_BC = target_BC.softmax(dim=1)
     # Probabilities that underflow to 0 count as the smallest number: a logarithm of 0 would end the stream.
     tiny = torch.finfo(target_BC.dtype).tiny
     target_BP = target_BC[:, classes_P]
     target_BP = target_BP / target_BP.sum(dim=1, keepdim=True).clamp(min=tiny)
-    if divergence == "forward":
+    if its.divergence == "forward":
         divergence_B = (torch.xlogy(target_BP, target_BP) - target_BP * log_q_BP).sum(dim=1)
     else:
         divergence_B = (log_q_BP.exp() * (log_q_BP - target_BP.clamp(min=tiny).log())).sum(dim=1)
-    if not consistency_filter:
+    if not its.consistency_filter:
         return divergence_B.mean()
     agrees_B = classes_P[log_q_BP.argmax(dim=1)] == scores_BC.argmax(dim=1)
     return divergence_B[agrees_B].sum() / agrees_B.sum().clamp(min=1)
 
 
 def local_loss(
-    features_BD: Tensor,
-    values_BC: Tensor,
-    bank: Bank,
-    rows_M: Tensor,
-    *,
-    neighbours: int,
-    normalise: Norm = "l2",
-    itself: bool = False,
-    repels: bool = False,
+    features_BD: Tensor, values_BC: Tensor, bank: Bank, rows_M: Tensor, *, neighbours: int, its: Deviations = PAPER
 ) -> Tensor:
     """Mean over samples and their nearest members of sg cos(z_i, z_j) · ‖s_i − sg s_j‖² (step 4).
 
@@ -208,13 +171,11 @@ def local_loss(
         bank: Members; constants.
         rows_M: Each member's row in the batch, so that no sample is its own neighbour; -1 for older ones.
         neighbours: How many nearest members count; fewer where the bank is smaller.
-        normalise: The norm that makes z_i and z_j unit vectors; with `l1` their product is no cosine.
-        itself: A sample that is in the bank counts among its own neighbours.
-        repels: The loss is negative, and falls as predictions move away from the neighbours'.
+        its: What is done otherwise; with normalise `l1` the products of z_i and z_j are no cosines.
     """
-    order = ORDER[normalise]
+    order = ORDER[its.normalise]
     cosines_BM = F.normalize(features_BD.detach(), p=order, dim=1) @ F.normalize(bank.features, p=order, dim=1).T
-    if not itself:
+    if not its.local_itself:
         itself_BM = rows_M == torch.arange(len(features_BD), device=rows_M.device).unsqueeze(1)
         cosines_BM = cosines_BM.masked_fill(itself_BM, -torch.inf)
     nearest_BN, index_BN = cosines_BM.topk(min(neighbours, len(rows_M)), dim=1)
@@ -222,55 +183,7 @@ def local_loss(
     distances_BN = (values_BC.unsqueeze(1) - bank.scores[index_BN]).square().sum(dim=2)
     pulls_BN = nearest_BN.masked_fill(~other_BN, 0) * distances_BN
     pull = (pulls_BN.sum(dim=1) / other_BN.sum(dim=1).clamp(min=1)).mean()
-    return -pull if repels else pull
-
-
-def step(
-    images: Tensor,
-    bank: Bank,
-    *,
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    deviations: Deviations,
-) -> tuple[Tensor, Bank]:
-    """Predict a batch, remember it, and take one step on its loss. Changes the model through the optimiser.
-
-    Returns:
-        Logits (B, C) from before the step, and the new bank.
-
-    Raises:
-        AdaptationError: If loss, gradient or logits are not finite; model, optimiser and bank are then as before.
-    """
-    filter_k = DROP_LAST if deviations.drop_last else config.filter_k
-    with torch.enable_grad():
-        features_BD, logits_BC = model.outputs(images)
-        scores_BC = logits_BC.softmax(dim=1)
-        bank, rows_M = remember(bank, members(features_BD.detach(), logits_BC.detach()), filter_k=filter_k)
-        loss = distillation_loss(
-            features_BD,
-            scores_BC,
-            bank,
-            temperature=config.temperature,
-            normalise=deviations.normalise,
-            target=deviations.target,
-            divergence=deviations.divergence,
-            consistency_filter=deviations.consistency_filter,
-            empty_classes=deviations.empty_classes,
-        )
-        if config.weight:
-            loss = loss + config.weight * local_loss(
-                features_BD,
-                logits_BC if deviations.local_compares == "logits" else scores_BC,
-                bank,
-                rows_M,
-                neighbours=config.neighbours,
-                normalise=deviations.normalise,
-                itself=deviations.local_itself,
-                repels=deviations.local_repels,
-            )
-        descend(loss, logits_BC, optimizer, name="tsd")
-    return logits_BC.detach(), bank
+    return -pull if its.local_repels else pull
 
 
 class TSD(Learner):
@@ -303,7 +216,7 @@ class TSD(Learner):
         compat = config is not None and config.compat
         if compat and deviations is not None:
             raise ConfigError(f"compat {compat!r} says all deviations; leave out one of the two")
-        self.deviations = ORIGINAL if compat else deviations or Deviations()
+        self.deviations = ORIGINAL if compat else deviations or PAPER
         super().__init__(model, config)
 
     def _check_model(self, model: Classifier) -> None:
@@ -337,17 +250,19 @@ class TSD(Learner):
     def _begin(self, images: Tensor) -> None:
         self._before = self.bank
 
-    def _step(self, images: Tensor) -> Tensor:
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        config, its = self.config, self.deviations
+        features_BD, logits_BC = self.model.outputs(images)
+        scores_BC = logits_BC.softmax(dim=1)
         # Every step starts from the bank before the batch: its members are then the batch's newest features, once.
-        logits_BC, self.bank = step(
-            images,
-            self._before,
-            model=self.model,
-            optimizer=self._optimizer,
-            config=self.config,
-            deviations=self.deviations,
-        )
-        return logits_BC
+        batch = members(features_BD.detach(), logits_BC.detach())
+        self.bank, rows_M = remember(self._before, batch, filter_k=DROP_LAST if its.drop_last else config.filter_k)
+        loss = distillation_loss(features_BD, scores_BC, self.bank, temperature=config.temperature, its=its)
+        if config.weight:
+            values_BC = logits_BC if its.local_compares == "logits" else scores_BC
+            local = local_loss(features_BD, values_BC, self.bank, rows_M, neighbours=config.neighbours, its=its)
+            loss = loss + config.weight * local
+        return logits_BC, loss
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"bank": self.bank._asdict(), "batches": self.batches}
