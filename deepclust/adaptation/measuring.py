@@ -123,9 +123,10 @@ def follow(
     failed: dict[str, str] = {}
     answers = {(name, False): Answers.of(count) for name in adapters.free}
     answers |= {(name, True): Answers.of(count) for name in adapters.guarded}
-    each: Adapter | Guard
-    for each in (*adapters.free.values(), *adapters.guarded.values()):
-        each.reset()
+    for adapter in adapters.free.values():
+        adapter.reset()
+    for guard in adapters.guarded.values():
+        guard.reset()
     for batch in stream.batches:
         images = load(shifts, stream, batch).to(device)
         begin = _now(device)
