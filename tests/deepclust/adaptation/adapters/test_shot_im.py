@@ -4,30 +4,29 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from deepclust.adaptation.adapters.shot_im import ShotIM, information_loss
-from deepclust.adaptation.classifier import Classifier
+from deepclust.adaptation.adapters.shot_im import Config, ShotIM, information_loss
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import LIVELY, Naive, classifier, follows, naive_entropy, softmax, stream
+from tests.deepclust.adaptation import naive
+from tests.deepclust.adaptation.nets import LIVELY, classifier, layer_normed, stream
 
 
 def naive_loss(rows):
-    predictions = [softmax(row) for row in rows]
+    predictions = [naive.softmax(row) for row in rows]
     mean = sum(predictions) / len(predictions)
-    return sum(naive_entropy(p) for p in predictions) / len(predictions) - naive_entropy(mean)
+    return sum(naive.entropy(p) for p in predictions) / len(predictions) - naive.entropy(mean)
 
 
-@pytest.mark.parametrize("parameters", ["affine", "all", "body", "head"])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("parameters", "steps"), [("affine", 3), ("all", 1), ("body", 1), ("head", 1)])
 def test_a_stream_is_that_of_the_reference(parameters, steps):
     options = {"rate": 1e-2, "parameters": parameters, "steps": steps}
-    follows(ShotIM(classifier(LIVELY), **options), Naive(classifier(LIVELY), naive_loss, **options), stream(6))
+    model = classifier(LIVELY)
+    naive.follows(ShotIM(model, Config(**options)), naive.Learner(model, naive_loss, **options))
 
 
 def test_the_defaults_adapt_the_body_at_1e_4():
     model = classifier(LIVELY)
-    follows(ShotIM(model), Naive(model, naive_loss, rate=1e-4, parameters="body"), stream(5))
+    naive.follows(ShotIM(model), naive.Learner(model, naive_loss, rate=1e-4, parameters="body"))
 
 
 def test_the_loss_is_lowest_where_predictions_are_certain_and_diverse():
@@ -47,9 +46,7 @@ def test_a_class_that_nothing_speaks_for_keeps_loss_and_gradient_finite():
 
 
 def test_a_single_image_is_an_error_even_without_batch_norm():
-    featurizer = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5))
-    adapter = ShotIM(Classifier(featurizer, nn.Linear(5, 3)).double())
-    two = stream(1)[0][:2]
+    adapter, two = ShotIM(layer_normed()), stream(1)[0][:2]
     with pytest.raises(AdaptationError, match=r"at least two images a batch.*collect a larger batch"):
         adapter(two[:1])
     assert adapter(two).shape == (2, 3)
