@@ -2,56 +2,37 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from deepclust.adaptation.adapters.rotta import Member, RoTTA, remember, removal_score, robust_statistics
-from deepclust.adaptation.adapters.source import Source
-from deepclust.adaptation.normalisation import batch_norms
+from deepclust.adaptation import Source
+from deepclust.adaptation.adapters.rotta import Config, Member, RoTTA, remember, removal_score, robust_statistics
 from deepclust.adaptation.views import view
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import CLASSES, ROLES, classifier, same, seeded, state, stream
+from tests.deepclust.adaptation.nets import CLASSES, ROLES, changed, classifier, same, seeded, state, stream
 
 SHARP = {"rate": 1e-2, "memory_size": 6, "update_frequency": 5, "alpha": 0.3, "nu": 0.2}
 OPTIONS = [
     {},
-    SHARP,
     SHARP | {"parameters": "all", "steps": 2, "seed": 3},
     SHARP | {"parameters": "body", "flip": False, "lambda_t": 0.2, "predict": "after"},
     SHARP | {"parameters": "head", "memory_size": 3, "lambda_u": 0.1},
-    SHARP | {"update_frequency": 1, "memory_size": 20},
+    SHARP | {"update_frequency": 3, "memory_size": 20},
 ]
 
 
 class Reference:
     """RoTTA with a memory of one list a class and times of arrival, and statistics by loops over rows."""
 
-    def __init__(
-        self,
-        model,
-        *,
-        rate=1e-3,
-        parameters="affine",
-        memory_size=64,
-        update_frequency=64,
-        alpha=0.05,
-        nu=1e-3,
-        lambda_t=1.0,
-        lambda_u=1.0,
-        flip=True,
-        seed=0,
-        steps=1,
-        predict="before",
-    ):
-        self.student, self.teacher = naive.values(model), naive.values(model)
+    def __init__(self, model, its):
+        self.student, self.teacher, self.its = naive.values(model), naive.values(model), its
         self.running = {"student": naive.running(model), "teacher": naive.running(model)}
-        self.names, self.adam = ROLES[parameters], naive.Adam(ROLES[parameters], rate)
-        self.size, self.frequency, self.alpha, self.nu = memory_size, update_frequency, alpha, nu
-        self.lambda_t, self.lambda_u, self.flip, self.steps, self.predict = lambda_t, lambda_u, flip, steps, predict
-        self.generator = seeded(seed)
+        self.names, self.adam = ROLES[its.parameters], naive.Adam(ROLES[its.parameters], its.rate)
+        self.generator = seeded(its.seed)
         self.memory = {k: [] for k in range(CLASSES)}
         self.seen = self.updates = self.replaced = self.refused = 0
 
@@ -64,29 +45,26 @@ class Reference:
             p = naive.softmax(row).tolist()
             self.arrive(image, p.index(max(p)), -sum(value * math.log(value) for value in p))
             self.seen += 1
-            if self.seen % self.frequency == 0:
-                for _ in range(self.steps):
+            if self.seen % self.its.update_frequency == 0:
+                for _ in range(self.its.steps):
                     self.update()
-        return logits if self.predict == "before" else self.predictions(images)
+        return logits if self.its.predict == "before" else self.predictions(images)
 
     def score(self, member):
         age = self.seen - member["arrived"]
-        old = 1 / (1 + math.exp(-age / self.size))
-        return self.lambda_t * old + self.lambda_u * member["entropy"] / math.log(CLASSES)
+        old = 1 / (1 + math.exp(-age / self.its.memory_size))
+        return self.its.lambda_t * old + self.its.lambda_u * member["entropy"] / math.log(CLASSES)
 
     def arrive(self, image, label, entropy):
         new = {"image": image, "label": label, "entropy": entropy, "arrived": self.seen}
-        total = sum(len(members) for members in self.memory.values())
-        if len(self.memory[label]) < self.size / CLASSES:
-            if total < self.size:
+        classes = [label]
+        if len(self.memory[label]) < self.its.memory_size / CLASSES:
+            if sum(len(members) for members in self.memory.values()) < self.its.memory_size:
                 self.memory[label].append(new)
                 return
             longest = max(len(members) for members in self.memory.values())
             classes = [k for k, members in self.memory.items() if len(members) == longest]
-        else:
-            classes = [label]
-        rivals = [member for k in classes for member in self.memory[k]]
-        worst = max(rivals, key=self.score)
+        worst = max((member for k in classes for member in self.memory[k]), key=self.score)
         if self.score(worst) <= self.score(new):
             self.refused += 1
             return
@@ -98,11 +76,9 @@ class Reference:
         return sorted((m for members in self.memory.values() for m in members), key=lambda m: m["arrived"])
 
     def moved(self, who, p, images):
-        hidden = naive.inside(p, images)
-        mean, variance = naive.moments(hidden)
-        old_mean, old_variance = self.running[who]
-        mean = (1 - self.alpha) * old_mean + self.alpha * mean
-        variance = (1 - self.alpha) * old_variance + self.alpha * variance
+        hidden, alpha = naive.inside(p, images), self.its.alpha
+        pairs = zip(self.running[who], naive.moments(hidden), strict=True)
+        mean, variance = ((1 - alpha) * old + alpha * new for old, new in pairs)
         self.running[who] = (mean.detach(), variance.detach())
         return naive.logits(p, hidden, mean, variance)
 
@@ -111,28 +87,29 @@ class Reference:
         images = torch.stack([member["image"] for member in members])
         taught = self.moved("teacher", self.teacher, images)
         p = naive.learning(self.student, self.names)
-        said = self.moved("student", p, view(images, generator=self.generator, flip=self.flip))
+        said = self.moved("student", p, view(images, generator=self.generator, flip=self.its.flip))
         losses = []
         for member, target, row in zip(members, taught, said, strict=True):
             # The image that has just come counts as one step old.
-            age = (self.seen - member["arrived"]) / self.size
+            age = (self.seen - member["arrived"]) / self.its.memory_size
             weight = math.exp(-age) / (1 + math.exp(-age))
             losses.append(-weight * (naive.softmax(target) * torch.log(naive.softmax(row))).sum())
         self.student = self.adam(p, sum(losses) / len(losses))
         for name in self.names:
-            self.teacher[name] = (1 - self.nu) * self.teacher[name] + self.nu * self.student[name]
+            self.teacher[name] = (1 - self.its.nu) * self.teacher[name] + self.its.nu * self.student[name]
         self.updates += 1
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_stream_is_that_of_the_reference_predictions_memory_weights_and_statistics(options):
-    model = classifier()
-    adapter, reference = RoTTA(model, **options), Reference(model, **options)
+    model, its = classifier(), Config(**options)
+    adapter, reference = RoTTA(model, its), Reference(model, its)
     for images in stream(9):
         torch.testing.assert_close(adapter(images), reference(images))
         members = reference.members()
-        assert [member.label for member in adapter.memory] == [member["label"] for member in members]
-        assert [member.age for member in adapter.memory] == [reference.seen - member["arrived"] for member in members]
+        assert [(m.label, m.age) for m in adapter.memory] == [
+            (m["label"], reference.seen - m["arrived"]) for m in members
+        ]
         for got, truth in zip(adapter.memory, members, strict=True):
             assert torch.equal(got.image, truth["image"])
             assert math.isclose(got.uncertainty, truth["entropy"], rel_tol=1e-9)
@@ -142,14 +119,9 @@ def test_a_stream_is_that_of_the_reference_predictions_memory_weights_and_statis
                 torch.testing.assert_close(weights[name], truth, atol=1e-9, rtol=1e-7)
             for got, truth in zip(naive.running(net), reference.running[who], strict=True):
                 torch.testing.assert_close(got, truth)
-    assert reference.updates == 81 // options.get("update_frequency", 64) * options.get("steps", 1)
+    assert reference.updates == 81 // its.update_frequency * its.steps
     assert reference.replaced > 3
-    assert reference.refused > 3 or options.get("lambda_u") == 0.1
-
-
-def test_the_removal_score_is_that_of_the_paper():
-    score = removal_score(32, math.log(2), capacity=64, classes=4, lambda_t=2.0, lambda_u=3.0)
-    assert math.isclose(score, 2 / (1 + math.exp(-0.5)) + 3 * math.log(2) / math.log(4))
+    assert reference.refused > 3 or its.lambda_u == 0.1
 
 
 def member(name, label, uncertainty, age):
@@ -160,38 +132,40 @@ def names(memory):
     return [int(member.image.item()) for member in memory]
 
 
+def kept(memory, newcomer, *, capacity, classes):
+    score = partial(removal_score, capacity=capacity, classes=classes, lambda_t=1.0, lambda_u=1.0)
+    return remember(memory, newcomer, capacity=capacity, classes=classes, score=score)
+
+
+def test_the_removal_score_is_that_of_the_paper():
+    score = removal_score(member(0, 0, math.log(2), 32), capacity=64, classes=4, lambda_t=2.0, lambda_u=3.0)
+    assert math.isclose(score, 2 / (1 + math.exp(-0.5)) + 3 * math.log(2) / math.log(4))
+
+
 def test_who_leaves_the_memory_by_hand():
-    options = {"capacity": 4, "classes": 2, "lambda_t": 1.0, "lambda_u": 1.0}
     memory = [member(0, 0, 0.3, 4), member(1, 0, 0.1, 3)]
     # Class 0 is full, though the memory is not: the uncertain old member goes, and all are older.
-    after = remember(memory, member(2, 0, 0.2, 0), **options)
+    after = kept(memory, member(2, 0, 0.2, 0), capacity=4, classes=2)
     assert names(after) == [1, 2]
     assert [m.age for m in after] == [4, 1]
     # A newcomer more uncertain than all of its full class does not enter.
-    after = remember(memory, member(2, 0, 0.69, 0), **options)
+    after = kept(memory, member(2, 0, 0.69, 0), capacity=4, classes=2)
     assert names(after) == [0, 1]
     assert [m.age for m in after] == [5, 4]
     # Another class has room.
-    assert names(remember(memory, member(2, 1, 0.69, 0), **options)) == [0, 1, 2]
+    assert names(kept(memory, member(2, 1, 0.69, 0), capacity=4, classes=2)) == [0, 1, 2]
     # Capacity 3 of two classes: class 1 has room for it, and class 0, the larger one, gives way.
     full = [*memory, member(2, 1, 0.69, 9)]
-    assert names(remember(full, member(3, 1, 0.1, 0), **(options | {"capacity": 3}))) == [1, 2, 3]
+    assert names(kept(full, member(3, 1, 0.1, 0), capacity=3, classes=2)) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 3, 7, 8, 64])
+@pytest.mark.parametrize("capacity", [1, 7, 64])
 def test_the_memory_is_balanced_and_never_above_its_capacity(capacity):
     generator, memory = seeded(0), []
     for time in range(200):
         label = int(torch.randint(0, 4, (), generator=generator).item()) if time > 60 else 0
-        uncertainty = torch.rand((), generator=generator).item()
-        memory = remember(
-            memory,
-            member(time, label, uncertainty, 0),
-            capacity=capacity,
-            classes=4,
-            lambda_t=1.0,
-            lambda_u=1.0,
-        )
+        newcomer = member(time, label, torch.rand((), generator=generator).item(), 0)
+        memory = kept(memory, newcomer, capacity=capacity, classes=4)
         counts = [sum(m.label == k for m in memory) for k in range(4)]
         assert len(memory) <= capacity
         assert max(counts) <= math.ceil(capacity / 4)
@@ -220,9 +194,9 @@ def test_statistics_move_by_alpha_and_normalise_with_a_gradient_through_the_batc
     got.pow(3).sum().backward()
     truth.pow(3).sum().backward()
     torch.testing.assert_close(values.grad, again.grad)
-    kept = norm.running_mean.clone()
+    moved = norm.running_mean.clone()
     norm(values.detach())
-    assert torch.equal(norm.running_mean, kept)
+    assert torch.equal(norm.running_mean, moved)
 
 
 def test_a_layer_that_is_used_twice_moves_twice():
@@ -234,8 +208,8 @@ def test_a_layer_that_is_used_twice_moves_twice():
 
 
 def test_batches_of_one_are_the_stream_of_one_large_batch_until_the_first_update():
-    options = {"memory_size": 6, "update_frequency": 9, "alpha": 0.3}
-    singly, together = RoTTA(classifier(), **options), RoTTA(classifier(), **options)
+    its = Config(memory_size=6, update_frequency=9, alpha=0.3)
+    singly, together = RoTTA(classifier(), its), RoTTA(classifier(), its)
     first, second = stream(2)
     alone = torch.cat([singly(image.unsqueeze(0)) for image in first])
     torch.testing.assert_close(alone, together(first))
@@ -245,75 +219,33 @@ def test_batches_of_one_are_the_stream_of_one_large_batch_until_the_first_update
 
 def test_before_the_first_update_it_predicts_as_the_source():
     adapter, source = RoTTA(classifier()), Source(classifier())
-    for images in stream(7):  # 63 images
-        assert torch.equal(adapter(images), source(images))
+    assert all(torch.equal(adapter(images), source(images)) for images in stream(7)), "63 images"
     assert same(state(adapter.teacher), state(source.model))
-    adapter(stream(1)[0])
+    images = stream(1)[0]
+    adapter(images)
     assert not torch.equal(adapter(images), source(images))
 
 
-def test_episodic_batches_do_not_depend_on_each_other():
-    adapter, fresh = RoTTA(classifier(), episodic=True, **SHARP), RoTTA(classifier(), **SHARP)
-    first, second = stream(2)
-    adapter(first)
-    assert torch.equal(adapter(second), fresh(second))
-    assert len(adapter.memory) <= 6
-
-
-def test_two_runs_are_equal_and_reset_and_state_resume_bit_for_bit():
-    torch.manual_seed(0)
-    model = classifier()
-    before = torch.get_rng_state()
-    batches = stream(8)
-    adapter, other = RoTTA(model, **SHARP), RoTTA(model, **SHARP)
-    truth = [adapter(images) for images in batches]
-    assert all(torch.equal(other(images), logits) for images, logits in zip(batches, truth, strict=True))
-    adapter.reset()
-    assert adapter.memory == []
-    assert all(torch.equal(adapter(images), logits) for images, logits in zip(batches, truth, strict=True))
-    adapter.reset()
-    for images in batches[:3]:
-        adapter(images)
-    saved = adapter.state_dict()
-    for images in batches[3:]:
-        adapter(images)
-    resumed = RoTTA(model, **SHARP)
-    resumed.load_state_dict(saved)
-    assert all(torch.equal(resumed(images), logits) for images, logits in zip(batches[3:], truth[3:], strict=True))
-    assert same(state(resumed.model), state(adapter.model))
-    assert same(state(resumed.teacher), state(adapter.teacher))
+def test_another_seed_is_another_view_and_the_memory_keeps_its_own_images():
+    model, before = classifier(), torch.get_rng_state()
+    adapters = [RoTTA(model, Config(**SHARP, seed=seed)) for seed in (0, 1)]
+    batches = stream(3)
+    first, second = ([adapter(images) for images in batches] for adapter in adapters)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[2], second[2])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_another_seed_is_another_view():
-    results = []
-    for seed in (0, 1):
-        adapter = RoTTA(classifier(), **SHARP, seed=seed)
-        results.append([adapter(images) for images in stream(3)][-1])
-    assert not torch.equal(*results)
-
-
-def test_the_memory_keeps_its_own_images():
-    adapter = RoTTA(classifier())
-    images = stream(1)[0]
-    adapter(images)
-    kept = images[0].clone()
-    images.zero_()
-    assert torch.equal(adapter.memory[0].image, kept)
+    images = [member.image.clone() for member in adapters[0].memory]
+    for batch in batches:
+        batch.zero_()
+    assert same([member.image for member in adapters[0].memory], images)
 
 
 def test_models_without_batch_norm_learn_by_their_other_normalisations():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4)).double()
-    adapter = RoTTA(model, **SHARP)
+    adapter = RoTTA(model, Config(**SHARP))
     for images in stream(3):
         adapter(images)
-    changed = [n for n, value in adapter.model.named_parameters() if not torch.equal(value, dict(start(model))[n])]
-    assert changed == ["model.2.weight", "model.2.bias"]
-
-
-def start(model):
-    return ((f"model.{name}", value) for name, value in model.named_parameters())
+    assert changed(model, adapter.model.model) == ["2.weight", "2.bias"]
 
 
 def test_a_batch_norm_with_an_activation_of_its_own_is_normalised_too():
@@ -322,46 +254,18 @@ def test_a_batch_norm_with_an_activation_of_its_own_is_normalised_too():
             return super().forward(values).relu()
 
     model = classifier()
-    activated = copy.deepcopy(model)
-    norm = Activated(6).double()
+    activated, norm = copy.deepcopy(model), Activated(6).double()
     norm.load_state_dict(model.featurizer[2].state_dict())
     activated.featurizer[2], activated.featurizer[3] = norm, nn.Identity()
-    plain, special = RoTTA(model, **SHARP), RoTTA(activated.eval(), **SHARP)
-    for images in stream(5):
+    plain, special = RoTTA(model, Config(**SHARP)), RoTTA(activated.eval(), Config(**SHARP))
+    for images in stream(4):
         torch.testing.assert_close(special(images), plain(images))
-    assert len(batch_norms(special.teacher)) == 1
-
-
-def test_states_and_options_that_do_not_fit_are_errors():
-    large, small = RoTTA(classifier()), RoTTA(classifier(), memory_size=4)
-    large(stream(1)[0])
-    with pytest.raises(AdaptationError, match=r"at most 4 images in the memory, got 9"):
-        small.load_state_dict(large.state_dict())
-    spoilt = small.state_dict()
-    spoilt["teacher"]["parameters"]["featurizer.2.weight"] = torch.zeros(7)
-    with pytest.raises(AdaptationError, match=r"expected featurizer.2.weight of shape \(6,\)"):
-        small.load_state_dict(spoilt)
-    for options, message in [
-        ({"memory_size": 0}, "memory_size and update_frequency of at least 1 image; got 0 and 64"),
-        ({"update_frequency": 0}, "at least 1 image; got 64 and 0"),
-        ({"alpha": 1.5}, "alpha and nu from 0 to 1, got alpha 1.5, nu 0.001"),
-        ({"nu": -0.1}, "got alpha 0.05, nu -0.1"),
-        ({"lambda_t": -1}, "lambda_t and lambda_u of at least 0, got lambda_t -1"),
-        ({"lambda_u": math.nan}, "lambda_u nan"),
-        ({"rate": 0}, "a finite rate above 0, got 0"),
-    ]:
-        with pytest.raises(AdaptationError, match=message):
-            RoTTA(classifier(), **options)
 
 
 def test_models_that_do_not_fit_are_errors():
-    with pytest.raises(AdaptationError, match="this model has none; choose other parameters"):
+    with pytest.raises(AdaptationError, match=r"rotta adapts .* this model has none; choose other parameters"):
         RoTTA(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
     model = classifier()
     model.featurizer[2] = nn.BatchNorm1d(6, track_running_stats=False).double()
     with pytest.raises(AdaptationError, match="a BatchNorm layer without any; train it with track_running_stats"):
-        RoTTA(model)
-    model = classifier()
-    model.featurizer[2].reset_running_stats()
-    with pytest.raises(AdaptationError, match="the model was never trained"):
         RoTTA(model)

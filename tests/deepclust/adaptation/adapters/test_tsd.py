@@ -1,219 +1,306 @@
-"""TSD against a naive float64 implementation of its formulas, hand-computed cases, and invariants."""
+"""TSD, and where its authors' code deviates from the paper, against loops in float64, by hand, and invariants."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from deepclust.adaptation.adapters.bn import BN
-from deepclust.adaptation.adapters.tsd import TSD, distillation_loss, local_loss
-from deepclust.adaptation.bank import Bank, members, prototypes, remember
-from deepclust.adaptation.classifier import Classifier
-from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import CLASSES, MODULES, ROLES, classifier, same, seeded, state, stream
+from deepclust import config, seeding
+from deepclust.adaptation import BN, Classifier
+from deepclust.adaptation.adapters.tsd import ORIGINAL, PAPER, TSD, Config, Deviations, distillation_loss, local_loss
+from deepclust.adaptation.bank import DROP_LAST, Bank, members, prototypes, remember
+from deepclust.errors import AdaptationError, ConfigError
+from tests.deepclust.adaptation import naive
+from tests.deepclust.adaptation.nets import (
+    CLASSES,
+    HIDDEN,
+    ROLES,
+    changed,
+    classifier,
+    layer_normed,
+    same,
+    seeded,
+    state,
+    stream,
+)
+
+DROPOUT = 0.3
+FREE = {"rate": 1e-3, "parameters": "all", "filter_k": 5, "local_weight": 0.3}
+CODE = {
+    "normalise": "l1",
+    "target": "softmax_of_prediction",
+    "divergence": "reverse",
+    "consistency_filter": False,
+    "empty_classes": "zero",
+    "local_compares": "logits",
+    "local_itself": True,
+    "local_repels": True,
+    "train_mode": True,
+}
+
+
+def dropping_classifier(seed=0):
+    """The tests' net with dropout behind its ReLU; the names of its parameters stay."""
+    model = classifier(seed)
+    model.featurizer[3] = nn.Sequential(nn.ReLU(), nn.Dropout(DROPOUT))
+    return model
+
+
+def length(row, norm="l2"):
+    return row.abs().sum() if norm == "l1" else (row**2).sum().sqrt()
+
+
+def exponentials(values):
+    total = sum(math.exp(value) for value in values)
+    return [math.exp(value) / total for value in values]
 
 
 class Reference:
-    """TSD in loops over samples, classes and members; Adam by its own formula."""
+    """TSD and each deviation of the code in loops over samples, classes and members."""
 
-    def __init__(self, model, *, rate, parameters, filter_k, neighbours, local_weight, temperature):
-        values = model.state_dict()
-        self.p = {name: values[module].clone() for name, module in MODULES.items()}
-        self.learning = ROLES[parameters]
-        self.rate, self.filter_k, self.neighbours = rate, filter_k, neighbours
-        self.weight, self.temperature = local_weight, temperature
-        self.moments = {
-            name: (torch.zeros_like(self.p[name]), torch.zeros_like(self.p[name])) for name in self.learning
-        }
-        self.time = 0
+    def __init__(self, model, free, its=PAPER):
+        self.p, self.free, self.its = naive.values(model), free, its
+        self.names, self.adam = ROLES[free.parameters], naive.Adam(ROLES[free.parameters], free.rate)
         self.filtered = 0
         self.members = [self.member(row, self.p["w"] @ row + self.p["b"]) for row in self.p["w"]]
 
     @staticmethod
     def member(feature, logits):
-        exponentials = [math.exp(value) for value in logits.tolist()]
-        score = [value / sum(exponentials) for value in exponentials]
+        score = exponentials(logits.tolist())
         entropy = -sum(value * math.log(value) for value in score)
         return {"z": feature, "s": score, "label": score.index(max(score)), "entropy": entropy}
 
-    def forward(self, images):
-        p = self.p
-        hidden = images.flatten(1) @ p["w1"].T + p["b1"]
-        mean = hidden.sum(dim=0) / len(hidden)
-        variance = ((hidden - mean) ** 2).sum(dim=0) / len(hidden)
-        hidden = (hidden - mean) / torch.sqrt(variance + 1e-5) * p["scale"] + p["shift"]
-        features = hidden.clamp(min=0) @ p["w2"].T + p["b2"]
+    def forward(self, p, images):
+        hidden, mask = naive.inside(p, images), 1
+        if self.its.train_mode:  # whoever runs the reference seeds the global generator
+            mask = F.dropout(torch.ones(len(images), HIDDEN, dtype=torch.float64), DROPOUT)
+        features = naive.features(p, hidden, *naive.moments(hidden), mask)
         return features, features @ p["w"].T + p["b"]
 
     def __call__(self, images):
-        for name in self.learning:
-            self.p[name] = self.p[name].detach().requires_grad_(True)
-        features, logits = self.forward(images)
+        p = naive.learning(self.p, self.names)
+        features, logits = self.forward(p, images)
         current = [self.member(z.detach(), row.detach()) for z, row in zip(features, logits, strict=True)]
-        self.members += current
-        if self.filter_k is not None:
+        self.members = self.members + current
+        filter_k = -1 if self.its.drop_last else self.free.filter_k
+        if filter_k is not None:
             kept = []
             for k in range(CLASSES):
                 of_class = [member for member in self.members if member["label"] == k]
                 # With -1 the slice leaves out the last, the least certain.
-                kept += sorted(of_class, key=lambda member: member["entropy"])[: self.filter_k]
+                kept += sorted(of_class, key=lambda member: member["entropy"])[:filter_k]
             self.members = [member for member in self.members if any(member is other for other in kept)]
-        loss = self.distillation(features, current) + self.weight * self.local(features, logits, current)
-        gradients = torch.autograd.grad(loss, [self.p[name] for name in self.learning], allow_unused=True)
-        self.time += 1
-        for name, gradient in zip(self.learning, gradients, strict=True):
-            if gradient is None:
-                continue
-            first, second = self.moments[name]
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[name] = (first, second)
-            corrected = first / (1 - 0.9**self.time), second / (1 - 0.999**self.time)
-            self.p[name] = (self.p[name] - self.rate * corrected[0] / (corrected[1].sqrt() + 1e-8)).detach()
+        weight = 0 if self.free.compat else self.free.local_weight
+        loss = self.distillation(features, current) + weight * self.local(features, logits, current)
+        self.p = self.adam(p, loss)
         return logits.detach()
 
-    @staticmethod
-    def cosine(left, right):
-        return (left * right).sum() / ((left**2).sum().sqrt() * (right**2).sum().sqrt())
+    def similarity(self, left, right):
+        norm = self.its.normalise
+        return (left * right).sum() / length(left, norm) / length(right, norm) if right.any() else (left * right).sum()
 
     def distillation(self, features, current):
-        centres = {}
+        its, nothing = self.its, torch.zeros_like(features[0].detach())
+        centres = dict.fromkeys(range(CLASSES), nothing) if its.empty_classes == "zero" else {}
         for member in self.members:
-            unit = member["z"] / (member["z"] ** 2).sum().sqrt()
-            centres[member["label"]] = centres.get(member["label"], 0) + unit
-        losses = []
+            centres[member["label"]] = centres.get(member["label"], nothing) + member["z"] / length(member["z"])
+        losses, count = [], 0
         for z, sample in zip(features, current, strict=True):
-            weights = {k: torch.exp(self.cosine(z, centre) / self.temperature) for k, centre in centres.items()}
-            q = {k: weight / sum(weights.values()) for k, weight in weights.items()}
-            if max(q, key=lambda k: q[k].item()) != sample["label"]:
+            cosines = {k: self.similarity(z, centre) / self.free.temperature for k, centre in centres.items()}
+            q = {k: torch.exp(cosine) / sum(map(torch.exp, cosines.values())) for k, cosine in cosines.items()}
+            if its.consistency_filter and max(q, key=lambda k: q[k].item()) != sample["label"]:
                 self.filtered += 1
                 continue
-            mass = sum(sample["s"][k] for k in centres)
-            target = {k: sample["s"][k] / mass for k in centres}
-            losses.append(sum(target[k] * (math.log(target[k]) - torch.log(q[k])) for k in centres))
-        return sum(losses) / len(losses) if losses else features.sum() * 0
+            count += 1
+            target = exponentials(sample["s"]) if its.target == "softmax_of_prediction" else sample["s"]
+            t = {k: target[k] / sum(target[j] for j in centres) for k in centres}
+            for k in centres:
+                difference = math.log(t[k]) - torch.log(q[k])
+                losses.append(t[k] * difference if its.divergence == "forward" else -q[k] * difference)
+        return sum(losses) / count if count else features.sum() * 0
 
     def local(self, features, logits, current):
         losses = []
         for z, row, sample in zip(features, logits, current, strict=True):
-            score = torch.exp(row) / torch.exp(row).sum()
-            others = [member for member in self.members if member is not sample]
-            others.sort(key=lambda member: -self.cosine(z.detach(), member["z"]).item())
-            nearest = others[: self.neighbours]
+            value = row if self.its.local_compares == "logits" else naive.softmax(row)
+            others = [member for member in self.members if self.its.local_itself or member is not sample]
+            others.sort(key=lambda member: -self.similarity(z.detach(), member["z"]).item())
             pulls = [
-                self.cosine(z.detach(), member["z"]) * ((score - torch.tensor(member["s"], dtype=z.dtype)) ** 2).sum()
-                for member in nearest
+                self.similarity(z.detach(), member["z"])
+                * ((value - torch.tensor(member["s"], dtype=z.dtype)) ** 2).sum()
+                for member in others[: self.free.neighbours]
             ]
-            losses.append(sum(pulls) / len(pulls))
+            losses.append(sum(pulls) / len(pulls) * (-1 if self.its.local_repels else 1))
         return sum(losses) / len(losses)
 
 
-OPTIONS = [
-    {"parameters": "all"},
-    {"parameters": "all", "filter_k": None},
-    {"parameters": "affine", "rate": 1e-2, "filter_k": 2},
-    {"parameters": "body", "temperature": 0.1, "local_weight": 0.0},
-    {"parameters": "head", "neighbours": 5, "local_weight": 2.0},
-    {"parameters": "all", "filter_k": 1, "neighbours": 50},
-]
+def check_same(adapter, reference):
+    assert adapter.bank.labels.tolist() == [member["label"] for member in reference.members]
+    for name, key in (("features", "z"), ("scores", "s"), ("entropies", "entropy")):
+        rows = [torch.as_tensor(member[key], dtype=torch.float64) for member in reference.members]
+        torch.testing.assert_close(getattr(adapter.bank, name), torch.stack(rows), rtol=0, atol=1e-9)
+    naive.close(adapter.model, reference.p)
 
 
-@pytest.mark.parametrize("seed", [3, 2], ids=["a class without members", "all classes"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def run_both(adapter, reference, batches=5):
+    for index, images in enumerate(stream(batches)):
+        with seeding.seeded("tsd", reference.its.seed, index):
+            expected = reference(images)
+        torch.testing.assert_close(adapter(images), expected, rtol=0, atol=1e-9)
+        check_same(adapter, reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ({}, 3),
+        ({"filter_k": None}, 2),
+        ({"parameters": "affine", "rate": 1e-2, "filter_k": 2}, 3),
+        ({"parameters": "body", "temperature": 0.1, "local_weight": 0.0}, 2),
+        ({"parameters": "head", "neighbours": 5, "local_weight": 2.0}, 3),
+        ({"filter_k": 1, "neighbours": 50}, 2),
+    ],
+    ids=str,
+)
 def test_a_stream_is_that_of_the_reference_predictions_bank_and_weights(options, seed):
-    options = {
-        "rate": 1e-3,
-        "parameters": "all",
-        "filter_k": 5,
-        "neighbours": 3,
-        "local_weight": 0.3,
-        "temperature": 1.0,
-    } | options
-    model = classifier(seed)
-    adapter, reference = TSD(model, **options), Reference(model, **options)
-    for images in stream(7):
-        torch.testing.assert_close(adapter(images), reference(images), rtol=0, atol=1e-9)
-        assert adapter.bank.labels.tolist() == [member["label"] for member in reference.members]
-        for name, key in (("features", "z"), ("scores", "s"), ("entropies", "entropy")):
-            rows = [torch.as_tensor(member[key], dtype=torch.float64) for member in reference.members]
-            torch.testing.assert_close(getattr(adapter.bank, name), torch.stack(rows), rtol=0, atol=1e-9)
-        weights = adapter.model.state_dict()
-        for name, module in MODULES.items():
-            torch.testing.assert_close(weights[module], reference.p[name].detach(), rtol=0, atol=1e-9)
-    for name, module in MODULES.items():
-        learnt = not torch.equal(weights[module], model.state_dict()[module])
-        # What the first bias adds, batch statistics take away again: nothing but rounding reaches it.
-        assert learnt == (name in options_learn(options)) or name == "b1"
-    assert 0 < reference.filtered < 7 * 9, "the stream has to exercise the consistency filter"
+    model, free = classifier(seed), Config(**FREE | options)
+    adapter, reference = TSD(model, free), Reference(model, free)
+    start = reference.p
+    run_both(adapter, reference)
+    moved = {name for name, value in naive.values(adapter.model).items() if not torch.equal(value, start[name])}
+    reached = set(ROLES[free.parameters]) - (set() if free.local_weight else set(ROLES["head"]))
+    assert moved - {"b1"} == reached - {"b1"}, "the head learns through the local term alone"
+    assert 0 < reference.filtered < 5 * 9, "the stream has to exercise the consistency filter"
+    # With seed 3 the stream leaves a class without members.
     assert (len(adapter.bank.labels.unique()) == CLASSES) == (seed == 2)
 
 
-def options_learn(options):
-    """The parameters that the loss reaches: the head's only through the local term."""
-    names = ROLES[options["parameters"]]
-    return [name for name in names if options["local_weight"] or name not in ROLES["head"]]
+@pytest.mark.parametrize(("free", "seed"), [({}, 3), ({"temperature": 0.2, "parameters": "affine"}, 2)], ids=str)
+def test_compat_is_the_reference_of_the_codes_semantics(free, seed):
+    model, free = dropping_classifier(seed), Config(**FREE | {"local_weight": None, "compat": "original"} | free)
+    adapter = TSD(model, free)
+    assert config.as_dict(adapter.deviations) == CODE | {"drop_last": False, "seed": 0}
+    run_both(adapter, Reference(model, free, Deviations(**CODE)))
+    assert not same(state(adapter.model), state(TSD(model).model)), "nothing was learnt"
+
+
+@pytest.mark.parametrize(
+    "deviations",
+    [*({name: value} for name, value in CODE.items()), {"drop_last": True}, {"train_mode": True, "seed": 5}, CODE],
+    ids=lambda deviations: ",".join(deviations),
+)
+def test_each_deviation_alone_and_all_with_the_local_term_are_the_references(deviations):
+    model, free, its = dropping_classifier(3), Config(**FREE), Deviations(**deviations)
+    adapter, paper = TSD(model, free, deviations=its), TSD(model, free)
+    run_both(adapter, Reference(model, free, its))
+    for images in stream(5):
+        paper(images)
+    assert not same(state(paper.model), state(adapter.model)), "the deviation has to matter on this stream"
+
+
+@pytest.mark.parametrize("deviations", [{}, {"local_repels": True, "train_mode": True}], ids=str)
+def test_several_steps_learn_several_times_and_the_bank_holds_the_batch_once(deviations):
+    model, its = dropping_classifier(2), Deviations(**deviations)
+    options = FREE | {"filter_k": None, "steps": 3, "predict": "after", "rate": 0.01}
+    adapter, reference = TSD(model, Config(**options), deviations=its), Reference(model, Config(**options), its)
+    for index, images in enumerate(stream(3)):
+        older = reference.members
+        with seeding.seeded("tsd", 0, index):
+            for _ in range(3):
+                reference.members = older
+                reference(images)
+            after = reference.forward(reference.p, images)[1]
+        torch.testing.assert_close(adapter(images), after, rtol=0, atol=1e-9)
+        check_same(adapter, reference)
+        assert len(adapter.bank.labels) == CLASSES + 9 * (index + 1)
 
 
 def bank_of(features, logits):
     return members(torch.tensor(features, dtype=torch.float64), torch.tensor(logits, dtype=torch.float64))
 
 
-def test_the_bank_starts_with_the_heads_rows_and_their_own_predictions():
-    model = classifier()
-    bank = TSD(model).bank
-    weight, bias = model.head.weight.detach(), model.head.bias.detach()
-    assert torch.equal(bank.features, weight)
-    torch.testing.assert_close(bank.scores, (weight @ weight.T + bias).softmax(dim=1))
-    assert torch.equal(bank.labels, bank.scores.argmax(dim=1))
-    weight_after = TSD(model)
-    weight_after(stream(1)[0])
-    assert torch.equal(weight_after.bank.features[: len(weight)], weight)
-
-
 def test_the_lowest_entropies_of_each_class_stay_in_order_and_older_members_win_ties():
     log = math.log
     bank = bank_of([[1.0], [2.0], [3.0]], [[log(9), 0], [log(3), 0], [0, log(2)]])
     batch = bank_of([[4.0], [5.0], [6.0]], [[log(4), 0], [log(3), 0], [0, log(8)]])
-    kept, rows = remember(bank, batch, filter_k=2)
-    # Class 0 has odds 9, 3, 4, 3: 9 and 4 stay. Class 1 has 2 and 8: both stay.
-    assert kept.features.squeeze(1).tolist() == [1, 3, 4, 6]
-    assert kept.labels.tolist() == [0, 1, 0, 1]
-    assert rows.tolist() == [-1, -1, 0, 2]
-    three, rows = remember(bank, batch, filter_k=3)
-    assert three.features.squeeze(1).tolist() == [1, 2, 3, 4, 6]
-    everything, rows = remember(bank, batch, filter_k=None)
-    assert everything.features.squeeze(1).tolist() == [1, 2, 3, 4, 5, 6]
-    assert rows.tolist() == [-1, -1, -1, 0, 1, 2]
+    # Class 0 has odds 9, 3, 4, 3, and class 1 has 2 and 8. -1 drops the least certain of each, even an only member.
+    for filter_k, features, rows in (
+        (1, [1, 6], [-1, 2]),
+        (2, [1, 3, 4, 6], [-1, -1, 0, 2]),
+        (3, [1, 2, 3, 4, 6], [-1, -1, -1, 0, 2]),
+        (None, [1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2]),
+        (DROP_LAST, [1, 2, 4, 6], [-1, -1, 0, 2]),
+    ):
+        kept, found = remember(bank, batch, filter_k=filter_k)
+        assert kept.features.squeeze(1).tolist() == features
+        assert found.tolist() == rows
+    assert remember(bank, bank_of([[4.0]], [[0, log(8)]]), filter_k=2)[0].labels.tolist() == [0, 0, 1, 1]
 
 
-def test_prototypes_are_sums_of_unit_features_and_classes_without_members_have_none():
+def test_prototypes_are_sums_of_unit_features_and_classes_without_members_have_none_or_zero():
     bank = bank_of([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], [[1, 0, 0], [2, 0, 0], [0, 0, 1]])
     sums, classes = prototypes(bank)
     assert classes.tolist() == [0, 2]
     torch.testing.assert_close(sums, torch.tensor([[0.6, 1.8], [1.0, 0.0]], dtype=torch.float64))
+    sums, classes = prototypes(bank, empty_classes="zero")
+    assert classes.tolist() == [0, 1, 2]
+    assert not sums[1].any()
 
 
-def test_distillation_is_the_kl_divergence_of_samples_that_head_and_prototypes_agree_on():
+def test_distillation_is_the_divergence_of_samples_that_head_and_prototypes_agree_on():
     bank = bank_of([[1.0, 0.0], [0.0, 1.0]], [[5, 0], [0, 5]])
     features = torch.tensor([[2.0, 0.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
     scores = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64, requires_grad=True)
     loss = distillation_loss(features, scores, bank, temperature=0.5)
     q = math.exp(2) / (math.exp(2) + 1)
     assert loss.item() == pytest.approx(0.8 * math.log(0.8 / q) + 0.2 * math.log(0.2 / (1 - q)))
+    reverse = distillation_loss(features, scores, bank, temperature=0.5, its=Deviations(divergence="reverse"))
+    assert reverse.item() == pytest.approx(q * math.log(q / 0.8) + (1 - q) * math.log((1 - q) / 0.2))
     loss.backward()
     assert scores.grad is None, "the target is a constant"
     assert features.grad[0].abs().sum() > 0
     assert not features.grad[1].any(), "the second sample's head says 1, its prototypes say 0"
+    nobody = distillation_loss(features, scores.flip(1), bank, temperature=0.5)
+    assert nobody.item() == pytest.approx(0.7 * math.log(0.7 / q) + 0.3 * math.log(0.3 / (1 - q))), "the second now"
+    assert distillation_loss(features[:1], scores[1:], bank, temperature=0.5).item() == 0, "none that agrees"
 
 
-def test_distillation_is_zero_without_a_sample_that_agrees():
-    bank = bank_of([[1.0, 0.0], [0.0, 1.0]], [[5, 0], [0, 5]])
-    features = torch.tensor([[0.0, 2.0]], dtype=torch.float64, requires_grad=True)
-    loss = distillation_loss(features, torch.tensor([[0.9, 0.1]], dtype=torch.float64), bank, temperature=1.0)
-    loss.backward()
-    assert loss.item() == 0
-    assert not features.grad.any()
+def test_the_codes_distillation_is_torchs_kl_divergence_of_two_softmaxes():
+    generator = seeded(0)
+    features = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(6, 4, generator=generator, dtype=torch.float64).softmax(dim=1)
+    bank = members(
+        torch.randn(9, 5, generator=generator, dtype=torch.float64),
+        torch.randn(9, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1.0, 1.0, 0.0]) - 3,
+    )
+    bank = Bank(bank.features, bank.scores, bank.labels.clamp(max=2), bank.entropies)
+    centres = F.normalize(bank.features, dim=1).T @ F.one_hot(bank.labels, 4).double()
+    distances = F.normalize(features, p=1, dim=1) @ F.normalize(centres.T, p=1, dim=1).T / 0.7
+    expected = F.kl_div(scores.log_softmax(1), distances.softmax(1), reduction="none").sum(1).mean(0)
+    loss = distillation_loss(features, scores, bank, temperature=0.7, its=ORIGINAL)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value, features, retain_graph=True)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_probabilities_that_underflow_or_lie_on_a_class_without_prototype_leave_gradients_finite(divergence):
+    its = Deviations(divergence=divergence)
+    features = torch.tensor([[2.0, 0.5], [2.0, 0.5]], requires_grad=True)
+    loss = distillation_loss(
+        features[:1], torch.tensor([[1.0, 0.0]]), members(torch.eye(2), torch.eye(2)), temperature=1.0, its=its
+    )
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert torch.isfinite(gradient).all()
+    assert gradient.any()
+    bank = members(torch.eye(2), torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]))
+    scores = torch.tensor([[0.0, 0.0, 1.0], [0.8, 0.1, 0.1]])
+    distillation_loss(features, scores, bank, temperature=1.0, its=its).backward()
+    assert not features.grad[0].any()
+    assert torch.isfinite(features.grad[1]).all()
+    assert features.grad[1].any()
 
 
 def test_the_local_term_weighs_squared_distances_to_the_nearest_others_by_cosine():
@@ -225,118 +312,115 @@ def test_the_local_term_weighs_squared_distances_to_the_nearest_others_by_cosine
     )
     features = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
     scores = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
-    far = torch.tensor([-1, -1, -1, -1])
-    half = math.sqrt(0.5)
-    nearest = local_loss(features, scores, bank, far, neighbours=2)
-    assert nearest.item() == pytest.approx((1 * 0 + half * 2 * 0.4**2) / 2)
-    itself = torch.tensor([0, -1, -1, -1])
-    without = local_loss(features, scores, bank, itself, neighbours=2)
-    assert without.item() == pytest.approx((half * 2 * 0.4**2 + 0 * 2 * 0.7**2) / 2)
-    fewer = local_loss(features, scores, bank, itself, neighbours=9)
-    assert fewer.item() == pytest.approx((half * 2 * 0.4**2 + 0 - 1 * 2 * 0.9**2) / 3)
+    older, itself, half = torch.full((4,), -1), torch.tensor([0, -1, -1, -1]), math.sqrt(0.5)
+
+    def local(rows, neighbours, **deviations):
+        return local_loss(features, scores, bank, rows, neighbours=neighbours, its=Deviations(**deviations)).item()
+
+    assert local(older, 2) == pytest.approx((1 * 0 + half * 2 * 0.4**2) / 2)
+    assert local(older, 2, local_repels=True) == -local(older, 2)
+    assert local(itself, 2) == pytest.approx((half * 2 * 0.4**2 + 0 * 2 * 0.7**2) / 2)
+    assert local(itself, 9) == pytest.approx((half * 2 * 0.4**2 + 0 - 1 * 2 * 0.9**2) / 3), "fewer members"
+    assert local(itself, 1, local_itself=True) == 0
+    one = Bank(*(column[:1] for column in bank))
+    assert local_loss(features, scores * 0.5, one, itself[:1], neighbours=3) == 0, "its only neighbour is itself"
 
 
-def test_a_sample_whose_only_neighbour_is_itself_feels_no_pull():
-    bank = bank_of([[1.0, 0.0]], [[3.0, 0.0]])
-    loss = local_loss(bank.features, bank.scores, bank, torch.tensor([0]), neighbours=3)
-    assert loss.item() == 0
+def test_a_bank_that_lost_its_last_members_is_an_error_unless_prototypes_may_be_zero():
+    one = members(torch.eye(3), 9 * torch.eye(3))
+    empty, _ = remember(Bank(*(column[:0] for column in one)), one, filter_k=DROP_LAST)
+    assert len(empty.labels) == 0
+    with pytest.raises(
+        AdaptationError, match=r"got an empty one.*set filter_k to at least 1, or empty_classes to zero"
+    ):
+        distillation_loss(torch.eye(3), one.scores, empty, temperature=1.0)
+    loss = distillation_loss(torch.eye(3), one.scores, empty, temperature=1.0, its=Deviations(empty_classes="zero"))
+    assert loss.item() == pytest.approx((one.scores[0] * (3 * one.scores[0]).log()).sum().item())
+    assert local_loss(torch.eye(3), one.scores, empty, torch.zeros(0, dtype=torch.int64), neighbours=3) == 0
 
 
-def test_the_local_term_pulls_predictions_towards_the_neighbours():
-    bank = bank_of([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]], [[2, 0], [2, 0], [2, 0]])
-    logits = torch.tensor([[0.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    features = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    local_loss(features, logits.softmax(dim=1), bank, torch.tensor([-1, -1, -1]), neighbours=3).backward()
-    assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
-
-
-def test_the_prediction_is_from_before_the_step():
-    first, second = stream(2)
-    adapter = TSD(classifier(), rate=0.1)
-    assert torch.equal(adapter(first), BN(classifier())(first))
-    assert not torch.allclose(adapter(second), BN(classifier())(second))
-
-
-def test_the_bank_stays_bounded_along_a_stream():
-    adapter = TSD(classifier(), filter_k=4)
-    for images in stream(40):
-        adapter(images)
-        assert len(adapter.bank.labels) <= 4 * CLASSES
+def test_the_bank_starts_with_the_heads_rows_and_stays_bounded_along_a_stream():
+    model, images = classifier(), stream(1)[0]
+    adapter = TSD(model, Config(filter_k=4, rate=0.1))
+    weight, bias = model.head.weight.detach(), model.head.bias.detach()
+    assert torch.equal(adapter.bank.features, weight)
+    torch.testing.assert_close(adapter.bank.scores, (weight @ weight.T + bias).softmax(dim=1))
+    assert torch.equal(adapter(images), BN(model)(images)), "a prediction is from before the step"
+    assert not torch.allclose(adapter(images), BN(model)(images))
+    for batch in stream(12):
+        adapter(batch)
         assert torch.bincount(adapter.bank.labels).max() <= 4
     assert not adapter.bank.features.requires_grad
 
 
-def test_a_model_with_layer_norm_alone_adapts_single_images():
-    featurizer = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)).double()
-    model = Classifier(featurizer, nn.Linear(5, 3).double())
-    adapter = TSD(model, parameters="affine", rate=0.1)
-    for images in stream(5, batch_size=1):
-        adapter(images)
-    changed = [
-        name for name, value in adapter.model.state_dict().items() if not torch.equal(value, model.state_dict()[name])
-    ]
-    assert changed == ["featurizer.2.weight", "featurizer.2.bias"]
+def test_dropout_neither_reads_nor_moves_the_global_generator_and_differs_from_batch_to_batch():
+    model, images = dropping_classifier(), stream(1)[0]
 
+    def dropping(seed=0):
+        return TSD(model, Config(rate=1e-12), deviations=Deviations(train_mode=True, seed=seed))
 
-def test_a_featurizer_without_parameters_is_an_error():
-    model = Classifier(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
-        TSD(model)
-    without_norm = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), nn.Linear(4, 3))
-    with pytest.raises(AdaptationError, match=r"parameters 'affine': this model has none to adapt"):
-        TSD(without_norm, parameters="affine")
-    with pytest.raises(AdaptationError, match=r"no gradient reaches the head"):
-        TSD(classifier(), parameters="head", local_weight=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter, before = dropping(), torch.get_rng_state()
+        first, second = adapter(images), adapter(images)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+        assert torch.equal(dropping()(images), first)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(dropping(seed=1)(images), first)
+    other = dropping()
+    with pytest.raises(AdaptationError, match="NaN or infinity"):
+        other(images / 0)
+    assert torch.equal(other(images), first), "a batch that was an error does not count"
+    other.load_state_dict(adapter.state_dict())
+    assert torch.equal(other(images), adapter(images)), "a state goes on with the same random numbers"
+    adapter.reset()
+    assert torch.equal(adapter(images), first)
 
 
 @pytest.mark.parametrize(
-    "options", [{"filter_k": 0}, {"rate": 0}, {"temperature": 0}, {"neighbours": 0}, {"local_weight": -1}], ids=str
+    ("options", "message"),
+    [
+        ({"compat": "paper"}, "compat: expected 'original', got 'paper'"),
+        ({"compat": "original", "local_weight": 0.1}, "means local_weight 0, got 0.1; make it null, or compat null"),
+        ({"compat": "original", "steps": 3}, "compat 'original' means steps 1, got 3; make it 1, or compat null"),
+        ({"compat": "original", "episodic": True}, "means episodic False, got True"),
+        ({"compat": "original", "predict": "after"}, "means predict before, got after"),
+        ({"compat": "original", "filter_k": None}, "can not keep all members; give filter_k"),
+        ({"compat": "original", "parameters": "head"}, "no gradient reaches parameters head"),
+        ({"local_weight": 0.0, "parameters": "head"}, "no gradient reaches parameters head"),
+        ({"filter_k": -1}, "filter_k: expected greater than or equal to 1, got -1"),
+        ({"local_weight": math.nan}, "local_weight: expected a finite number, got nan"),
+    ],
+    ids=str,
 )
-def test_options_out_of_range_are_errors(options):
-    with pytest.raises(AdaptationError, match=f"{next(iter(options))}.*got"):
-        TSD(classifier(), **options)
+def test_options_out_of_range_or_against_each_other_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**options)
 
 
-@pytest.mark.parametrize("parameters", ROLES)
-def test_only_the_chosen_parameters_ask_for_gradients(parameters):
-    model = TSD(classifier(), parameters=parameters).model
-    asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert asking == {MODULES[name] for name in ROLES[parameters]}
+def test_deviations_are_those_there_are_and_stand_alone():
+    with pytest.raises(ConfigError, match="normalise: expected 'l2' or 'l1', got 'l3'"):
+        Deviations(normalise="l3")
+    with pytest.raises(ConfigError, match="compat 'original' says all deviations; leave out one of the two"):
+        TSD(classifier(), Config(compat="original"), deviations=PAPER)
 
 
-class Logarithm(nn.Module):
-    """Positive images to finite features, negative ones to NaN."""
-
-    def forward(self, images):
-        return images.flatten(1).log()
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step():
-    featurizer = nn.Sequential(Logarithm(), nn.Linear(12, 5)).double()
-    adapter = TSD(Classifier(featurizer, nn.Linear(5, 3).double()))
-    images = stream(1)[0]
-    adapter(images.abs())
-    before, bank = state(adapter.model), adapter.bank
-    with pytest.raises(AdaptationError, match="tsd's loss is nan"):
+def test_models_without_batch_norm_adapt_and_featurizers_without_parameters_do_not():
+    model = layer_normed()
+    adapter = TSD(model, Config(parameters="affine", rate=0.1))
+    for images in stream(3, batch_size=1):
         adapter(images)
-    assert same(state(adapter.model), before)
-    assert all(torch.equal(left, right) for left, right in zip(adapter.bank, bank, strict=True))
+    assert changed(model, adapter.model) == ["featurizer.2.weight", "featurizer.2.bias"]
+    with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
+        TSD(Classifier(nn.Flatten(), nn.Linear(12, 3)))
 
 
-def test_float32_follows_float64():
-    model = classifier()
-    double, single = TSD(model, filter_k=5), TSD(classifier().float(), filter_k=5)
-    for images in stream(6):
+def test_float32_follows_float64_and_takes_its_bank():
+    double, single = (TSD(model, Config(filter_k=5)) for model in (classifier(2), classifier(2).float()))
+    *past, last = stream(4)
+    for images in past:
         torch.testing.assert_close(single(images.float()).double(), double(images), rtol=1e-3, atol=1e-3)
-
-
-def test_random_streams_never_break_the_banks_bookkeeping():
-    generator = seeded(3)
-    bank = members(torch.randn(3, 2, generator=generator), torch.randn(3, 5, generator=generator))
-    for _ in range(20):
-        batch = members(torch.randn(8, 2, generator=generator), torch.randn(8, 5, generator=generator))
-        bank, rows = remember(bank, batch, filter_k=3)
-        for member, row in enumerate(rows.tolist()):
-            if row >= 0:
-                assert torch.equal(bank.features[member], batch.features[row])
-        assert torch.bincount(bank.labels, minlength=5).max() <= 3
+    single.load_state_dict(double.state_dict())
+    assert single.bank.features.dtype == torch.float32
+    torch.testing.assert_close(single(last.float()).double(), double(last), rtol=1e-3, atol=1e-3)
