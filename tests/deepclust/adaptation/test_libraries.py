@@ -7,9 +7,9 @@ import timm
 import torch
 from torchvision import models
 
-from deepclust.adaptation import ADAPTERS, T3A, Guard, Tent
+from deepclust.adaptation import T3A, Guard, Tent
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import same, seeded, state
+from tests.deepclust.adaptation.nets import make, same, seeded, state
 
 CLASSES = 5
 
@@ -48,71 +48,55 @@ def traces(model):
     ], [(name, value.requires_grad, value.grad is None) for name, value in model.named_parameters()]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_torchvision_resnet_adapts_in_three_lines_and_is_left_without_a_trace(resnet, name):
-    weights, before = state(resnet), copy.deepcopy(traces(resnet))
-    adapter = ADAPTERS[name](resnet)
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [*(("resnet", name) for name in ("bn", "tent", "t3a", "tsd", "rotta")), ("vit", "tsd"), ("vit", "roid")],
+)
+def test_a_model_of_a_library_adapts_in_three_lines_and_is_left_without_a_trace(library, name, request):
+    model = request.getfixturevalue(library)
+    weights, before = state(model), copy.deepcopy(traces(model))
+    adapter = make(name, model)
     configured = traces(adapter.model)[0]
     logits = [adapter(pictures(seed)) for seed in (5, 6)]
     assert all(batch.shape == (4, CLASSES) and torch.isfinite(batch).all() for batch in logits)
-    assert same(state(resnet), weights)
-    assert traces(resnet) == before
+    assert same(state(model), weights)
+    assert traces(model) == before
     assert traces(adapter.model)[0] == configured, "nor does a batch leave one in the copy"
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "bn"])
-def test_a_timm_vision_transformer_adapts_in_three_lines_and_is_left_without_a_trace(vit, name):
-    weights, before = state(vit), copy.deepcopy(traces(vit))
-    adapter = ADAPTERS[name](vit)
-    logits = [adapter(pictures(seed)) for seed in (5, 6)]
-    assert all(batch.shape == (4, CLASSES) and torch.isfinite(batch).all() for batch in logits)
-    assert same(state(vit), weights)
-    assert traces(vit) == before
-
-
-@pytest.mark.parametrize(("name", "fallbacks"), [("resnet", ["source", "bn"]), ("vit", ["source"])])
+@pytest.mark.parametrize(("library", "fallbacks"), [("resnet", ["source", "bn"]), ("vit", ["source"])])
 def test_a_guarded_model_of_either_library_falls_back_where_tent_goes_astray_and_leaves_no_trace(
-    name, fallbacks, request
+    library, fallbacks, request
 ):
-    model = request.getfixturevalue(name)
+    model = request.getfixturevalue(library)
     weights, before = state(model), copy.deepcopy(traces(model))
-    tame = Guard(Tent(model, rate=1e-9), model, tolerance=0.99)
-    wild = Guard(Tent(model, rate=10.0, predict="after"), model, tolerance=0.0)
-    alone = Tent(model, rate=1e-9)
+    tame = Guard(make("tent", model, rate=1e-9), model, tolerance=0.99)
+    wild = Guard(make("tent", model, rate=10.0, predict="after"), model, tolerance=0.0)
+    alone = make("tent", model, rate=1e-9)
     for seed in (5, 6):
         images = pictures(seed)
         assert torch.equal(tame(images), alone(images))
         given = wild(images)
         assert wild.verdict.answer in fallbacks
-        assert torch.equal(given, ADAPTERS[wild.verdict.answer](model)(images))
+        assert torch.equal(given, make(wild.verdict.answer, model)(images))
     assert same(state(model), weights)
     assert traces(model) == before
 
 
-def test_tents_first_prediction_of_a_transformer_is_the_models_own(vit):
-    images = pictures(0)
-    torch.testing.assert_close(Tent(vit)(images), vit(images).detach())
-
-
-def test_without_batch_norm_bn_says_what_to_do(vit):
-    with pytest.raises(AdaptationError, match=r"bn needs BatchNorm layers.*this model has none; use the source"):
-        ADAPTERS["bn"](vit)
-
-
-def test_tent_moves_the_layer_norms_of_a_transformer_and_nothing_else(vit):
-    adapter = Tent(vit)
-    adapter(pictures(0))
+def test_a_transformer_learns_by_its_layer_norms_alone_and_has_no_batch_norm_for_bn(vit):
+    adapter, images = Tent(vit), pictures(0)
+    torch.testing.assert_close(adapter(images), vit(images).detach())
     before = {f"model.{name}": value for name, value in vit.named_parameters()}
     moved = {name for name, value in adapter.model.named_parameters() if not torch.equal(value, before[name])}
     blocks = {f"model.blocks.{block}.norm{which}" for block in (0, 1) for which in (1, 2)}
     assert {name.rpartition(".")[0] for name in moved} == blocks | {"model.norm"}
+    with pytest.raises(AdaptationError, match=r"bn needs BatchNorm layers.*this model has none; use the source"):
+        make("bn", vit)
 
 
 def test_a_transformers_features_are_what_its_head_is_given(vit):
-    adapter = T3A(vit)
-    images = pictures(0)
+    adapter, images = T3A(vit), pictures(0)
     adapter(images)
     features = vit.forward_head(vit.forward_features(images), pre_logits=True).detach()
-    units = adapter.bank.features
     for feature in features / features.norm(dim=1, keepdim=True):
-        assert (units - feature).abs().amax(dim=1).min() < 1e-5
+        assert (adapter.bank.features - feature).abs().amax(dim=1).min() < 1e-5

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from deepclust.adaptation.classifier import Classifier, WholeModel
+from deepclust.adaptation import Classifier, WholeModel
 from deepclust.adaptation.parameters import select_parameters
 from deepclust.errors import AdaptationError
 
@@ -20,22 +20,8 @@ def test_parameters_are_selected_by_role():
     assert select_parameters(model, "affine")["featurizer.4.bias"] is featurizer[4].bias
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [
-        nn.BatchNorm1d(4),
-        nn.BatchNorm2d(4),
-        nn.BatchNorm3d(4),
-        nn.SyncBatchNorm(4),
-        nn.LayerNorm(4),
-        nn.GroupNorm(2, 4),
-        nn.InstanceNorm1d(4, affine=True),
-        nn.InstanceNorm2d(4, affine=True),
-        nn.InstanceNorm3d(4, affine=True),
-    ],
-    ids=lambda norm: type(norm).__name__,
-)
-def test_scale_and_shift_of_every_kind_of_normalisation_are_affine(norm):
+@pytest.mark.parametrize("norm", [nn.SyncBatchNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=str)
+def test_scale_and_shift_of_other_kinds_of_normalisation_are_affine(norm):
     model = Classifier(nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 2))
     assert list(select_parameters(model, "affine")) == ["featurizer.1.weight", "featurizer.1.bias"]
 
@@ -43,18 +29,12 @@ def test_scale_and_shift_of_every_kind_of_normalisation_are_affine(norm):
 def test_a_whole_models_head_is_the_one_that_is_named_with_all_before_and_after_it_as_body():
     layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     assert list(select_parameters(WholeModel(layers, head="1"), "head")) == ["model.1.weight", "model.1.bias"]
-    assert list(select_parameters(WholeModel(layers), "body")) == [
-        f"model.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")
-    ]
+    body = [f"model.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")]
+    assert list(select_parameters(WholeModel(layers), "body")) == body
 
 
 def test_parameters_that_do_not_exist_are_an_error():
-    plain = Classifier(nn.Flatten(), nn.Linear(12, 3))
-    for which in ("affine", "body"):
+    plain, without_scale = nn.Flatten(), nn.BatchNorm1d(12, affine=False)
+    for featurizer, which in ((plain, "affine"), (plain, "body"), (without_scale, "affine")):
         with pytest.raises(AdaptationError, match=f"parameters '{which}': this model has none"):
-            select_parameters(plain, which)
-    with pytest.raises(AdaptationError, match="one of all, affine, body, head; got 'norm'"):
-        select_parameters(plain, "norm")
-    without_scale = Classifier(nn.BatchNorm1d(12, affine=False), nn.Linear(12, 3))
-    with pytest.raises(AdaptationError, match="parameters 'affine': this model has none"):
-        select_parameters(without_scale, "affine")
+            select_parameters(Classifier(featurizer, nn.Linear(12, 3)), which)
