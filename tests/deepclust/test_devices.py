@@ -19,7 +19,7 @@ from deepclust.methods.parts.queue import Queue
 from deepclust.models import backbones
 from deepclust.training import loop, optim, views
 from tests.deepclust import gpu
-from tests.deepclust.adaptation.nets import LIVELY, classifier, stream
+from tests.deepclust.adaptation.nets import LIVELY, classifier, make, stream
 from tests.deepclust.corruptions.pictures import scenes, seeded
 from tests.deepclust.methods.toys import normal
 from tests.deepclust.training.test_loop import OPTIONS
@@ -37,12 +37,12 @@ BEFORE_EPOCH = {
     *(f"kmeans.{each}" for each in KMEANS),
 }
 # An adapter refuses a batch before it does harm, so it has to know.
-ADAPTER = {"classifier.check_images", "base.Adapter.attempt"}
+ADAPTER = {"classifier.check_images", "base.check_logits"}
 LEARNER = ADAPTER | {"normalisation.check_trained_statistics", "base.descend"}
 ADAPTER_READS: dict[str, set[str]] = {
     "source": ADAPTER,
     "tent": LEARNER,
-    "pseudo_label": LEARNER | {"pseudo_label.step"},
+    "pseudo_label": LEARNER | {"pseudo_label.confident_loss"},
     "t3a": ADAPTER | {"t3a.keep", "bank.segment_sums", "bank.check_bank"},
     "tsd": LEARNER
     | {"bank.remember", "bank.prototypes", "bank.segment_sums", "bank.check_bank", "tsd.distillation_loss"},
@@ -154,7 +154,7 @@ def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(na
     with gpu.pretended() as device:
         model = gpu.moved(classifier(LIVELY))
         method = name.removeprefix("guarded ")
-        adapter: Any = ADAPTERS[method](model, **options)
+        adapter: Any = make(method, model, **options)
         if method != name:
             adapter = Guard(adapter, model)
         for images in stream(3):

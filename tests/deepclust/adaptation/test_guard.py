@@ -2,17 +2,20 @@
 
 import math
 import statistics
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
-from deepclust.adaptation import BN, Adapter, Classifier, Source, Tent
+from deepclust.adaptation import BN, Adapter, Source, Tent
 from deepclust.adaptation.guard import SURE, UNKNOWN_GAIN, Baselines, Guard
 from deepclust.errors import AdaptationError
-from tests.deepclust.adaptation.nets import classifier, same, same_state, state, stream
+from tests.deepclust.adaptation.nets import classifier, layer_normed, make, same, state, stream
 
 CLASSES = 4
+ONE = [0, 1, 2, 3] * 25
+OTHER = [1, 1, 2, 3] * 25  # a quarter differs
+ALL = [3, 2, 1, 0] * 25  # all differ
 
 
 def logits(classes, confidence):
@@ -33,9 +36,6 @@ class Scripted(Adapter):
         self.says = None
         super().__init__(model)
 
-    def _configure(self, model):
-        return model
-
     def _adapt(self, images):
         self.learnt = self.learnt + 1
         if self.says is None:
@@ -49,92 +49,73 @@ class Scripted(Adapter):
         self.learnt = state["learnt"]
 
 
-def scripted(reference=None, **options):
+def scripted(reference=0.9, **options):
     baselines = Baselines(classifier())
     baselines.confidence = reference
-    adapter = Scripted(classifier())
-    return Guard(adapter, baselines, **options), adapter
+    return Guard(Scripted(classifier()), baselines, **options)
 
 
-def ask(guard, adapter, source, bn, own):
-    adapter.says = own
+def ask(guard, source, bn, own):
+    guard.adapter.says = own
     return guard.answer(torch.zeros(len(source), 1, 3, 4), source, bn)
 
 
-ONE = [0, 1, 2, 3] * 25
-OTHER = [1, 1, 2, 3] * 25  # a quarter differs
-
-
-def test_bn_is_trusted_where_it_wins_back_half_of_the_lost_confidence_and_not_where_it_wins_less():
-    for won, trusted in ((0.11, True), (0.09, False)):
-        guard, adapter = scripted(reference=0.9)
-        source, bn = logits(ONE, 0.7), logits(ONE, 0.7 + won)
-        # Differs from bn, as from source, on every image: neither allows it.
-        given = ask(guard, adapter, source, bn, logits([3, 2, 1, 0] * 25, 0.99))
-        assert torch.equal(given, bn if trusted else source)
+@pytest.mark.parametrize(
+    ("reference", "source", "won", "trusted"),
+    [
+        # The source has lost .2 of its confidence: half of it has to be won back.
+        (0.9, 0.7, 0.11, True),
+        (0.9, 0.7, 0.09, False),
+        (None, 0.5, UNKNOWN_GAIN + 0.01, True),
+        (None, 0.5, UNKNOWN_GAIN - 0.01, False),
+    ],
+)
+def test_bn_is_trusted_where_it_wins_enough_confidence_also_for_a_batch_the_adapter_cannot_use(
+    reference, source, won, trusted
+):
+    source, bn = logits(ONE, source), logits(ONE, source + won)
+    # An answer that differs from both on every image, or none.
+    for own, reason in ((logits(ALL, 0.99), "100.0%"), (None, "nothing to say")):
+        guard = scripted(reference)
+        assert torch.equal(ask(guard, source, bn, own), bn if trusted else source)
         assert guard.verdict.answer == ("bn" if trusted else "source")
-
-
-def test_without_a_reference_bn_has_to_win_a_fixed_amount():
-    for won, trusted in ((UNKNOWN_GAIN + 0.01, True), (UNKNOWN_GAIN - 0.01, False)):
-        guard, adapter = scripted()
-        source, bn = logits(ONE, 0.5), logits(ONE, 0.5 + won)
-        assert torch.equal(ask(guard, adapter, source, bn, logits([3, 2, 1, 0] * 25, 0.9)), bn if trusted else source)
+        assert reason in guard.verdict.reason
 
 
 def test_a_gain_that_may_be_chance_is_not_trusted():
-    guard, adapter = scripted(reference=0.6)
     source = logits([0] * 4, 0.5)
     bn = torch.cat([logits([0] * 2, 0.97), logits([0] * 2, 0.27)])  # mean .62, and a standard error of .2
-    assert torch.equal(ask(guard, adapter, source, bn, logits([1] * 4, 0.9)), source)
+    assert torch.equal(ask(scripted(0.6), source, bn, logits([1] * 4, 0.9)), source)
 
 
-def test_an_adapter_may_differ_from_source_by_the_tolerance_alone():
-    for differing, given_own in ((1, True), (2, False)):
-        guard, adapter = scripted(reference=0.9, tolerance=0.01)
-        source = logits(ONE, 0.9)
-        own = logits([1] * differing + ONE[differing:], 0.95) if differing == 1 else logits([1, 2, *ONE[2:]], 0.95)
-        assert torch.equal(ask(guard, adapter, source, None, own), own if given_own else source)
-
-
-def test_where_bn_is_trusted_an_adapter_may_differ_from_it_by_what_bn_has_won():
-    for won, given_own in ((0.26, True), (0.22, False)):
-        guard, adapter = scripted(reference=0.9)
-        source, bn, own = logits(ONE, 0.6), logits(ONE, 0.6 + won), logits(OTHER, 0.9)
-        given = ask(guard, adapter, source, bn, own)
-        assert torch.equal(given, own if given_own else bn)
+def test_an_adapter_may_differ_from_source_by_the_tolerance_and_from_a_trusted_bn_by_what_that_has_won():
+    source = logits(ONE, 0.9)
+    for own, given in ((logits([1, *ONE[1:]], 0.95), True), (logits([1, 2, *ONE[2:]], 0.95), False)):
+        assert torch.equal(ask(scripted(tolerance=0.01), source, None, own), own if given else source)
+    for won, given in ((0.26, True), (0.22, False)):
+        guard, bn, own = scripted(), logits(ONE, 0.6 + won), logits(OTHER, 0.9)
+        assert torch.equal(ask(guard, logits(ONE, 0.6), bn, own), own if given else bn)
         assert "25.0%" in guard.verdict.reason
 
 
-def test_nothing_is_learnt_from_a_batch_whose_answer_is_not_given():
-    guard, adapter = scripted(reference=0.9)
-    source = logits(ONE, 0.9)
-    ask(guard, adapter, source, None, source)
-    assert adapter.learnt == 1
-    ask(guard, adapter, source, None, logits(OTHER, 0.9))
-    assert (adapter.learnt, guard.verdict.answer) == (1, "source")
-    assert guard.answers == {"adapter": 1, "source": 1}
-
-
-def test_the_window_forgets_what_is_old():
-    guard, adapter = scripted(reference=0.9, window=100)
-    source = logits(ONE, 0.9)
-    ask(guard, adapter, source, None, logits(OTHER, 0.9))
-    assert guard.verdict.answer == "source"
-    ask(guard, adapter, source, None, source)  # a full window of agreement
-    assert guard.verdict.answer == "adapter"
+def test_nothing_is_learnt_from_a_batch_whose_answer_is_not_given_and_the_window_forgets_what_is_old():
+    guard, source = scripted(window=100), logits(ONE, 0.9)
+    for own, learnt, answer in ((ONE, 1, "adapter"), (OTHER, 1, "source"), (ONE, 2, "adapter")):
+        ask(guard, source, None, logits(own, 0.9))
+        assert (guard.adapter.learnt, guard.verdict.answer) == (learnt, answer)
+    assert guard.answers == {"adapter": 2, "source": 1}
 
 
 def test_one_class_taking_over_is_named():
-    guard, adapter = scripted(reference=0.9)
-    ask(guard, adapter, logits(ONE, 0.9), None, logits([0] * 100, 0.99))
+    guard = scripted()
+    ask(guard, logits(ONE, 0.9), None, logits([0] * 100, 0.99))
     assert guard.verdict.reason.startswith("few classes take over, and it differs from source on 75.0%")
 
 
 def test_a_guarded_adapter_is_never_worse_than_source_by_more_than_the_tolerance_without_bn():
     model = classifier()
     labels = torch.randint(CLASSES, (9,), generator=torch.Generator().manual_seed(0))
-    guard = Guard(Tent(model, rate=0.5), Baselines(model), tolerance=0.0, window=9)
+    guard = Guard(make("tent", model, rate=0.5), Baselines(model), tolerance=0.0, window=9)
     guard.baselines.bn = lambda images: None
     for images in stream():
         wrong = (guard(images).argmax(dim=1) != labels).sum()
@@ -142,50 +123,36 @@ def test_a_guarded_adapter_is_never_worse_than_source_by_more_than_the_tolerance
     assert guard.answers["source"], "the rate is chosen so that Tent goes wrong"
 
 
-def test_a_batch_that_the_adapter_can_not_use_is_answered_by_source_and_says_why():
+def test_a_batch_that_neither_adapter_nor_bn_can_use_is_answered_by_source_and_says_why():
     model = classifier()
-    guard = Guard(Tent(model), model)
-    image = stream(1)[0][:1]
+    guard, image = Guard(Tent(model), model), stream(1)[0][:1]
     assert torch.equal(guard(image), Source(model)(image))
     assert "expected at least two images a batch" in guard.verdict.reason
     assert torch.equal(Guard(BN(model), model)(image), Source(model)(image))
 
 
-def test_a_batch_that_the_adapter_can_not_use_is_answered_by_bn_where_it_is_trusted():
-    for won, trusted in ((0.11, "bn"), (0.09, "source")):
-        guard, adapter = scripted(reference=0.9)
-        source, bn = logits(ONE, 0.7), logits(ONE, 0.7 + won)
-        assert torch.equal(ask(guard, adapter, source, bn, None), {"bn": bn, "source": source}[trusted])
-        assert (guard.verdict.answer, guard.verdict.reason) == (trusted, "nothing to say")
-
-
-def test_inference_mode_is_refused_before_anything_and_the_guard_goes_on():
+@pytest.mark.parametrize("adapter", [Tent, BN])
+def test_inference_mode_is_refused_before_anything_and_the_guard_goes_on(adapter):
     model = classifier()
     first, second = stream(2)
-    for adapter in (Tent, BN):
-        guard, untouched = Guard(adapter(model), model), Guard(adapter(model), model)
-        with torch.inference_mode():
-            made_there = second.clone()
-            with pytest.raises(AdaptationError, match=r"guarded .* keeps what it learns.*use torch.no_grad"):
-                guard(first)
-        if adapter is Tent:
-            with pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\)"):
-                guard(made_there)
-        assert not guard.answers
-        for images in (first, second):
-            assert torch.equal(guard(images), untouched(images))
+    guard, untouched = Guard(adapter(model), model), Guard(adapter(model), model)
+    with torch.inference_mode():
+        made_there = second.clone()
+        with pytest.raises(AdaptationError, match=r"guarded .* keeps what it learns.*use torch.no_grad"):
+            guard(first)
+    if adapter is Tent:
+        with pytest.raises(AdaptationError, match=r"made in torch.inference_mode\(\)"):
+            guard(made_there)
+    assert not guard.answers
+    assert all(torch.equal(guard(images), untouched(images)) for images in (first, second))
 
 
-def test_a_guarded_call_copies_the_state_once(monkeypatch):
-    model = classifier()
-    guard = Guard(Tent(model), model)
-    guard(stream(1)[0])
-    copies = []
-    for method in ("_snapshot", "state_dict"):
-        whole = getattr(guard.adapter, method)
-        monkeypatch.setattr(guard.adapter, method, lambda whole=whole: copies.append(1) or whole())
-    guard(stream(1)[0])
-    assert len(copies) == 1
+def test_a_guarded_call_copies_the_state_once():
+    adapter = Tent(classifier())
+    guard = Guard(adapter, classifier())
+    with mock.patch.object(adapter, "_snapshot", wraps=adapter._snapshot) as copies:
+        guard(stream(1)[0])
+    assert copies.call_args_list == [mock.call(whole=True)]
 
 
 def test_where_nothing_is_learnt_bn_is_given_exactly_where_it_is_trusted():
@@ -204,65 +171,49 @@ def test_where_nothing_is_learnt_bn_is_given_exactly_where_it_is_trusted():
     assert answers == {"adapter", "source"}
 
 
-def test_guards_that_share_their_baselines_answer_as_those_that_do_not():
-    model = classifier()
-    shared = Baselines(model, [torch.cat(stream(2))])
-    first, second = Guard(Tent(model), shared), Guard(BN(model), shared)
-    alone = Guard(Tent(model), Baselines(model, [torch.cat(stream(2))]))
-    for images in stream():
-        given = first(images)
-        second(images)
-        assert torch.equal(given, alone(images))
-
-
-def test_the_reference_is_the_mean_confidence_on_source_images():
-    model = classifier()
-    images = torch.cat(stream(2))
+def test_the_reference_is_the_mean_confidence_on_source_images_and_guards_may_share_it():
+    model, images = classifier(), torch.cat(stream(2))
     truth = model(images).detach().softmax(dim=1).amax(dim=1).mean()
-    assert Baselines(model, images.split(5)).confidence == pytest.approx(float(truth), rel=1e-12)
+    shared, own = Baselines(model, images.split(5)), Baselines(model, [images])
+    assert shared.confidence == pytest.approx(float(truth), rel=1e-12)
     assert Baselines(model).confidence is None
     with pytest.raises(AdaptationError, match="expected images of the source"):
         Baselines(model, [])
+    first, second, alone = Guard(Tent(model), shared), Guard(BN(model), shared), Guard(Tent(model), own)
+    for batch in stream(4):
+        given = first(batch)
+        second(batch)
+        assert torch.equal(given, alone(batch))
 
 
-def test_reset_and_state_go_on_bit_for_bit():
+def test_reset_and_state_go_on_bit_for_bit_and_the_model_given_never_changes():
     model = classifier()
-    guard = Guard(Tent(model, rate=0.01), model, window=20)
+    before = state(model)
+    guard, fresh = (Guard(make("tent", model, rate=0.01), model, window=20) for _ in range(2))
     first = [guard(images) for images in stream()]
     answers = guard.answers.copy()
     guard.reset()
     half = [guard(images) for images in stream()[:3]]
     saved = guard.state_dict()
-    fresh = Guard(Tent(model, rate=0.01), model, window=20)
     fresh.load_state_dict(saved)
-    rest = [fresh(images) for images in stream()[3:]]
-    assert all(torch.equal(left, right) for left, right in zip(first, half + rest, strict=True))
+    assert same(half + [fresh(images) for images in stream()[3:]], first)
     assert fresh.answers == answers
+    assert same(state(model), before)
     with pytest.raises(AdaptationError, match="a state of the adapter bn, got one of 'tent'"):
         Guard(BN(model), model).load_state_dict(saved)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda state: {name: value for name, value in state.items() if name != "evidence"},
-        lambda state: {name: value for name, value in state.items() if name != "adapter"},
-        lambda state: state | {"verdict": {"answer": "both", "reason": ""}},
-        lambda state: state | {"verdict": {"answer": "bn"}},
-        lambda state: state | {"answers": {"nobody": 3}},
-        lambda state: state | {"evidence": [{"source": torch.zeros(9)}]},
-        lambda state: state | {"adapter": state["adapter"] | {"parameters": {}}},
-    ],
-    ids=[
-        "no evidence",
-        "no adapter",
-        "unknown verdict",
-        "half a verdict",
-        "unknown answers",
-        "half evidence",
-        "adapter",
-    ],
-)
+SPOILS = {
+    "no evidence": lambda state: {name: value for name, value in state.items() if name != "evidence"},
+    "unknown verdict": lambda state: state | {"verdict": {"answer": "both", "reason": ""}},
+    "half a verdict": lambda state: state | {"verdict": {"answer": "bn"}},
+    "unknown answers": lambda state: state | {"answers": {"nobody": 3}},
+    "half evidence": lambda state: state | {"evidence": [{"source": torch.zeros(9)}]},
+    "adapter": lambda state: state | {"adapter": state["adapter"] | {"parameters": {}}},
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=list(SPOILS))
 def test_a_state_that_is_not_a_guards_is_an_error_and_changes_nothing(spoil):
     model = classifier()
     guard, untouched, other = (Guard(Tent(model), model) for _ in range(3))
@@ -270,7 +221,7 @@ def test_a_state_that_is_not_a_guards_is_an_error_and_changes_nothing(spoil):
     guard(first), untouched(first), other(second)
     with pytest.raises(AdaptationError, match=r"expected (a|the answers)"):
         guard.load_state_dict(spoil(other.state_dict()))
-    assert same_state(guard.state_dict(), untouched.state_dict())
+    assert same(guard.state_dict(), untouched.state_dict())
     assert torch.equal(guard(second), untouched(second))
 
 
@@ -284,23 +235,18 @@ def test_the_evidence_goes_to_the_device_of_the_model():
     assert {evidence["source"].device.type for evidence in guard.state_dict()["evidence"]} == {"meta"}
 
 
-def test_the_model_given_never_changes_and_bad_options_are_refused():
-    model = classifier()
-    before = state(model)
-    guard = Guard(Tent(model, rate=0.1), model)
-    for images in stream():
-        guard(images)
-    assert same(state(model), before)
+def test_bad_options_and_images_are_refused():
+    guard = Guard(Tent(classifier()), classifier())
     for options in ({"window": 0}, {"tolerance": 1.0}, {"tolerance": -0.1}):
         with pytest.raises(AdaptationError, match="expected a window of at least 1 image and a tolerance"):
-            Guard(Tent(model), model, **options)
+            Guard(guard.adapter, guard.baselines, **options)
     with pytest.raises(AdaptationError, match="got NaN"):
         guard(stream(1)[0] * torch.nan)
 
 
 def test_a_model_without_batch_norm_is_compared_with_source():
-    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)), nn.Linear(5, CLASSES)).double()
-    guard = Guard(Tent(model, rate=1e-6), model)
+    model = layer_normed(CLASSES)
+    guard = Guard(make("tent", model, rate=1e-6), model)
     assert guard.baselines.bn(stream(1)[0]) is None
     guard(stream(1)[0])
     assert guard.verdict.answer == "adapter"

@@ -3,6 +3,7 @@
 import copy
 import io
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -322,11 +323,11 @@ HEAVY = {"parameters", "optimizer", "teacher"}
     ],
     ids=str,
 )
-def test_a_batch_copies_what_its_step_changes_only_where_it_can_fail_after_it(name, options, copied, monkeypatch):
+def test_a_batch_copies_what_its_step_changes_only_where_it_can_fail_after_it(name, options, copied):
     adapter, taken = make(name, **options), []
     snapshot = adapter._snapshot
-    monkeypatch.setattr(adapter, "_snapshot", lambda *, whole: taken.append(found := snapshot(whole=whole)) or found)
-    adapter(stream(1)[0])
+    with mock.patch.object(adapter, "_snapshot", lambda whole: taken.append(snapshot(whole=whole)) or taken[0]):
+        adapter(stream(1)[0])
     assert bool(taken[0].keys() & HEAVY) == copied
     _, before = adapter.attempt(stream(1)[0])
     assert before.keys() & HEAVY, "what may be undone later is always copied"
