@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.adaptation.base import ANOTHER_MODEL, ANOTHER_VERSION
 from deepclust.errors import AdaptationError
 
 EmptyClasses = Literal["left_out", "zero"]
@@ -67,11 +68,7 @@ def remember(bank: Bank, batch: Bank, *, filter_k: int | None) -> tuple[Bank, Te
 
 
 def prototypes(bank: Bank, *, empty_classes: EmptyClasses = "left_out") -> tuple[Tensor, Tensor]:
-    """Sums of the members' unit features (L2) per pseudo-class.
-
-    Args:
-        bank: The members.
-        empty_classes: A class without members is `left_out`, or has a prototype of `zero`.
+    """Sums of the members' unit features (L2) per pseudo-class. One without members is `left_out`, or `zero`.
 
     Returns:
         Prototypes (P, D), and their classes (P,), ascending.
@@ -106,24 +103,18 @@ def segment_sums(features_MD: Tensor, labels_M: Tensor, classes: int) -> Tensor:
 
 
 def check_bank(expected: dict[str, Tensor], got: dict[str, Tensor], *, classes: int) -> None:
-    """Check that a bank from a state can take the place of an adapter's own. Only its length is free.
-
-    Raises:
-        AdaptationError: If it is of other features or classes, or its columns do not fit together.
-    """
+    """Raises AdaptationError if a state's bank is of other features or classes, or its columns do not fit together."""
     if got.keys() != expected.keys():
         raise AdaptationError(
-            f"expected a bank with {', '.join(expected)} in the state, got {', '.join(got)}; "
-            "load what this version's state_dict() returned"
+            f"expected a bank with {', '.join(expected)} in the state, got {', '.join(got)}; {ANOTHER_VERSION}"
         )
     labels = got["labels"]
     length = len(labels) if labels.ndim else 0
     shapes = [tuple(column.shape) for column in got.values()]
     if shapes != [(length, *expected[name].shape[1:]) for name in got]:
         raise AdaptationError(
-            f"expected a bank of {expected['features'].shape[1]} features and {classes} classes in the "
-            f"state, got columns of shapes {', '.join(map(str, shapes))}; load it into an adapter of the model it was "
-            "saved from"
+            f"expected a bank of {expected['features'].shape[1]} features and {classes} classes in the state, got "
+            f"columns of shapes {', '.join(map(str, shapes))}; {ANOTHER_MODEL}"
         )
     if length and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise AdaptationError(

@@ -56,7 +56,7 @@ class LearnerConfig(AdapterConfig):
     """Gradient steps a batch; the prediction is from before the first or after the last."""
 
 
-class Adapter(ABC):
+class Adapter:
     """A classifier that may learn from what it is asked.
 
     Args:
@@ -201,9 +201,11 @@ class Adapter(ABC):
     def _start(self) -> None:
         """Make what the method keeps beside the model, from the configured `self.model`."""
 
-    @abstractmethod
+    @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
-        """Logits of a checked batch, and whatever the method learns from it."""
+        """Logits of a checked batch, and whatever the method learns from it; nothing, if not said."""
+        logits: Tensor = self.model(images)
+        return logits
 
     def _state(self) -> dict[str, Any]:
         """All that a stream changes; not copied. What it changes in place has to be named in `_in_place`."""
@@ -216,7 +218,7 @@ class Adapter(ABC):
         """Take over a state that was checked and belongs to nobody else; or what `_snapshot` has of one."""
 
 
-class Learner(Adapter):
+class Learner(Adapter, ABC):
     """An adapter that takes gradient steps, where nothing else is said with batch statistics in BatchNorm."""
 
     config_class = LearnerConfig
@@ -275,11 +277,7 @@ class Learner(Adapter):
         logits = self._step(images)
         for _ in range(self.config.steps - 1):
             self._step(images)
-        if self.config.predict == "before":
-            return logits
-        with torch.no_grad():
-            after: Tensor = self.model(images)
-        return after
+        return logits if self.config.predict == "before" else super()._adapt(images)
 
     def _begin(self, images: Tensor) -> None:
         """What is done once a batch, before its first step."""

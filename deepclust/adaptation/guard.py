@@ -26,15 +26,14 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from deepclust.adaptation.adapters.bn import BN
 from deepclust.adaptation.adapters.source import Source
-from deepclust.adaptation.base import INFERENCE, Adapter
+from deepclust.adaptation.base import ANOTHER_VERSION, INFERENCE, Adapter
 from deepclust.adaptation.classifier import check_images
 from deepclust.errors import AdaptationError
 
@@ -47,16 +46,14 @@ Answer = Literal["adapter", "bn", "source"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whose answer was given for a batch, and why."""
 
     answer: Answer
     reason: str
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What a batch says of its images, one number each (B,).
 
     Attributes:
@@ -185,8 +182,8 @@ class Guard:
         """A copy of all that the stream has changed."""
         return {
             "adapter": self.adapter.state_dict(),
-            "evidence": [vars(evidence).copy() for evidence in self._evidence],
-            "verdict": vars(self.verdict).copy(),
+            "evidence": [evidence._asdict() for evidence in self._evidence],
+            "verdict": self.verdict._asdict(),
             "answers": dict(self.answers),
         }
 
@@ -203,13 +200,13 @@ class Guard:
         except (KeyError, TypeError, AttributeError) as error:
             raise AdaptationError(
                 f"expected a state with adapter, evidence, verdict, answers, got one that does not fit ({error}); "
-                "load what this version's state_dict() returned"
+                f"{ANOTHER_VERSION}"
             ) from error
         unknown = {verdict.answer, *answers} - set(get_args(Answer))
         if unknown:
             raise AdaptationError(
                 f"expected the answers {', '.join(get_args(Answer))} in the state, got {sorted(map(str, unknown))}; "
-                "load what this version's state_dict() returned"
+                f"{ANOTHER_VERSION}"
             )
         self.adapter.load_state_dict(adapter)
         self._evidence, self.verdict, self.answers = evidence, verdict, answers
@@ -226,15 +223,14 @@ class Guard:
         allowed = self.tolerance + (won or 0.0)
         differs = [each.differs_bn if trusted == "bn" else each.differs_source for each in self._evidence]
         share = float(torch.cat([each for each in differs if each is not None]).double().mean())
+        reason = f"it differs from {trusted} on {share:.1%} of the images, {allowed:.1%} allowed"
         if share <= allowed:
-            return Verdict("adapter", f"it differs from {trusted} on {share:.1%} of the images, {allowed:.1%} allowed")
+            return Verdict("adapter", reason)
         trusted_BC = bn_BC if trusted == "bn" else source_BC
         assert trusted_BC is not None
         own, other = _spread(adapted_BC), _spread(trusted_BC)
         symptom = "few classes take over, and " if own < COLLAPSED * other else ""
-        return Verdict(
-            trusted, f"{symptom}it differs from {trusted} on {share:.1%} of the images, {allowed:.1%} allowed"
-        )
+        return Verdict(trusted, symptom + reason)
 
     def _won_by_bn(self) -> float | None:
         """Confidence that `bn` has won over the source model, if that is enough to trust it."""

@@ -91,14 +91,7 @@ class Adapters:
 def make(
     model: Classifier, options: Mapping[str, AdapterConfig], source_images: Sequence[Tensor], *, guard: bool
 ) -> Adapters:
-    """Make the adapters.
-
-    Args:
-        model: The classifier.
-        options: Name of each adapter to its options.
-        source_images: Batches of source images, for the guard.
-        guard: Whether to guard each one as well.
-    """
+    """The adapters with these options, each also behind a guard if asked, which needs batches of source images."""
     found = Adapters({}, {}, Baselines(model, source_images))
     for name in dict.fromkeys(("source", *options)):
         try:
@@ -218,14 +211,8 @@ def right(
 ) -> NDArray[np.float64]:
     """Of each shift, the share of images in batches where the guard is no worse than the adapter and the source model.
 
-    Where a batch holds images of several shifts, those of each are judged by themselves.
-
-    Args:
-        guarded: The guarded adapter's answers.
-        source: The source model's.
-        labels: (M,) of the images of the stream; a shift without labels has no meaning in what is returned.
-        stream: The stream.
-        shifts: Number of all shifts; one that is not in the stream is NaN.
+    Where a batch holds images of several shifts, those of each are judged by themselves. Of all shifts, whose number is
+    `shifts`, those that are not in the stream are NaN, and those without labels have no meaning.
     """
     number = np.repeat(np.arange(len(stream.batches)), [batch.stop - batch.start for batch in stream.batches])
     part = number * shifts + stream.shift  # of a batch, the images of one shift

@@ -97,12 +97,7 @@ def keep(chunks: Iterable[NDArray[np.uint8]], shape: tuple[int, ...], file: Path
     """Write images into a file of bare bytes, and map it to read.
 
     Not through a memory map: that is a file with holes, and where the disk is full the process dies of the first write
-    into one, in place of an OSError.
-
-    Args:
-        chunks: Images (n, H, W, C) at a time.
-        shape: (H, W, C) of them.
-        file: Where they are kept.
+    into one, in place of an OSError. Images come in chunks (n, H, W, C), and `shape` is (H, W, C).
     """
     count = 0
     with file.open("wb") as out:
@@ -122,14 +117,7 @@ def cuts(count: int, batch_size: int) -> list[slice]:
 
 
 def streams(shifts: Sequence[Shift], setting: str, *, batch_size: int, seed: int) -> list[Stream]:
-    """The streams of a setting. Sorted by class, a shift without labels has none.
-
-    Args:
-        shifts: All shifts.
-        setting: One of `SETTINGS`.
-        batch_size: Images of a batch.
-        seed: Draws the order of `mixed`.
-    """
+    """The streams of one of `SETTINGS`. Sorted by class, a shift without labels has none. The seed is for `mixed`."""
     if setting == "continual":
         return [_stream(_pairs(enumerate(shifts)), batch_size)]
     if setting == "mixed":

@@ -7,7 +7,6 @@ beside the batch's, for small batches.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from deepclust.adaptation.base import Adapter, AdapterConfig
@@ -62,8 +61,3 @@ class BN(Adapter):
         else:
             use_batch_statistics(model)
         return model.requires_grad_(False)
-
-    @torch.no_grad()
-    def _adapt(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
-        return logits

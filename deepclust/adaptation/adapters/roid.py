@@ -52,13 +52,7 @@ class Config(LearnerConfig):
 
 
 def soft_likelihood_ratio(logits_BC: Tensor, *, clip: float = 0.99, eps: float = 1e-5) -> Tensor:
-    """−Σ_c p_c log(p_c / (1 − p_c)) for each image (B,).
-
-    Args:
-        logits_BC: Logits.
-        clip: Probabilities above it are cut, and get no gradient.
-        eps: Added in the logarithm.
-    """
+    """−Σ_c p_c log(p_c / (1 − p_c) + eps) for each image (B,). Probabilities above `clip` are cut, without gradient."""
     p_BC = logits_BC.softmax(dim=1).clamp(max=clip)
     return -(p_BC * (p_BC / (1 - p_BC) + eps).log()).sum(dim=1)
 
@@ -70,12 +64,9 @@ def symmetric_cross_entropy(left_BC: Tensor, right_BC: Tensor) -> Tensor:
 
 
 def sample_weights(logits_BC: Tensor, mean_C: Tensor, *, temperature: float) -> Tensor:
-    """exp(diversity · certainty / τ) for each image (B,), 0 where the diversity is below its mean.
+    """exp(diversity · certainty / τ) for each image (B,), 0 where the diversity is below its mean; constants.
 
-    Args:
-        logits_BC: Logits; constants.
-        mean_C: Mean prediction over the stream; diversity is 1 − its cosine with the image's prediction.
-        temperature: τ.
+    Diversity is 1 − the cosine of the image's prediction with the mean prediction over the stream.
     """
     p_BC = logits_BC.detach().softmax(dim=1)
     diversity_B = _between_0_and_1(1 - F.cosine_similarity(mean_C.unsqueeze(0), p_BC, dim=1))
@@ -93,11 +84,7 @@ def correct_prior(logits_BC: Tensor, *, how: PriorCorrection) -> Tensor:
     """Logits (B, C) that expect the classes that the batch seems to hold.
 
     The prior is the mean prediction of the batch, with γ = max(1/B, 1/C) / max prior added to each class: the smaller
-    the batch and the less even the prior, the less it is believed.
-
-    Args:
-        logits_BC: Logits.
-        how: Whether the prior weights the `probabilities` or the `logits`; `none` leaves both.
+    the batch and the less even the prior, the less it is believed. It weights the `probabilities` or the `logits`.
     """
     if how == "none":
         return logits_BC
@@ -151,10 +138,8 @@ class ROID(Learner):
         return logits_BC
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {
-            "mean_prediction": self.mean_prediction,
-            "generator": self._generator.get_state(),
-        }
+        own = {"mean_prediction": self.mean_prediction, "generator": self._generator.get_state()}
+        return super()._state() | own
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from deepclust.adaptation.base import Adapter
 
 
@@ -12,8 +9,3 @@ class Source(Adapter):
     """Predicts and learns nothing, so before and after, episodic or not, are the same."""
 
     name = "source"
-
-    @torch.no_grad()
-    def _adapt(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
-        return logits
