@@ -94,18 +94,6 @@ def test_the_default_is_a_fixed_point_of_the_published_step_on_five_nearest_neig
         torch.testing.assert_close(y, published, atol=1e-7, rtol=0)
 
 
-def test_two_images_agree_as_computed_by_hand():
-    # y = softmax(log q + y) of both; with y = (y, 1 - y): y = σ(ln(q / (1 - q)) + 2 y - 1), the same for both.
-    logits = torch.tensor([[0.5, 0.0], [0.5, 0.0]], dtype=torch.float64)
-    pull = affinity(torch.ones(2, 3), kind="knn", neighbours=5)
-    assert pull.tolist() == [[0, 1], [1, 0]]
-    y = 0.5
-    for _ in range(200):
-        y = 1 / (1 + math.exp(-(0.5 + 2 * y - 1)))
-    torch.testing.assert_close(assign(logits, pull).exp()[:, 0], torch.tensor([y, y], dtype=torch.float64))
-    assert y > 1 / (1 + math.exp(-0.5)) + 0.05
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_never_increases_and_rows_sum_to_one(kind):
     features = torch.randn((30, 3), generator=seeded(1), dtype=torch.float64)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from deepclust.adaptation import BN
 from deepclust.adaptation.adapters.pseudo_label import Config, PseudoLabel
 from deepclust.errors import ConfigError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import LIVELY, classifier, same, stream
+from tests.deepclust.adaptation.nets import LIVELY, classifier, stream
 
 
 class NaiveLoss:
@@ -42,13 +41,6 @@ def test_batches_without_a_confident_sample_take_no_step_and_leave_adam_as_it_wa
     batches = stream(12, batch_size=3)
     naive.follows(PseudoLabel(model, Config(threshold=0.97, **options)), naive.Learner(model, loss, **options), batches)
     assert 0 < loss.batches_left_out < 12, "the stream has to have batches of both kinds"
-
-
-def test_nothing_is_learnt_above_every_confidence():
-    adapter, bn = PseudoLabel(classifier(LIVELY), Config(threshold=0.999999)), BN(classifier(LIVELY))
-    before = adapter.state_dict()
-    assert all(torch.equal(adapter(images), bn(images)) for images in stream(5))
-    assert same(adapter.state_dict(), before)
 
 
 def test_the_defaults_are_a_threshold_of_nine_tenths_and_tents_rate_and_parameters():

@@ -12,12 +12,11 @@ from deepclust.adaptation.adapters.roid import (
     correct_prior,
     sample_weights,
     soft_likelihood_ratio,
-    symmetric_cross_entropy,
 )
 from deepclust.adaptation.views import view
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import CLASSES, ROLES, changed, classifier, same, seeded, state, stream
+from tests.deepclust.adaptation.nets import CLASSES, ROLES, changed, classifier, seeded, stream
 
 OPTIONS = [
     {},
@@ -112,15 +111,6 @@ def test_the_soft_likelihood_ratio_is_that_of_its_formula_and_certain_images_tea
     assert sure.grad.abs().max() < 1e-20
 
 
-def test_the_cross_entropy_is_symmetric_and_that_of_its_formula():
-    left, right = (torch.randn((3, 4), generator=seeded(seed), dtype=torch.float64) for seed in (0, 1))
-    got = symmetric_cross_entropy(left, right)
-    torch.testing.assert_close(got, symmetric_cross_entropy(right, left))
-    p, q = left.softmax(dim=1), right.softmax(dim=1)
-    truth = [-sum((p[i, k] * q[i, k].log() + q[i, k] * p[i, k].log()) / 2 for k in range(4)) for i in range(3)]
-    torch.testing.assert_close(got, torch.stack(truth))
-
-
 def test_certain_images_of_rare_classes_weigh_most_common_ones_nothing_and_equal_ones_the_same():
     p = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.1, 0.8, 0.1]], dtype=torch.float64)
     weights = sample_weights(p.log(), torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64), temperature=1 / 3)
@@ -131,18 +121,6 @@ def test_certain_images_of_rare_classes_weigh_most_common_ones_nothing_and_equal
     for count in (1, 4):
         alike = sample_weights(torch.tensor([[2.0, 1.0, 0.0]] * count), torch.ones(3) / 3, temperature=1 / 3)
         assert alike.tolist() == [1.0] * count
-
-
-def test_the_weights_are_ensembled_with_the_sources_by_hand():
-    # A gradient step of Adam on a scale is the rate, up to its ε; 0.75 of that is left.
-    images = stream(1)[0]
-    free, held, bound = (ROID(classifier(), Config(rate=1e-2, momentum=momentum)) for momentum in (1.0, 0.75, 0.0))
-    free(images), held(images), bound(images)
-    source = classifier().featurizer[2].weight
-    steps = free.model.featurizer[2].weight - source
-    torch.testing.assert_close(steps.abs().max(), torch.tensor(1e-2, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(held.model.featurizer[2].weight, source + 0.75 * steps)
-    assert same(state(bound.model), state(ROID(classifier()).model))
 
 
 def test_the_prior_is_corrected_by_hand():
@@ -157,13 +135,6 @@ def test_the_prior_is_corrected_by_hand():
     # Fewer images than classes: prior (.7, .3); smooth = (1/1) / .7; smoothed (.7 + 1/.7, .3 + 1/.7) / (1 + 2/.7).
     alone = correct_prior(p[:1].log(), how="probabilities").exp()[0] / p[0]
     assert alone.tolist() == pytest.approx([(value + 1 / 0.7) / (1 + 2 / 0.7) for value in (0.7, 0.3)])
-
-
-def test_a_correction_of_probabilities_does_not_depend_on_a_constant_in_the_logits():
-    logits = torch.randn((6, 4), generator=seeded(0), dtype=torch.float64)
-    for how in ("probabilities", "logits"):
-        straight, shifted = (correct_prior(logits + add, how=how).softmax(dim=1) for add in (0, 5))
-        assert torch.allclose(straight, shifted) == (how == "probabilities")
 
 
 def test_another_seed_is_another_view_and_the_global_generator_is_untouched():

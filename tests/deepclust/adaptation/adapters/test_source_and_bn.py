@@ -22,23 +22,6 @@ def test_predictions_are_those_of_the_formula_on_every_batch_and_nothing_is_kept
     assert same(state(adapter.model), before)
 
 
-def test_bn_is_source_on_a_batch_with_the_statistics_of_the_training_data():
-    model = classifier()
-    images = stream(1, batch_size=40)[0]
-    hidden = model.featurizer[1](images.flatten(1)).detach()
-    model.featurizer[2].running_mean.copy_(hidden.mean(dim=0))
-    model.featurizer[2].running_var.copy_(hidden.var(dim=0, unbiased=False))
-    torch.testing.assert_close(BN(model)(images), Source(model)(images))
-
-
-def test_bn_undoes_a_change_of_scale_and_offset_of_the_inputs():
-    model = classifier()
-    model.featurizer[2].eps = 1e-12
-    images = stream(1)[0]
-    torch.testing.assert_close(BN(model)(3 * images + 0.5), BN(model)(images))
-    assert not torch.allclose(Source(model)(3 * images + 0.5), Source(model)(images))
-
-
 def test_source_takes_single_images_and_models_without_batch_norm_and_bn_refuses_them():
     images = stream(1)[0]
     model = Classifier(nn.Flatten(), nn.Linear(12, 3)).double()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepclust import config, seeding
-from deepclust.adaptation import BN, Classifier
+from deepclust.adaptation import Classifier
 from deepclust.adaptation.adapters.tsd import ORIGINAL, PAPER, TSD, Config, Deviations, distillation_loss, local_loss
-from deepclust.adaptation.bank import DROP_LAST, Bank, members, prototypes, remember
+from deepclust.adaptation.bank import DROP_LAST, Bank, members, remember
 from deepclust.errors import AdaptationError, ConfigError
 from tests.deepclust.adaptation import naive
 from tests.deepclust.adaptation.nets import (
@@ -239,16 +239,6 @@ def test_the_lowest_entropies_of_each_class_stay_in_order_and_older_members_win_
     assert remember(bank, bank_of([[4.0]], [[0, log(8)]]), filter_k=2)[0].labels.tolist() == [0, 0, 1, 1]
 
 
-def test_prototypes_are_sums_of_unit_features_and_classes_without_members_have_none_or_zero():
-    bank = bank_of([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], [[1, 0, 0], [2, 0, 0], [0, 0, 1]])
-    sums, classes = prototypes(bank)
-    assert classes.tolist() == [0, 2]
-    torch.testing.assert_close(sums, torch.tensor([[0.6, 1.8], [1.0, 0.0]], dtype=torch.float64))
-    sums, classes = prototypes(bank, empty_classes="zero")
-    assert classes.tolist() == [0, 1, 2]
-    assert not sums[1].any()
-
-
 def test_distillation_is_the_divergence_of_samples_that_head_and_prototypes_agree_on():
     bank = bank_of([[1.0, 0.0], [0.0, 1.0]], [[5, 0], [0, 5]])
     features = torch.tensor([[2.0, 0.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
@@ -339,20 +329,6 @@ def test_a_bank_that_lost_its_last_members_is_an_error_unless_prototypes_may_be_
     assert local_loss(torch.eye(3), one.scores, empty, torch.zeros(0, dtype=torch.int64), neighbours=3) == 0
 
 
-def test_the_bank_starts_with_the_heads_rows_and_stays_bounded_along_a_stream():
-    model, images = classifier(), stream(1)[0]
-    adapter = TSD(model, Config(filter_k=4, rate=0.1))
-    weight, bias = model.head.weight.detach(), model.head.bias.detach()
-    assert torch.equal(adapter.bank.features, weight)
-    torch.testing.assert_close(adapter.bank.scores, (weight @ weight.T + bias).softmax(dim=1))
-    assert torch.equal(adapter(images), BN(model)(images)), "a prediction is from before the step"
-    assert not torch.allclose(adapter(images), BN(model)(images))
-    for batch in stream(12):
-        adapter(batch)
-        assert torch.bincount(adapter.bank.labels).max() <= 4
-    assert not adapter.bank.features.requires_grad
-
-
 def test_dropout_neither_reads_nor_moves_the_global_generator_and_differs_from_batch_to_batch():
     model, images = dropping_classifier(), stream(1)[0]
 
@@ -414,13 +390,3 @@ def test_models_without_batch_norm_adapt_and_featurizers_without_parameters_do_n
     assert changed(model, adapter.model) == ["featurizer.2.weight", "featurizer.2.bias"]
     with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
         TSD(Classifier(nn.Flatten(), nn.Linear(12, 3)))
-
-
-def test_float32_follows_float64_and_takes_its_bank():
-    double, single = (TSD(model, Config(filter_k=5)) for model in (classifier(2), classifier(2).float()))
-    *past, last = stream(4)
-    for images in past:
-        torch.testing.assert_close(single(images.float()).double(), double(images), rtol=1e-3, atol=1e-3)
-    single.load_state_dict(double.state_dict())
-    assert single.bank.features.dtype == torch.float32
-    torch.testing.assert_close(single(last.float()).double(), double(last), rtol=1e-3, atol=1e-3)
