@@ -422,7 +422,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name):
 
 
 def test_logits_that_are_not_finite_stop_before_the_step_even_where_the_loss_is():
-    adapter = make("pseudo_label", Classifier(classifier(LIVELY).featurizer, Ruled(FEATURES, CLASSES).double()))
+    model, head = classifier(LIVELY), Ruled(FEATURES, CLASSES).double()
+    head.load_state_dict(model.head.state_dict())
+    adapter = make("pseudo_label", Classifier(model.featurizer, head), threshold=0.0)
     before = adapter.state_dict()
     with refuses("pseudo_label: the model's logits are not finite; lower the rate"):
         adapter(stream(1)[0])
