@@ -82,8 +82,8 @@ def prototypes(bank: Bank, *, empty_classes: EmptyClasses = "left_out") -> tuple
         classes_P = torch.bincount(bank.labels, minlength=classes).nonzero().squeeze(1)
     if not len(classes_P):
         raise AdaptationError(
-            f"expected a bank with members, got an empty one: filter_k {DROP_LAST} drops a class's only member; "
-            "set filter_k to at least 1, or empty_classes to zero"
+            "expected a bank with members, got an empty one: drop_last drops a class's only member; leave it off, or "
+            "set empty_classes to zero"
         )
     return class_sums(F.normalize(bank.features, dim=1), bank.labels, classes)[classes_P], classes_P
 
