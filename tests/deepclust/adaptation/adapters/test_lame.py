@@ -162,10 +162,6 @@ def lame(logits, features, kind):
     return assign(logits, affinity(features, kind=kind, neighbours=5))
 
 
-def test_float32_models_get_float32_logits():
-    assert LAME(classifier().float())(stream(1)[0].float()).dtype == torch.float32
-
-
 def test_options_that_do_not_fit_are_errors():
     with pytest.raises(ConfigError, match="affinity: expected 'knn', 'rbf' or 'linear', got 'cosine'"):
         Config(affinity="cosine")
