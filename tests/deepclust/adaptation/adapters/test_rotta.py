@@ -127,30 +127,9 @@ def member(name, label, uncertainty, age):
     return Member(torch.tensor([float(name)]), label, uncertainty, age)
 
 
-def names(memory):
-    return [int(member.image.item()) for member in memory]
-
-
 def kept(memory, newcomer, *, capacity, classes):
     score = partial(removal_score, capacity=capacity, classes=classes, lambda_t=1.0, lambda_u=1.0)
     return remember(memory, newcomer, capacity=capacity, classes=classes, score=score)
-
-
-def test_who_leaves_the_memory_by_hand():
-    memory = [member(0, 0, 0.3, 4), member(1, 0, 0.1, 3)]
-    # Class 0 is full, though the memory is not: the uncertain old member goes, and all are older.
-    after = kept(memory, member(2, 0, 0.2, 0), capacity=4, classes=2)
-    assert names(after) == [1, 2]
-    assert [m.age for m in after] == [4, 1]
-    # A newcomer more uncertain than all of its full class does not enter.
-    after = kept(memory, member(2, 0, 0.69, 0), capacity=4, classes=2)
-    assert names(after) == [0, 1]
-    assert [m.age for m in after] == [5, 4]
-    # Another class has room.
-    assert names(kept(memory, member(2, 1, 0.69, 0), capacity=4, classes=2)) == [0, 1, 2]
-    # Capacity 3 of two classes: class 1 has room for it, and class 0, the larger one, gives way.
-    full = [*memory, member(2, 1, 0.69, 9)]
-    assert names(kept(full, member(3, 1, 0.1, 0), capacity=3, classes=2)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64])
