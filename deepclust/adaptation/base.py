@@ -273,14 +273,10 @@ class Learner(Adapter, ABC):
         return self.config.episodic or self.config.predict == "after" or self.config.steps > 1
 
     def _adapt(self, images: Tensor) -> Tensor:
-        self._begin(images)
         logits = self._step(images)
         for _ in range(self.config.steps - 1):
             self._step(images)
         return logits if self.config.predict == "before" else super()._adapt(images)
-
-    def _begin(self, images: Tensor) -> None:
-        """What is done once a batch, before its first step."""
 
     def _step(self, images: Tensor) -> Tensor:
         """Take one gradient step on a batch; logits from before it, without gradient."""

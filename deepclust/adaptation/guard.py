@@ -168,8 +168,7 @@ class Guard:
             _log.info("%s: the answer of %s from now on: %s", self.name, verdict.answer, verdict.reason)
         self.verdict, self.adapted = verdict, adapted_BC
         self.answers[verdict.answer] += 1
-        answers = {"adapter": adapted_BC, "bn": bn_BC, "source": source_BC}
-        given = answers[verdict.answer]
+        given = {"adapter": adapted_BC, "bn": bn_BC, "source": source_BC}[verdict.answer]
         assert given is not None
         return given
 
@@ -195,8 +194,7 @@ class Guard:
         """
         try:
             evidence = deque(_moved(values, self.adapter.device) for values in state["evidence"])
-            verdict, answers = Verdict(**state["verdict"]), Counter(state["answers"])
-            adapter = state["adapter"]
+            verdict, answers, adapter = Verdict(**state["verdict"]), Counter(state["answers"]), state["adapter"]
         except (KeyError, TypeError, AttributeError) as error:
             raise AdaptationError(
                 f"expected a state with adapter, evidence, verdict, answers, got one that does not fit ({error}); "

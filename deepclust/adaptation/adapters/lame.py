@@ -28,8 +28,6 @@ from deepclust.adaptation.classifier import Classifier
 from deepclust.config import Count, config
 
 Affinity = Literal["knn", "rbf", "linear"]
-NEIGHBOURS = 5
-"""The published choice."""
 
 
 @config
@@ -39,7 +37,7 @@ class Config(AdapterConfig):
     affinity: Affinity = "knn"
     """How the pull between images depends on their features: `knn`, `rbf` or `linear`."""
     neighbours: Count | None = None
-    """Nearest images that pull (`knn`), or that set the bandwidth (`rbf`); None is 5. `linear` has none."""
+    """Nearest images that pull (`knn`) or set the bandwidth (`rbf`); None is 5, as published. `linear` has none."""
 
     def _check(self) -> None:
         if self.affinity == "linear" and self.neighbours is not None:
@@ -116,6 +114,5 @@ class LAME(Adapter):
     @torch.no_grad()
     def _adapt(self, images: Tensor) -> Tensor:
         features_BD, logits_BC = self.model.outputs(images)
-        neighbours = self.config.neighbours or NEIGHBOURS
-        pulls_BB = affinity(features_BD, kind=self.config.affinity, neighbours=neighbours)
+        pulls_BB = affinity(features_BD, kind=self.config.affinity, neighbours=self.config.neighbours or 5)
         return assign(logits_BC, pulls_BB).to(logits_BC)  # logarithms of the assignments

@@ -113,10 +113,8 @@ class ROID(Learner):
         self.mean_prediction = None
         self._generator = torch.Generator().manual_seed(self.config.seed)
 
-    def _begin(self, images: Tensor) -> None:
-        self._before = self.mean_prediction
-
     def _adapt(self, images: Tensor) -> Tensor:
+        self._before = self.mean_prediction
         return correct_prior(super()._adapt(images), how=self.config.prior_correction)
 
     def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,14 +241,11 @@ class TSD(Learner):
 
     def _adapt(self, images: Tensor) -> Tensor:
         # Dropout takes no generator: the global one is lent a seed of ours for the batch, and given back.
-        its = self.deviations
+        its, self._before = self.deviations, self.bank
         with seeding.seeded(self.name, its.seed, self.batches) if its.train_mode else nullcontext():
             logits_BC = super()._adapt(images)
         self.batches += 1
         return logits_BC
-
-    def _begin(self, images: Tensor) -> None:
-        self._before = self.bank
 
     def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         config, its = self.config, self.deviations
