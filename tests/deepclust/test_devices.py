@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclust import seeding
-from deepclust.adaptation import ADAPTERS, Guard
+from deepclust.adaptation import Guard
 from deepclust.clustering import kmeans
 from deepclust.corruptions import corrupt
 from deepclust.evaluation import probing
