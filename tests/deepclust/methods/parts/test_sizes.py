@@ -1,4 +1,4 @@
-"""Automatic sizes follow the stated rule, stay usable at both ends, and are what PCL and SwAV can be trained with."""
+"""Automatic sizes follow the stated rule, and stay usable at both ends."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ def test_prototypes_by_hand(images: int, side: int, expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("prototypes", "batch", "images", "expected"),
-    [
-        (100, 256, 60_000, 0),
-        (256, 256, 60_000, 0),
-        (257, 256, 60_000, 256),
-        (3000, 256, 60_000, 2816),
-        (90, 32, 300, 64),
-    ],
+    [(256, 256, 60_000, 0), (257, 256, 60_000, 256), (3000, 256, 60_000, 2816), (90, 32, 300, 64)],
 )
 def test_the_queue_brings_batch_and_queue_to_the_prototypes(
     prototypes: int, batch: int, images: int, expected: int
@@ -53,11 +47,8 @@ def test_too_few_images_for_a_batch_are_refused_with_the_batch_that_fits() -> No
     assert sizes.clusters(500, 166)
 
 
-@pytest.mark.parametrize("images", [64, 777, 12_345, 10_000_000])
-@pytest.mark.parametrize("batch", [2, 16, 256])
+@pytest.mark.parametrize(("images", "batch"), [(64, 16), (777, 256), (12_345, 2), (10_000_000, 256)])
 def test_automatic_sizes_fit_each_other(images: int, batch: int) -> None:
-    if images < 3 * batch:
-        return
     clusters = sizes.clusters(images, batch)
     assert 1 <= sizes.negatives(clusters, batch) <= min(clusters) - batch
     assert max(clusters) <= images
