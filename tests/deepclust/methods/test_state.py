@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepclust import seeding
-from deepclust.methods import Method
+from deepclust.methods.parts.base import Method
 from tests.deepclust.methods.toys import TRAINED, backbone, build, embedder, normal, update
 
 IMAGES = 40

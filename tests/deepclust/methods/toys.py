@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deepclust.methods import METHODS, Method, config_class, method_class
+from deepclust.methods import METHODS, config_class, method_class
+from deepclust.methods.parts.base import Method
 from deepclust.methods.parts.options import TrainedConfig
 from deepclust.training.optim import SGD
 from deepclust.training.views import Crop

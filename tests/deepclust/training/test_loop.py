@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from deepclust import seeding
 from deepclust.errors import ConfigError, TrainingError
-from deepclust.methods import Method
-from deepclust.methods.parts.base import Embed
+from deepclust.methods.parts.base import Embed, Method
 from deepclust.methods.parts.options import TrainedConfig
 from deepclust.models import backbones
 from deepclust.training import loop
