@@ -14,18 +14,23 @@ from deepclust.adaptation import Guard
 from deepclust.clustering import kmeans
 from deepclust.corruptions import corrupt
 from deepclust.evaluation import probing
-from deepclust.methods import METHODS, method_class
 from deepclust.methods.parts.queue import Queue
 from deepclust.models import backbones
 from deepclust.training import loop, optim, views
 from tests.deepclust import gpu
 from tests.deepclust.adaptation.nets import LIVELY, classifier, make, stream
 from tests.deepclust.corruptions.pictures import scenes, seeded
+from tests.deepclust.methods import toys
 from tests.deepclust.methods.toys import normal
-from tests.deepclust.training.test_loop import OPTIONS
+from tests.deepclust.training.test_optim import OPTIMISERS, settings
 
 IMAGES, BATCH, EPOCHS = 40, 16, 3
 STEPS = EPOCHS * (IMAGES // BATCH)
+# All that the views can do, in two parts a batch.
+OPTIONS: dict[str, Any] = {
+    "epochs": EPOCHS, "batch_size": BATCH, "accumulate": 2, "crops": [views.Crop(scale=(0.3, 1.0))],
+    "optimiser": optim.SGD(rate=0.1, clip_norm=1.0), "colour": views.Colour(),
+}  # fmt: skip
 # Where the host may wait. In a step of training: once, for the numbers that are logged.
 LOG = "loop._Update.prepare"
 # k-means decides on the host, once an iteration, whether it goes on; sizes of clusters and masks of rows are counted.
@@ -58,43 +63,24 @@ CORRUPTION_READS = {
 }  # fmt: skip
 
 
-def recipe() -> loop.Recipe:
-    """All that the views can do, in two parts a batch."""
-    optimiser = optim.Optimiser(
-        name="sgd", rate=0.1, weight_decay=1e-4, decay_norm_and_bias=True, clip_norm=1.0, warmup_epochs=0.0,
-        final_rate=0.0, options={"momentum": 0.9},
-    )  # fmt: skip
-    return loop.Recipe(
-        epochs=EPOCHS,
-        batch_size=BATCH,
-        accumulate=2,
-        precision="float32",
-        optimiser=optimiser,
-        crops=[views.Crop(count=2, size=16, scale=(0.3, 1.0))],
-        colour=views.Colour(
-            flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5
-        ),
-        seed=0,
-    )
-
-
 def watched(name: str) -> gpu.Gpu:
     """What was seen of some epochs of a method, whose queue was full or prototypes clustered in the end."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=3, image_size=16)
-        options = OPTIONS[name] | ({"queue_length": BATCH, "hard_assignment_steps": 2} if name == "swav" else {})
-        method: Any = method_class(name)(backbone, dim, **options)
+        changes = OPTIONS | ({"queue_start_epoch": 0} if name == "swav" else {})
+        method = toys.build(name, backbone, dim, **changes)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
     with gpu.pretended() as device:
         gpu.moved(method)
         device.uploads.clear()
-        assert loop.train(method, images, recipe(), normalise=lambda crops: crops, device=gpu.DEVICE) == STEPS
+        how: dict[str, Any] = {"seed": 0, "precision": "float32", "normalise": lambda crops: crops}
+        assert loop.train(method, images, **how, device=gpu.DEVICE) == STEPS
     assert name != "swav" or method._use_queue
     assert name != "pcl" or method._use_prototypes
     return device
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", toys.TRAINED)
 def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_waits(name: str) -> None:
     seen = watched(name)
     assert [read for read in seen.reads if read not in BEFORE_EPOCH] == [LOG] * STEPS
@@ -102,16 +88,11 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_
     assert set(seen.uploads) <= once | {"kmeans.concentration"}
 
 
-@pytest.mark.parametrize("name", optim.OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMISERS)
 def test_an_optimisers_update_reads_nothing_back(name: str) -> None:
-    options = {"sgd": {"momentum": 0.9}, "adamw": {"betas": (0.9, 0.99)}}.get(name, {"momentum": 0.9, "trust": 0.01})
-    settings = optim.Optimiser(
-        name=name, rate=0.1, weight_decay=0.1, decay_norm_and_bias=False, clip_norm=None, warmup_epochs=0.0,
-        final_rate=0.0, options=options,
-    )  # fmt: skip
     with gpu.pretended() as device:
         layer = gpu.moved(nn.Linear(3, 2))
-        optimiser = optim.build(settings, [{"params": list(layer.parameters())}])
+        optimiser = optim.build(settings(name, decay_norm_and_bias=False), [{"params": list(layer.parameters())}])
         for _ in range(2):
             optimiser.zero_grad()
             layer(normal(4, 3, seed=0).to(gpu.DEVICE)).sum().backward()
