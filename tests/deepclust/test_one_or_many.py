@@ -13,20 +13,18 @@ from torch import Tensor, nn
 
 from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, PreemptedError
-from deepclust.methods import Method, method_class
+from deepclust.methods.parts.base import Method
+from deepclust.methods.parts.options import TrainedConfig
 from deepclust.models import backbones
 from deepclust.training import checkpoint, loop, optim, resume, views
 from tests import processes
-from tests.deepclust.methods import test_state
+from tests.deepclust.methods import toys
 
 IMAGES, BATCH, EPOCHS = 83, 16, 2
 RATE = 0.02
 # What float32 rounds differently grows by a factor in each update that depends on the rate.
 SMALL_RATE = 0.001
-COLOUR = views.Colour(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5)
-CROPS = [views.Crop(count=2, size=16, scale=(0.5, 1.0)), views.Crop(count=2, size=8, scale=(0.2, 0.5))]
-OPTIONS = {name: dict(options) for name, options in test_state.OPTIONS.items()}
-OPTIONS["pcl"]["negatives"] = 4  # whatever a batch of 16 leaves of 20 clusters
+CROPS = [views.Crop(scale=(0.5, 1.0)), views.Crop(size=8, scale=(0.2, 0.5))]
 CLUSTERING = ("pcl", "deepcluster_v2")  # k-means computes in float32, whatever the features are in
 # Two crops where a method knows two views only.
 CROPS_OF = {"swav": CROPS, "deepcluster_v2": CROPS}
@@ -37,27 +35,9 @@ def images() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 1), dtype=np.uint8)
 
 
-def recipe(name: str, *, rate: float, **changes: Any) -> loop.Recipe:
-    options: dict[str, Any] = {
-        "epochs": EPOCHS,
-        "batch_size": BATCH,
-        "accumulate": 1,
-        "precision": "float32",
-        "optimiser": optim.Optimiser(
-            name="sgd",
-            rate=rate * optim.RATE_BATCH / BATCH,
-            weight_decay=1e-4,
-            decay_norm_and_bias=True,
-            clip_norm=None,
-            warmup_epochs=0,
-            final_rate=0.001,
-            options={"momentum": 0.9},
-        ),
-        "crops": CROPS_OF.get(name, CROPS[:1]),
-        "colour": COLOUR,
-        "seed": 3,
-    }
-    return loop.Recipe(**(options | changes))
+def options(name: str, rate: float) -> dict[str, Any]:
+    optimiser = optim.SGD(rate=rate * optim.RATE_BATCH / BATCH, final_rate=0.001)
+    return {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": optimiser, "crops": CROPS_OF.get(name, CROPS[:1])}
 
 
 def train(
@@ -71,12 +51,13 @@ def train(
     """Losses and logged scalars of each update, and the whole state at the end."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=1, image_size=16)
-        method = method_class(name)(backbone, dim, **OPTIONS[name]).to(dtype)
+        method = toys.build(name, backbone, dim, **(options(name, rate) | changes)).to(dtype)
     steps: list[loop.Step] = []
     loop.train(
         method,
         images(),
-        recipe(name, rate=rate, **changes),
+        seed=3,
+        precision="float32",
         normalise=lambda crops: ((crops - 0.5) / 0.25).to(dtype),
         device=torch.device("cpu"),
         on_step=steps.append,
@@ -184,9 +165,8 @@ class Overflowing(Method):
     """The gradient of the third step is not finite on the second process."""
 
     def __init__(self) -> None:
-        super().__init__()
         with seeding.seeded(0):
-            self.backbone = nn.Linear(1, 1)
+            super().__init__(nn.Linear(1, 1), TrainedConfig(**options("moco", RATE)))
         self.calls = 0
 
     def loss(
@@ -207,7 +187,8 @@ def _half() -> list[float]:
         loop.train(
             method,
             images(),
-            recipe("moco", rate=RATE),
+            seed=3,
+            precision="float32",
             normalise=lambda crops: crops,
             device=torch.device("cpu"),
             on_step=lambda step: weights.append(float(method.backbone.weight)),
