@@ -26,11 +26,11 @@ class Embedding(Method):
     """A backbone with what an observer could disturb: batch normalisation, dropout, and one part in eval mode."""
 
     def __init__(self) -> None:
-        super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.backbone = nn.Sequential(
+        backbone = nn.Sequential(
             nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 12)
         )
+        super().__init__(backbone, test_training.CONFIG)
         with torch.no_grad():
             for parameter in self.backbone.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -73,7 +73,7 @@ def test_training_is_bit_for_bit_the_same_with_and_without_it() -> None:
     reports: list[watchdog.Report] = []
     judge = lambda done: reports.append(dog.epoch(done))  # noqa: E731
     loop.train(
-        watched, given, test_training.recipe(), normalise=normalise, device=CPU, on_step=dog.step, on_epoch=judge
+        watched, given, seed=0, precision="float32", normalise=normalise, device=CPU, on_step=dog.step, on_epoch=judge
     )
     test_training.run(alone)
     for key, value in alone.state_dict().items():
