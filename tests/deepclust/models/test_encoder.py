@@ -16,7 +16,7 @@ from torchvision import models
 
 from deepclust import seeding
 from deepclust.errors import CheckpointError, ConfigError
-from deepclust.methods.pretrained import pretrained
+from deepclust.methods.pretrained import Config, pretrained
 from deepclust.models import encoder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -101,7 +101,9 @@ def named(path: Path) -> dict[str, Any]:
 
 def taken(file: dict[str, Any], **changes: Any) -> encoder.Encoder:
     """The encoder with a file's weights: resnet18 for colour images of 32 pixels where nothing else is said."""
-    return pretrained(**({"backbone": "resnet18", "image_size": 32, "channels": 3} | file | changes))
+    options = {"backbone": "resnet18", "image_size": 32, "channels": 3} | file | changes
+    data = {name: options.pop(name) for name in ("image_size", "channels")}
+    return pretrained(Config(**options), **data)
 
 
 def truth(net: Any, pictures: Tensor, mean: list[float], std: list[float]) -> Tensor:
@@ -249,10 +251,10 @@ TIMM = {"weights": "timm", "sha256": None}
         ({"sha256": "0" * 64}, ConfigError, r"^sha256: .*, {sha256}; got 000"),
         ({"weights": "none.safetensors"}, CheckpointError, r"can not read it \(No such file or directory\)"),
         ({"weights": "net.pth"}, ConfigError, r"a .safetensors file or timm, got 'net.pth'; .*save_file\(state"),
-        ({"backbone": "pixels"}, ConfigError, r"^backbone: expected one that has weights"),
+        ({"backbone": "pixels"}, ConfigError, r"^backbone: .*got 'pixels'"),
         ({"mean": [0.5]}, ConfigError, r"mean and std of the network's 3 channel\(s\), got 1 and 3 numbers"),
-        ({"weights": "timm"}, ConfigError, r"^sha256: expected null with weights: timm"),
-        (TIMM, ConfigError, r"^backbone: expected timm/NAME.TAG with weights: timm, got 'r"),
+        ({"weights": "timm", "backbone": "timm/test_vit"}, ConfigError, r"^sha256: expected null with weights: timm"),
+        (TIMM, ConfigError, r"^weights: timm needs a backbone timm/NAME.TAG, got 'r"),
         (TIMM | {"backbone": "timm/test_vit"}, ConfigError, r"with published weights.*known: timm/test_vit.r160_in1k"),
     ],
 )
