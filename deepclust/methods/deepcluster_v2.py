@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from deepclust import distributed, seeding
 from deepclust.clustering import kmeans
 from deepclust.config import config
-from deepclust.errors import ConfigError
 from deepclust.methods.parts import base, heads, options
 
 
@@ -66,11 +65,7 @@ class DeepClusterV2(base.Method):
 
     def check(self, images: int) -> None:
         """Every head needs as many images as clusters."""
-        most = max(len(prototypes) for prototypes in self.prototypes)
-        if most > images:
-            raise ConfigError(
-                f"prototypes: expected at most {images}, the number of training images; got {most}; lower it"
-            )
+        base.at_most_images("prototypes", max(map(len, self.prototypes)), images)
 
     def bind(self, images: int) -> None:
         """Make room for the memory bank (A, N, D) and the assignments (heads, N)."""

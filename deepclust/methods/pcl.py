@@ -169,15 +169,10 @@ class PCL(MomentumContrast):
         self.negatives = config.negatives
         self.clusterings = nn.ModuleList([Clustering(count, config.dim) for count in config.clusters])
         self.clustered = False  # no buffer: every step asks for it, and would wait for the GPU
-        self._use_prototypes = False
 
     def check(self, images: int) -> None:
         """Every granularity needs as many images as clusters."""
-        most = max(len(clustering) for clustering in self._granularities())
-        if most > images:
-            raise ConfigError(
-                f"clusters: expected at most {images}, the number of training images; got {most}; lower it"
-            )
+        base.at_most_images("clusters", max(map(len, self._granularities())), images)
 
     def bind(self, images: int) -> None:
         """Make room for the assignments of all images."""
@@ -213,11 +208,6 @@ class PCL(MomentumContrast):
         """Take over whether there are."""
         self.clustered = bool(state)
 
-    def before_step(self, step: int) -> None:
-        """Decide whether the prototypes count yet."""
-        super().before_step(step)
-        self._use_prototypes = self.clustered
-
     def loss(
         self, views: list[Tensor], indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,7 +217,7 @@ class PCL(MomentumContrast):
             ConfigError: If a group of keys would have a single row, or the negatives of a batch are too few.
         """
         queries, instance, logged = self.contrast(views, generator)
-        if not self._use_prototypes:
+        if not self.clustered:
             return instance, logged
         prototype = torch.stack(
             [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepclust import seeding
-from deepclust.errors import ConfigError
+from deepclust.methods.parts.base import at_most_images
 
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory that the images may take
 
@@ -42,10 +42,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     Raises:
         ConfigError: If there is not one whole batch.
     """
-    if count < batch_size:
-        raise ConfigError(
-            f"batch_size: expected at most the number of training images, {count}; got {batch_size}; lower it"
-        )
+    at_most_images("batch_size", batch_size, count)
     return count // batch_size
 
 

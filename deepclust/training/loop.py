@@ -22,11 +22,7 @@ from deepclust.training import data, optim, resume, views
 from deepclust.training.checkpoint import restore_like
 
 Normalise = Callable[[Tensor], Tensor]
-PRECISIONS: dict[optim.Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,6 @@ class Epoch:
     images: int
 
 
-def _ignore_step(_: Step) -> None:
-    """For callers that do not watch the steps."""
-
-
-def _ignore_epoch(_: Epoch) -> None:
-    """For callers that do not watch the epochs."""
-
-
 def effective_precision(precision: optim.Precision, device: torch.device) -> optim.Precision:
     """The precision that a device really trains in.
 
@@ -90,8 +78,8 @@ def train(
     precision: optim.Precision,
     normalise: Normalise,
     device: torch.device,
-    on_step: Callable[[Step], None] = _ignore_step,
-    on_epoch: Callable[[Epoch], None] = _ignore_epoch,
+    on_step: Callable[[Step], None] = lambda _: None,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
     saving: resume.Saving | None = None,
 ) -> int:
     """Train a method in place, alone or as one of several processes (distributed.py) that each call this.
@@ -197,7 +185,7 @@ class _Update:
         self._parts = config.accumulate
         precision = effective_precision(precision, device)
         # What is switched off passes everything through, bit for bit: autocast, the scaler, and an infinite norm.
-        self._autocast = torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "float32")
+        self._autocast = torch.autocast(device.type, dtype=_HALF.get(precision), enabled=precision in _HALF)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._largest_norm = math.inf if config.optimiser.clip_norm is None else config.optimiser.clip_norm
 

@@ -76,7 +76,7 @@ def watched(name: str) -> gpu.Gpu:
         how: dict[str, Any] = {"seed": 0, "precision": "float32", "normalise": lambda crops: crops}
         assert loop.train(method, images, **how, device=gpu.DEVICE) == STEPS
     assert name != "swav" or method._use_queue
-    assert name != "pcl" or method._use_prototypes
+    assert name != "pcl" or method.clustered
     return device
 
 

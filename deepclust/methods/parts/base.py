@@ -93,6 +93,12 @@ class Method(nn.Module, ABC):
         return {}
 
 
+def at_most_images(name: str, wanted: int, images: int) -> None:
+    """Refuse an option that can not exceed the number of training images. Raises: ConfigError."""
+    if wanted > images:
+        raise ConfigError(f"{name}: expected at most the number of training images, {images}; got {wanted}; lower it")
+
+
 def spread(unit_embeddings_BD: Tensor) -> Tensor:
     """Mean over the dimensions of the batch's standard deviation, times √D: 1 is healthy, 0 is collapse.
 

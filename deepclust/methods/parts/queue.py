@@ -44,8 +44,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
         """Put rows (*shape, count, D) in the places of the oldest."""
-        length, count = self.length, rows.shape[-2]
-        assert count <= length, f"a batch of {count} rows is longer than the queue of {length}"
-        places = (self.pushed + torch.arange(count, device=self.rows.device)) % length
+        count = rows.shape[-2]
+        assert count <= self.length, f"a batch of {count} rows is longer than the queue of {self.length}"
+        places = (self.pushed + torch.arange(count, device=self.rows.device)) % self.length
         self.rows.index_copy_(-2, places, rows)
         self.pushed += count
