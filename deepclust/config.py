@@ -40,7 +40,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 NotEmpty = Field(min_length=1)  # for Annotated[tuple[…, ...], NotEmpty]
 
 _FILE = "params.yaml"  # pydantic's context where a file is read, which states every option
-_MISSING = "missing; every parameter is stated in params.yaml"
+_STATED = "every parameter is stated in params.yaml"
 _MOST_COMPLAINTS = 3
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound="type[Any]")
@@ -86,12 +86,12 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in known:
-                raise PydanticCustomError(
-                    "unknown", "unknown parameter{hint}", {"key": name, "hint": hint(name, known)}
-                )
-        for name in known:
-            if info.context == _FILE and name not in {*given, *cls.may_be_left_out}:
-                raise PydanticCustomError("missing", _MISSING, {"key": name})
+                which = f" of {given['name']}" if "name" in given else ""
+                raise PydanticCustomError("unknown", f"unknown parameter{which}{hint(name, known)}", {"key": name})
+        missing = [name for name in known if name not in {*given, *cls.may_be_left_out}]
+        if info.context == _FILE and missing:
+            others = f", as are {', '.join(missing[1:])}" if missing[1:] else ""
+            raise PydanticCustomError("missing", f"missing{others}; {_STATED}", {"key": missing[0]})
         return value
 
     @model_validator(mode="after")
@@ -146,7 +146,7 @@ def explain(error: ValidationError, raw: Any, path: str = "") -> str:
         found.setdefault(place, []).append(message)
         if item["type"] != "value_error" and not key:
             came[place] = f", got {_plain(item['input'])!r}"
-    # What is wrong inside a list says more than that the list is no number either.
+    # A complaint about a whole list goes where one of its items has its own.
     inner = [place for place in found if not any(other.startswith(f"{place}.") for other in found)]
     lines = [f"{place}: {' or '.join(found[place])}{came.get(place, '')}" for place in inner]
     return "; ".join(lines[:_MOST_COMPLAINTS]).removeprefix(": ").replace(" or expected ", " or ")
@@ -161,12 +161,12 @@ def _complaint(item: Any) -> tuple[str, str]:
         known = context["expected_tags"].replace("'", "")
         return context["discriminator"].strip("'"), f"one of {known} is expected, got {context['tag']!r}"
     if item["type"] == "union_tag_not_found":
-        return context["discriminator"].strip("'"), _MISSING
+        return context["discriminator"].strip("'"), f"missing; {_STATED}"
     if item["type"] == "value_error":
         return "", str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "dataclass_type":
-        return "", "expected a mapping of parameters"
-    return "", re.sub(r"^Input should (be )?", "expected ", item["msg"])
+    if item["type"] in ("dataclass_type", "dict_type", "model_attributes_type"):
+        return "", "expected a mapping"
+    return "", re.sub(r"^(Input|String) should (be )?", "expected ", item["msg"]).replace("expected match", "expected")
 
 
 def _visible(location: Iterable[int | str], raw: Any) -> list[str]:

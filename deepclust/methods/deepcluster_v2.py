@@ -33,7 +33,7 @@ def assignment_loss(scores_VBK: Tensor, assignments_B: Tensor, *, temperature: f
 
 
 @config
-class Config(options.PrototypesConfig, options.KMeansConfig):
+class Config(options.KMeansConfig, options.PrototypesConfig):
     """DeepCluster-v2's options. Prototype head i clusters assign crop i, counted modulo their number."""
 
     heads: ClassVar[int] = 3  # the published number (arXiv 2006.09882, appendix)

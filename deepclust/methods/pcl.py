@@ -107,7 +107,7 @@ class Clustering(nn.Module):
 
 
 @config
-class Config(MomentumConfig, options.KMeansConfig):
+class Config(options.KMeansConfig, MomentumConfig):
     """PCL's options."""
 
     clusters: Annotated[tuple[Count, ...], NotEmpty] | Auto = "auto"

@@ -58,7 +58,7 @@ class Config(options.PrototypesConfig):
     """SwAV's options; their usual values are those of ImageNet (the paper's appendix)."""
 
     epsilon: Positive = 0.05
-    """Entropy weight ε of the codes; smaller against collapse."""
+    """Entropy weight ε of the codes, above 0; lower it if training collapses."""
     sinkhorn_iterations: Count = 3
     """Alternations for the codes."""
     freeze_prototypes_steps: Natural = 313
@@ -72,8 +72,8 @@ class Config(options.PrototypesConfig):
     """Epoch in which the queue begins to fill."""
 
     def sized(self, *, images: int, image_size: int) -> Self:
-        """See the base class. What would never take effect is refused: a queue that never fills, or first updates
-        that are all there are."""
+        """See the base class. What would never take effect is refused: a queue that never fills, or frozen
+        prototypes and hard codes that last the whole run."""
         decided = super().sized(images=images, image_size=image_size)
         updates = images // self.batch_size
         pushed = max(0, self.epochs - self.queue_start_epoch) * updates * self.batch_size

@@ -14,7 +14,7 @@ from deepclust.training.views import Colour, Crop
 
 @config
 class Shared(Config):
-    """What all encoders have in common, and blocks that a section takes over where it states nothing else."""
+    """The network of all encoders, and blocks that an encoder's section takes over where it does not state them."""
 
     may_be_left_out: ClassVar[tuple[str, ...]] = ("batch_size", "accumulate", "optimiser", "crops", "colour")
 
@@ -119,7 +119,7 @@ class KMeansConfig(Config):
     kmeans_engine: kmeans.Engine = "faiss"
     """What searches for the nearest centroids: faiss, or torch; see `kmeans.engine_used`."""
     kmeans_restarts: Count = 1
-    """Seeded runs, of which the best counts."""
+    """Number of seeded runs; the best is kept."""
 
 
 @config

@@ -135,7 +135,7 @@ def test_a_required_state_that_is_not_there_or_of_something_else_is_an_error_tha
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DEEPCLUST_RESUME", "require")
-    assert "found none; set pretrain.resume to auto" in refusal("swav", monkeypatch, capsys)
+    assert "found none; or set pretrain.resume to auto" in refusal("swav", monkeypatch, capsys)
     monkeypatch.delenv("DEEPCLUST_RESUME")
     killed_after(2, "swav", monkeypatch)
     overrides.apply(["pretrain.resume=require", "seed=1"])

@@ -60,7 +60,10 @@ class Run:
         launcher.note_begun()
         self._found = self._newest()
         if mode == "require" and self._found is None:
-            raise CheckpointError(self._nothing(parts))
+            found = self._misfit(parts) or f"expected a state to go on from in {self._folder}, found none"
+            raise CheckpointError(f"{found}; or set pretrain.resume to auto to begin anew")
+        if mode == "auto" and self._found is None and launcher.is_main() and (misfit := self._misfit(parts)):
+            print(f"{here.encoder}: begins anew, beside an unfinished run: {misfit}", flush=True)
         self.step = self._found.step if self._found else 0
         """Updates made so far."""
 
@@ -115,15 +118,14 @@ class Run:
         for path in self._all.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _nothing(self, parts: Mapping[str, str]) -> str:
-        """Why there is nothing to go on from: what differs from the newest other run, if there is one."""
-        advice = "set pretrain.resume to auto to begin anew"
+    def _misfit(self, parts: Mapping[str, str]) -> str:
+        """What differs between this run and the newest other unfinished one; empty if there is none."""
         for other in self._others():
             try:
                 checkpoint.Store(other, fingerprint=parts, keep=1).newest()
             except CheckpointError as error:
-                return f"{error}; or {advice}"
-        return f"expected a state to go on from in {self._folder}, found none; {advice}"
+                return str(error)
+        return ""
 
 
 def fingerprint(here: stage.Here) -> dict[str, str]:

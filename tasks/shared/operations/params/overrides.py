@@ -229,12 +229,22 @@ def _set(document: Any, override: str) -> None:
         here[int(last)] = value
     elif isinstance(here, dict):
         # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
-        if last in here:
+        if last == "name" and here.get("name", _inherited_name(document, parents)) != value:
+            here.clear()  # an optimiser takes none of another's options along
+        if last in here or len(parents) < 2:
             here[last] = value
         else:
             _add(here, last, value)
     else:
         raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
+
+
+def _inherited_name(document: Any, parents: Sequence[str]) -> Any:
+    """The `name` that a part of a section takes over from its group's `shared`."""
+    here = document[parents[0]].get("shared") if len(parents) > 2 else None
+    for part in parents[2:]:
+        here = here.get(part) if isinstance(here, dict) else None
+    return here.get("name") if isinstance(here, dict) else None
 
 
 def _take_over(shared: Any, section: dict[str, Any], key: str) -> None:

@@ -1,7 +1,7 @@
 """All of params.yaml, one class a section.
 
-The options of methods and adapters stand in the `Config` of each one's file, and are read only when they are asked for:
-so a stage loads no code that cannot change its outputs. `Params.check` reads them all.
+The options of methods and adapters are in the `Config` of each one's file. They are read on demand, so that a stage
+loads only code that its outputs depend on; `Params.check` reads them all.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Pretrain(_WithSections):
     watchdog: Literal["warn", "stop"]
     """What happens when training collapses or diverges; docs/methods/watchdog.md says how it is judged."""
     resume: Literal["auto", "require", "never"]
-    """Whether a run that was cut off goes on: auto, if there is one; require, or refuse; never, begin anew."""
+    """auto: go on with a run that was cut off, if there is one; require: refuse if there is none; never: begin anew."""
     checkpoint: Checkpoint
     """How often an unfinished run's state is saved."""
 
@@ -184,7 +184,7 @@ class Adapt(_WithSections):
     """Test-time adaptation to shifted streams; its sections are `shared`, `fine_tune`, and one for each adapter."""
 
     classifiers: Annotated[tuple[Literal["linear", "fine_tuned", "clusters"], ...], NotEmpty]
-    """linear; fine_tuned: that, the whole network trained on the labels; clusters: needs no labels."""
+    """linear; fine_tuned: the linear one, then the whole network trained on the labels; clusters: needs no labels."""
     adapters: Annotated[tuple[str, ...], NotEmpty]
     """Which adapters are measured; source is always among them."""
     guard: Flag

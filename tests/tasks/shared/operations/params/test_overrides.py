@@ -100,6 +100,15 @@ def test_a_section_can_differ_from_a_shared_block_in_one_value(file: Path) -> No
     ("edit", "message"),
     [
         ("pretrain.swav.epoch=5", r"^pretrain\.swav\.epoch: unknown parameter; did you mean epochs\?$"),
+        (
+            "pretrain.swav.optimiser.name=adamw",
+            r"^pretrain\.swav\.optimiser\.rate: missing, as are weight_decay, .*betas; ",
+        ),
+        (
+            "pretrain.shared.optimiser.betas=[0.9, 0.9]",
+            r"^pretrain\.shared\.optimiser\.betas: unknown parameter of sgd$",
+        ),
+        ("pretrain.swav.optimiser=adamw", r"^pretrain\.swav\.optimiser: expected a mapping, got 'adamw'$"),
         ("pretrain.swaw.epochs=5", r"^pretrain\.swaw: unknown parameter; did you mean swav\?$"),
         ("clutser.k=5", r"^clutser: unknown parameter; did you mean cluster\?$"),
         ("pretrain.swav.epochs=many", r"^pretrain\.swav\.epochs: .*got 'many'$"),
