@@ -219,19 +219,19 @@ def _set(document: Any, override: str) -> None:
     except YAMLError as error:
         raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
     *parents, last = dotted.split(".")
-    here = document
+    above = here = document
     for depth, part in enumerate(parents):
         if depth == 2 and isinstance(here, dict) and part not in here:
             _take_over(document[parents[0]].get("shared"), here, part)
-        here = _child(here, part, ".".join(parents[: depth + 1]))
+        above, here = here, _child(here, part, ".".join(parents[: depth + 1]))
     if isinstance(here, list):
         _child(here, last, dotted)
         here[int(last)] = value
     elif isinstance(here, dict):
         # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
         if last == "name" and here.get("name", _inherited_name(document, parents)) != value:
-            here.clear()  # an optimiser takes none of another's options along
-        if last in here or len(parents) < 2:
+            above[parents[-1]] = _styled({last: value})  # an optimiser takes none of another's options along
+        elif last in here or len(parents) < 2:
             here[last] = value
         else:
             _add(here, last, value)
