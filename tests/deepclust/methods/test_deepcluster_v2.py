@@ -96,5 +96,5 @@ def test_the_prototypes_are_not_trained() -> None:
 
 def test_more_clusters_than_images_are_refused_with_both_numbers() -> None:
     toy(prototypes=[5, 26]).check(26)
-    with pytest.raises(ConfigError, match=r"at most 26.*got 27"):
+    with pytest.raises(ConfigError, match=r"^prototypes: .* 26; got 27"):
         toy(prototypes=[5, 27]).check(26)
