@@ -25,12 +25,12 @@ def test_weights_of_a_file_give_their_own_features_and_run_through_to_the_report
     (tmp_path / "weights.safetensors").write_bytes(weights.read_bytes())
     small_run.overrides.apply(
         [
-            "encoders=[pixels, simsiam, pretrained]",
+            "encoders=[simsiam, pretrained]",
             "pretrain.pretrained.backbone=small",
             f"pretrain.pretrained.sha256='{hashlib.sha256(weights.read_bytes()).hexdigest()}'",
         ]
     )
-    for encoder in ("pixels", "simsiam", "pretrained"):
+    for encoder in ("simsiam", "pretrained"):
         for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
             if (stage, encoder) != ("pretrain", "simsiam"):
                 small_run.run(stage, monkeypatch, encoder)
@@ -38,7 +38,7 @@ def test_weights_of_a_file_give_their_own_features_and_run_through_to_the_report
     own, original = (np.load(layout.embeddings(encoder, "test")) for encoder in ("pretrained", "simsiam"))
     np.testing.assert_allclose(own, original, atol=1e-6)
     with layout.COMPARISON.open() as file:
-        assert {row["encoder"] for row in csv.DictReader(file)} == {"pixels", "simsiam", "pretrained"}
+        assert {row["encoder"] for row in csv.DictReader(file)} == {"simsiam", "pretrained"}
 
 
 def test_a_file_with_another_hash_is_refused_with_the_right_one(
