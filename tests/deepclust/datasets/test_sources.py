@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import tarfile
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -34,20 +33,16 @@ def idx_bytes(array: np.ndarray) -> bytes:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEEPCLUST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder, and the address at which a server on this machine gives its files."""
-
-    class Silent(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
     folder = tmp_path / "served"
     folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield folder, f"http://127.0.0.1:{server.server_port}"
@@ -56,24 +51,19 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 4, 2)])
-def test_an_idx_file_is_read_as_torchvision_reads_it_and_gzipped_too(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    content = idx_bytes(RNG.integers(0, 256, shape, dtype=np.uint8))
+def test_an_idx_file_is_read_as_torchvision_reads_it_and_gzipped_too_and_damage_is_one_line(tmp_path: Path) -> None:
+    content = idx_bytes(RNG.integers(0, 256, (30, 4, 2), dtype=np.uint8))
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "a.gz").write_bytes(gzip.compress(content))
-    read = datasets.mnist.read_label_file if len(shape) == 1 else datasets.mnist.read_image_file
     for name in ("a", "a.gz"):
         found = idx.read(tmp_path / name, sha256=hashlib.sha256(content).hexdigest())
         assert found.dtype == np.uint8
-        assert np.array_equal(found, read(str(tmp_path / "a")).numpy())
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"no gzip" + b, lambda b: b[:40] + b"xxxx" + b[44:]])
-def test_a_damaged_gzip_file_is_one_line_of_error(tmp_path: Path, damage: object) -> None:
-    content = gzip.compress(idx_bytes(RNG.integers(0, 256, 500, dtype=np.uint8)))
-    (tmp_path / "a.gz").write_bytes(damage(content))  # type: ignore[operator]
-    with pytest.raises(DataError, match="is damaged: expected gzip"):
-        idx.read(tmp_path / "a.gz")
+        assert np.array_equal(found, datasets.mnist.read_image_file(str(tmp_path / "a")).numpy())
+    content = gzip.compress(content)
+    for damaged in (content[:-20], b"no gzip" + content, content[:40] + b"xxxx" + content[44:]):
+        (tmp_path / "a.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match="is damaged: expected gzip"):
+            idx.read(tmp_path / "a.gz")
 
 
 @pytest.fixture
@@ -100,15 +90,6 @@ def same(files: dict[str, bytes], arrays: fashion_mnist.Arrays) -> bool:
     return all(idx_bytes(arrays[name]) == content for name, content in files.items())
 
 
-def test_fashion_mnist_comes_from_the_installed_package_and_is_not_kept_then(
-    tmp_path: Path, cache: Path, fashion: dict[str, bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    put(tmp_path / "installed", fashion)
-    assert same(fashion, fashion_mnist.load())
-    assert not cache.exists()
-    assert capsys.readouterr().err == ""
-
-
 def test_a_download_is_kept_in_the_cache_which_comes_first_but_never_a_damaged_one(
     served: tuple[Path, str], cache: Path, fashion: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,58 +102,38 @@ def test_a_download_is_kept_in_the_cache_which_comes_first_but_never_a_damaged_o
     assert same(fashion, fashion_mnist.load())
     monkeypatch.setattr(fashion_mnist, "MIRROR", NOWHERE)
     assert same(fashion, fashion_mnist.load())
-    assert sorted(path.name for path in (cache / "fashion-mnist").iterdir()) == sorted(f"{name}.gz" for name in fashion)
 
 
-@pytest.mark.parametrize("plain", [False, True])
 def test_a_damaged_cache_file_is_replaced_by_the_next_source_with_a_warning(
-    tmp_path: Path, cache: Path, fashion: dict[str, bytes], capsys: pytest.CaptureFixture[str], plain: bool
+    tmp_path: Path, cache: Path, fashion: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(cache / "fashion-mnist", fashion)
     put(tmp_path / "installed", fashion)
     name, wrong = "t10k-labels-idx1-ubyte", idx_bytes(np.arange(10, dtype=np.uint8)[::-1])
-    path = cache / "fashion-mnist" / (name if plain else f"{name}.gz")
-    path.write_bytes(wrong if plain else gzip.compress(wrong))
+    (cache / "fashion-mnist" / f"{name}.gz").write_bytes(gzip.compress(wrong))
     assert same(fashion, fashion_mnist.load())
-    warning = capsys.readouterr().err
-    assert f"expected SHA-256 {fashion_mnist.FILES[name]}" in warning
-    assert f"got {hashlib.sha256(wrong).hexdigest()}" in warning
-    assert same(fashion, fashion_mnist.load())
-    assert capsys.readouterr().err == ""
+    assert f"expected SHA-256 {fashion_mnist.FILES[name]}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fashion")
 def test_fashion_mnist_from_nowhere_is_one_line_that_names_every_source() -> None:
-    with pytest.raises(DataError) as caught:
+    sources = "the cache: not there.*Debian's package in.*not be reached.*no apt-get.*connect this machine"
+    with pytest.raises(DataError, match=rf"^[^\n]*{sources}[^\n]*$"):
         fashion_mnist.load()
-    message = str(caught.value)
-    for part in ("the cache: not there", "Debian's package in", "not be reached", "no apt-get", "connect this machine"):
-        assert part in message
-    assert "\n" not in message
 
 
-def fake_tools(folder: Path, package: Path, *, lists: bool) -> None:
-    """apt-get and dpkg-deb that move local files; without lists, apt-get finds the package only after an update."""
-    folder.mkdir()
-    (folder / "apt-get").write_text(
-        "#!/bin/sh\n"
-        'for word; do case "$word" in update) touch updated; exit 0;; '
-        f"download) if {'true' if lists else '[ -e updated ]'}; then touch dataset-fashion-mnist_1.deb; exit 0; fi; "
-        "echo 'E: Unable to locate package' >&2; exit 100;; esac; done\n"
-    )
-    (folder / "dpkg-deb").write_text(f'#!/bin/sh\nmkdir -p "$3"{package}\ncp {package}/* "$3"{package}/\n')
-    for tool in folder.iterdir():
-        tool.chmod(0o755)
-
-
-@pytest.mark.parametrize("lists", [True, False])
-def test_debians_tools_are_the_last_source_with_or_without_package_lists(
-    tmp_path: Path, cache: Path, fashion: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, lists: bool
+def test_debians_tools_are_the_last_source_after_an_update_of_the_package_lists(
+    tmp_path: Path, cache: Path, fashion: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "package"
+    package, tools = tmp_path / "package", tmp_path / "bin"
     put(package, fashion)
-    fake_tools(tmp_path / "bin", package, lists=lists)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    tools.mkdir()
+    fetch = "[ -e updated ] && touch dataset-fashion-mnist_1.deb"
+    (tools / "apt-get").write_text(f'#!/bin/sh\ncase "$*" in *update*) touch updated;; *) {fetch};; esac\n')
+    (tools / "dpkg-deb").write_text(f'#!/bin/sh\nmkdir -p "$3"{package}\ncp {package}/* "$3"{package}/\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: f"/{name}")
     # What the package holds lies under this path inside of it; it does not exist outside.
     monkeypatch.setattr(fashion_mnist, "INSTALLED", package)
@@ -182,7 +143,7 @@ def test_debians_tools_are_the_last_source_with_or_without_package_lists(
     assert (cache / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz").exists()
 
 
-def test_a_file_is_downloaded_if_its_sum_is_wrong_from_the_first_mirror_that_works(
+def test_a_file_is_downloaded_if_its_sum_is_wrong_and_is_right_or_nothing(
     served: tuple[Path, str], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (served[0] / "a").write_bytes(b"content")
@@ -193,23 +154,9 @@ def test_a_file_is_downloaded_if_its_sum_is_wrong_from_the_first_mirror_that_wor
     assert download.verified(cache / "a", mirrors, md5=md5).read_bytes() == b"content"
     assert "is damaged" in capsys.readouterr().err
     assert download.verified(cache / "a", [f"{NOWHERE}/a"], md5=md5) == cache / "a"
-
-
-def test_a_wrong_download_leaves_nothing_and_says_what_to_do(served: tuple[Path, str], cache: Path) -> None:
-    (served[0] / "a").write_bytes(b"something else")
-    with pytest.raises(DataError) as caught:
-        download.verified(cache / "a", [f"{served[1]}/a"], md5="0" * 32)
-    assert hashlib.md5(b"something else").hexdigest() in str(caught.value)
-    assert f"put the file (MD5 {'0' * 32}) at {cache / 'a'}" in str(caught.value)
-    assert list(cache.iterdir()) == []
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DEEPCLUST_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert download.cache() == Path("/x/deepclust")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert download.cache() == Path.home() / ".cache" / "deepclust"
+    with pytest.raises(DataError, match=rf"put the file \(MD5 {'0' * 32}\) at {cache / 'b'}"):
+        download.verified(cache / "b", [f"{served[1]}/a"], md5="0" * 32)
+    assert list(cache.iterdir()) == [cache / "a"]
 
 
 @pytest.fixture
@@ -222,35 +169,30 @@ def unverified(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def planes(image: np.ndarray) -> bytes:
-    """An (H, W, 3) image as CIFAR stores it: all of red, of green, of blue."""
-    return b"".join(image[..., channel].tobytes() for channel in range(3))
+def archive(cache: Path, name: str, folder: str, files: dict[str, bytes]) -> None:
+    (cache / folder).mkdir()
+    for file, content in files.items():
+        (cache / folder / file).write_bytes(content)
+    shutil.make_archive(str(cache / name), "gztar", cache, folder)
 
 
 def test_cifar_is_read_from_its_binary_files_with_its_fine_labels(unverified: Path) -> None:
-    images = RNG.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    records = [bytes([number % 10]) + planes(image) for number, image in enumerate(images)]
+    images = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)  # as CIFAR stores them: red, then green, then blue
+    records = [bytes([number % 10]) + image.tobytes() for number, image in enumerate(images)]
     ten = {f"data_batch_{n}.bin": b"".join(records[2 * n - 2 : 2 * n]) for n in range(5, 0, -1)}
     ten |= {"test_batch.bin": b"".join(records[10:])}
     ten |= {"batches.meta.txt": ("\n".join(f"class{n}" for n in range(10)) + "\n\n").encode()}
-    archive(unverified / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", ten)
+    archive(unverified, "cifar-10-binary", "cifar-10-batches-bin", ten)
     found = sources.load("CIFAR10")
-    assert np.array_equal(found.images["train"], images[:10])
-    assert np.array_equal(found.images["test"], images[10:])
+    assert np.array_equal(found.images["train"], images[:10].transpose(0, 2, 3, 1))
+    assert np.array_equal(found.images["test"], images[10:].transpose(0, 2, 3, 1))
     assert (found.labels["train"].tolist(), found.classes[3]) == (list(range(10)), "class3")
     assert found.paths["test"] == ["test/000000", "test/000001"]
-    assert np.array_equal(found.read("train", 4, image_size=32, channels=3, resize="crop"), images[4])
-    hundred = {name: bytes([7, label]) + planes(images[0]) for name, label in (("train.bin", 42), ("test.bin", 99))}
+    assert np.array_equal(found.read("train", 4, image_size=32, channels=3, resize="crop"), found.images["train"][4])
+    assert found.read("test", 1, image_size=14, channels=1, resize="crop").shape == (14, 14, 1)
+    hundred = {name: bytes([7, label]) + images[0].tobytes() for name, label in (("train.bin", 42), ("test.bin", 99))}
     hundred |= {"fine_label_names.txt": "\n".join(f"fine{n}" for n in range(100)).encode()}
-    archive(unverified / "cifar-100-binary.tar.gz", "cifar-100-binary", hundred)
+    archive(unverified, "cifar-100-binary", "cifar-100-binary", hundred)
     found = sources.load("CIFAR100")
     assert (found.labels["train"].tolist(), found.labels["test"].tolist()) == ([42], [99])
 
@@ -261,10 +203,8 @@ def test_svhn_is_torchvisions_and_calls_its_tenth_digit_zero(unverified: Path) -
         savemat(unverified / "svhn" / f"{split}_32x32.mat", {"X": images, "y": np.array([[10], [1], [9]], np.uint8)})
     found = sources.load("SVHN")
     assert found.labels["train"].tolist() == [0, 1, 9]
-    for split in ("train", "test"):
-        theirs = datasets.SVHN(unverified / "svhn", split)
-        assert np.array_equal(found.images[split], theirs.data.transpose(0, 2, 3, 1))
-        assert np.array_equal(found.labels[split], theirs.labels)
+    theirs = datasets.SVHN(unverified / "svhn", "test")
+    assert np.array_equal(found.images["test"], theirs.data.transpose(0, 2, 3, 1))
 
 
 def test_stl10_is_torchvisions_with_its_unlabelled_images_in_train(
@@ -275,10 +215,8 @@ def test_stl10_is_torchvisions_with_its_unlabelled_images_in_train(
     files = {f"{name}_X.bin": RNG.bytes(count * 3 * 96 * 96) for name, count in counts.items()}
     files |= {"train_y.bin": bytes([1, 10]), "test_y.bin": bytes([5])}
     files |= {"class_names.txt": "\n".join(f"c{n}" for n in range(10)).encode()}
-    archive(unverified / "stl10_binary.tar.gz", "stl10_binary", files)
+    archive(unverified, "stl10_binary", "stl10_binary", files)
     found = sources.load("STL10")
-    with tarfile.open(unverified / "stl10_binary.tar.gz") as tar:
-        tar.extractall(unverified, filter="data")
     for split, name in (("train", "train+unlabeled"), ("test", "test")):
         theirs = datasets.STL10(unverified, name)
         assert np.array_equal(found.images[split], theirs.data.transpose(0, 2, 3, 1))
@@ -286,18 +224,9 @@ def test_stl10_is_torchvisions_with_its_unlabelled_images_in_train(
     assert found.classes == theirs.classes
 
 
-def test_a_source_resizes_and_converts_what_is_asked_for(fashion: dict[str, bytes], cache: Path) -> None:
-    put(cache / "fashion-mnist", fashion)
-    found = sources.load("FashionMNIST")
-    own = found.read("test", 1, image_size=28, channels=1, resize="crop")
-    assert np.array_equal(found.read("test", 1, image_size=28, channels=3, resize="crop"), np.repeat(own, 3, axis=2))
-    assert found.read("test", 1, image_size=14, channels=1, resize="crop").shape == (14, 14, 1)
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, 0), (2, 1), (3, 1), (10, 1), (50, 5), (96, 10)])
-def test_a_draw_takes_the_share_but_never_all_or_none_of_a_class(count: int, expected: int) -> None:
+@pytest.mark.parametrize(("share", "count", "expected"), [(0.1, 1, 0), (0.1, 2, 1), (0.1, 96, 10), (0.99, 4, 3)])
+def test_a_draw_takes_the_share_but_never_all_or_none_of_a_class(share: float, count: int, expected: int) -> None:
     labels = np.array([3] * count + [5] * 30)
-    drawn = sampling.stratified(labels, 0.1, np.random.default_rng(0))
-    assert np.bincount(labels[drawn], minlength=6)[[3, 5]].tolist() == [expected, 3]
+    drawn = sampling.stratified(labels, share, np.random.default_rng(0))
+    assert np.count_nonzero(labels[drawn] == 3) == expected
     assert (np.diff(drawn) > 0).all()
-    assert len(sampling.stratified(np.zeros(4, np.int64), 0.99, np.random.default_rng(0))) == 3
