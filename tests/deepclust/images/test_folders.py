@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,6 @@ WHOLE = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"]
     ("names", "classes", "test", "warning"),
     [
         ([*WHOLE, "val/a/1.png"], ["a", "b"], [0, 1], "not used beside train/ and test/: val"),
-        ([f"set/{name}" for name in WHOLE], ["a", "b"], [0, 1], None),
         ([*WHOLE[:2], "val/b/1.png"], ["a", "b"], [1], None),
         ([*WHOLE[:2], "val/x/1.png", "val/x/2.png"], ["a", "b"], [-1, -1], "all labelled test images are of one"),
         ([*WHOLE, "test/new/1.png"], ["a", "b", "new"], [0, 1, 2], "classes without a training image: new"),
@@ -58,7 +58,6 @@ WHOLE = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"]
         ([*numbered("train/a/{}.png", 9), *numbered("train/b/{}.png", 9)], ["a", "b"], [0, 0, 1, 1], None),
         (numbered("{}.png", 5), [], [-1], None),
         (numbered("images/{}.png", 5), [], [-1], "of one class, images"),
-        (numbered("a/b/{}/x.png", 5), [], [-1], "of one class, a"),
         (["0.png", "2021/1.png", "2022/deep/2.png"], [], [-1], "1 images lie beside 2 folders"),
     ],
 )
@@ -71,7 +70,7 @@ def test_a_folders_shape_decides_on_classes_and_splits_and_what_is_odd_is_said(
     assert not warning or warning in found.warnings[0]
 
 
-@pytest.mark.parametrize("word", ["unlabelled", "unlabeled", "Unlabelled"])
+@pytest.mark.parametrize("word", ["unlabeled", "Unlabelled"])
 def test_one_tree_is_split_per_class_and_by_the_seed_alone(tmp_path: Path, word: str) -> None:
     touch(tmp_path, *numbered("a/{}.png", 50), *numbered("b/{}.png", 10), *numbered(f"{word}/sub/{{}}.png", 20))
     found, again, other = load(tmp_path), load(tmp_path), load(tmp_path, seed=1)
@@ -83,41 +82,31 @@ def test_one_tree_is_split_per_class_and_by_the_seed_alone(tmp_path: Path, word:
     assert found.paths["test"] == sorted(found.paths["test"])
 
 
-def write_labels(root: Path, text: str) -> None:
-    (root / "labels.csv").write_text(text, encoding="utf-8")
-
-
 def test_labels_csv_decides_and_what_it_leaves_open_is_unlabelled(tmp_path: Path) -> None:
     touch(tmp_path, "x/1.png", "x/2.png", "y/ü, 3.png", "y/4.png", "5.png")
-    write_labels(tmp_path, 'label,path,note\ncat,x/1.png,\n dog ,./x/2.png,\ncat,"y/ü, 3.png",\n,y/4.png,\n')
+    text = 'label,path,note\ncat,x/1.png,\n dog ,./x/2.png,\ncat,"y/ü, 3.png",\n,y/4.png,\n'
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
     found = load(tmp_path)
     expected = {"x/1.png": "cat", "x/2.png": "dog", "y/ü, 3.png": "cat", "y/4.png": None, "5.png": None}
     assert labelled(found, "train") | labelled(found, "test") == expected
-    write_labels(tmp_path, "path,label\n")
-    assert load(tmp_path).classes == []
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("path,class\n", "expected the columns path and label in its first line, found no label"),
-        ("", "found no label and no path"),
         ("path,label\n1.png,a\nnone.png,a\n", "line 3: expected an image of the folder, found no 'none.png'"),
         ("path,label\n../1.png,a\n", "line 2: expected a path inside the folder"),
-        ("path,label\n/etc/1.png,a\n", "line 2: expected a path inside the folder"),
         ("path,label\n1.png,a\n./1.png,b\n", "line 3: expected each image once"),
         ("path,label\n1.png\n", "line 2: expected a path and a label"),
-        ("path,label\n.hidden.png,a\n", "found no '.hidden.png'"),
         (b"path,label\n\xff\xfe,a\n", "expected a CSV file in UTF-8"),
     ],
 )
 def test_labels_csv_that_does_not_fit_is_one_line_of_error(tmp_path: Path, text: str | bytes, message: str) -> None:
-    touch(tmp_path, "1.png", ".hidden.png")
+    touch(tmp_path, "1.png")
     (tmp_path / "labels.csv").write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
         load(tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_or_empty_folder_is_one_line_of_error(tmp_path: Path) -> None:
@@ -130,6 +119,8 @@ def test_a_missing_or_empty_folder_is_one_line_of_error(tmp_path: Path) -> None:
 def test_nothing_outside_of_the_folder_is_ever_listed_and_hidden_files_are_not_seen(tmp_path: Path) -> None:
     data = touch(tmp_path, "out/secret.png") / "data"
     touch(data, "real.png", "sub/other.webp", ".2.png", ".git/3.png", "notes.txt", "sub/Thumbs.db")
+    not_utf8 = ["\udcff.png"] if sys.platform == "linux" else []  # other systems refuse such a name
+    touch(data, *not_utf8)
     (data / "file.png").symlink_to(tmp_path / "out" / "secret.png")
     (data / "folder").symlink_to(tmp_path / "out")
     (data / "up").symlink_to(data)
@@ -146,25 +137,8 @@ def test_nothing_outside_of_the_folder_is_ever_listed_and_hidden_files_are_not_s
         "folder": "a link that leaves the folder",
         "gone.png": "a broken link",
         "up": "a link to a folder",
+        **{ascii(name)[1:-1]: "its name is not UTF-8" for name in not_utf8},
     }
-
-
-def test_a_name_that_is_not_utf8_is_skipped_and_can_be_written_down(tmp_path: Path) -> None:
-    touch(tmp_path, "1.png")
-    try:
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(b"")
-    except OSError:
-        pytest.skip("this file system refuses such names")
-    files = find.images(tmp_path)
-    assert files.images == ["1.png"]
-    assert files.skipped == [{"path": "\\udcff.png", "reason": "its name is not UTF-8"}]
-
-
-def test_the_name_of_a_source_holds_no_machines_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "pictures/1.png", "pictures/2.png")
-    assert load(tmp_path / "pictures").name == "pictures"
-    monkeypatch.chdir(tmp_path)
-    assert load(Path("./pictures/")).name == "pictures"
 
 
 @pytest.mark.parametrize(("sides", "expected"), [((9, 20, 31), 20), ((4, 4, 4), 8), ((100, 200, 300), 64)])
