@@ -17,9 +17,9 @@ def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.1), (20, 0.001)])
-def test_knn_equals_a_loop_in_float64(k: int, temperature: float) -> None:
-    bank, labels = data(100, 0)
-    queries, _ = data(30, 1)
+def test_knn_equals_a_loop_in_float64(k: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_CHUNK", 7)  # the last part is shorter
+    (bank, labels), (queries, _) = data(100, 0), data(30, 1)
     found = probing.knn(bank, labels, queries, classes=3, neighbours=[k], temperatures=[temperature])[k, temperature]
     b = bank.double().numpy()
     for query, predicted in zip(queries.double().numpy(), found.tolist(), strict=True):
@@ -30,38 +30,17 @@ def test_knn_equals_a_loop_in_float64(k: int, temperature: float) -> None:
         assert predicted == votes.argmax()
 
 
-def test_knn_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, labels = data(100, 0)
-    queries, _ = data(30, 1)
-    options = {"classes": 3, "neighbours": [3, 500], "temperatures": [0.07]}
-    whole = probing.knn(bank, labels, queries, **options)
-    monkeypatch.setattr(probing, "_CHUNK", 7)
-    parts = probing.knn(bank, labels, queries, **options)
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-
 def test_the_linear_classifier_reaches_scikit_learns_objective() -> None:
     features, labels = data(300, 0)
-    features = features * torch.tensor([1, 10, 0.1, 1, 5, 1]) + 3
+    features = features * torch.tensor([1, 10, 0.1, 1, 5, 0]) + 3  # the last never varies
     decay = 1e-2
     (found,) = probing.fit_linear(features, labels, classes=3, weight_decays=[decay], iterations=300)
-    standard = ((features - features.mean(0)) / features.std(0, correction=0)).double().numpy()
+    standard = ((features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-9)).double().numpy()
     expected = LogisticRegression(C=1 / (decay * 300), tol=1e-10, max_iter=2000).fit(standard, labels.numpy())
     ours = torch.softmax((features.double() @ found.weight.double().T + found.bias.double()), 1).numpy()
     np.testing.assert_allclose(ours, expected.predict_proba(standard), atol=2e-3)
 
 
-def test_classifiers_come_in_the_order_of_their_decays_and_what_never_varies_gets_no_weight() -> None:
-    features, labels = data(200, 0)
-    features[:, 2] = 4.0
-    small, large = probing.fit_linear(features, labels, classes=3, weight_decays=[1e-4, 1.0], iterations=100)
-    assert small.weight.norm() > 3 * large.weight.norm()
-    assert torch.isfinite(small.weight).all()
-    assert (small.weight[:, 2] == 0).all()
-
-
 def test_no_labels_are_refused() -> None:
     with pytest.raises(DataError, match="labelled"):
-        probing.fit_linear(
-            torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), classes=2, weight_decays=[1.0], iterations=1
-        )
+        probing.fit_linear(torch.zeros(0, 4), torch.zeros(0).long(), classes=2, weight_decays=[1.0], iterations=1)
