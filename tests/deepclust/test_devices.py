@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from deepclust import seeding
 from deepclust.adaptation import Guard
-from deepclust.clustering import kmeans
 from deepclust.corruptions import corrupt
-from deepclust.evaluation import probing
 from deepclust.methods.parts.queue import Queue
 from deepclust.models import backbones
 from deepclust.training import loop, optim, views
@@ -21,8 +18,6 @@ from tests.deepclust import gpu
 from tests.deepclust.adaptation.nets import LIVELY, classifier, make, stream
 from tests.deepclust.corruptions.pictures import scenes, seeded
 from tests.deepclust.methods import toys
-from tests.deepclust.methods.toys import normal
-from tests.deepclust.training.test_optim import OPTIMISERS, settings
 
 IMAGES, BATCH, EPOCHS = 40, 16, 3
 STEPS = EPOCHS * (IMAGES // BATCH)
@@ -86,47 +81,6 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_
     assert [read for read in seen.reads if read not in BEFORE_EPOCH] == [LOG] * STEPS
     once = {"data.Images.__init__", "features.batches", "loop.train", "kmeans._random_points"}
     assert set(seen.uploads) <= once | {"kmeans.concentration"}
-
-
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_an_optimisers_update_reads_nothing_back(name: str) -> None:
-    with gpu.pretended() as device:
-        layer = gpu.moved(nn.Linear(3, 2))
-        optimiser = optim.build(settings(name, decay_norm_and_bias=False), [{"params": list(layer.parameters())}])
-        for _ in range(2):
-            optimiser.zero_grad()
-            layer(normal(4, 3, seed=0).to(gpu.DEVICE)).sum().backward()
-            optimiser.step()
-    assert device.reads == []
-
-
-@pytest.mark.parametrize(("initialisation", "spherical"), [("k-means++", False), ("points", True)])
-def test_k_means_stays_on_the_points_device(initialisation: str, spherical: bool) -> None:
-    # More clusters than distinct points, so that some are empty and move.
-    points = nn.functional.normalize(normal(20, 5, seed=0).repeat(2, 1), dim=1)
-    with gpu.pretended() as device:
-        found = kmeans.fit(
-            points.to(gpu.DEVICE), 24, seed=0, iterations=3, initialisation=initialisation, spherical=spherical
-        )
-        phi = kmeans.concentration(found.distances, found.assignments, k=24, temperature=0.2)
-        results = [found.centroids, found.assignments, found.distances, phi]
-        assert [result.device for result in results] == [gpu.DEVICE] * 4
-    assert (
-        {f"kmeans.{each}" for each in ("fit", "_lloyd")} <= set(device.reads) <= {f"kmeans.{each}" for each in KMEANS}
-    )
-
-
-def test_nearest_neighbours_vote_without_a_read() -> None:
-    bank, queries, labels = normal(30, 5, seed=0), normal(7, 5, seed=1), torch.arange(30) % 3
-
-    def classes(bank: Tensor, labels: Tensor, queries: Tensor) -> dict[tuple[int, float], Tensor]:
-        return probing.knn(bank, labels, queries, classes=3, neighbours=[1, 5], temperatures=[0.1])
-
-    expected = classes(bank, labels, queries)
-    with gpu.pretended() as device:
-        found = classes(*(tensor.to(gpu.DEVICE) for tensor in (bank, labels, queries)))
-        assert device.reads == []
-        assert all(torch.equal(found[key].cpu(), votes) for key, votes in expected.items())
 
 
 @pytest.mark.parametrize("name", ADAPTER_READS)
