@@ -119,10 +119,3 @@ def test_simsiam_without_its_stop_gradient_is_named_a_representation_collapse(mo
     reports = watched("simsiam", drawings())
     assert first_symptoms(reports)[-1] == "representation collapse"
     assert "stop-gradient" in reports[-1].alarms[0].message
-
-
-def test_constant_images_are_named_before_what_follows_from_them() -> None:
-    images = drawings(1).repeat(6 * BATCH, axis=0)
-    flat = np.zeros_like(images) + np.random.default_rng(0).integers(0, 256, (6 * BATCH, 1, 1, 1), dtype=np.uint8)
-    assert first_symptoms(watched("swav", images)) == ["constant images"] * 2
-    assert first_symptoms(watched("simsiam", flat)) == ["constant images"] * 2

@@ -82,7 +82,7 @@ def test_training_is_bit_for_bit_the_same_with_and_without_it() -> None:
 
 
 def test_modes_and_gradients_are_what_they_were() -> None:
-    method = Embedding().train()
+    method = Embedding()
     method.backbone[3].eval()
     modes = [module.training for module in method.modules()]
     watch(method).epoch(EPOCH)
@@ -98,19 +98,14 @@ def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim: 
 
 
 def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_decides() -> None:
-    def rank(given: NDArray[np.uint8], seed: int) -> float:
+    def rank(given: NDArray[np.uint8], seed: int = 0) -> float:
         return watch(method, given, seed).epoch(EPOCH).indicators["rankme"]
 
-    method, many, seen = Embedding(), images(watchdog.SAMPLE + 100), []
-    handle = method.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    first = rank(many, 0)
-    handle.remove()
-    assert sum(seen) == watchdog.SAMPLE
-    assert rank(many, 0) == first != rank(many, 1)
-    found = rank(images(), 0)
-    method.eval()
+    method, many = Embedding(), images(watchdog.SAMPLE + 100)
+    assert rank(many) == rank(many) != rank(many, seed=1)
+    found = rank(images())
     with torch.no_grad():
-        rows = method.backbone(to_float(torch.from_numpy(images())) - 0.5)
+        rows = method.eval().backbone(to_float(torch.from_numpy(images())) - 0.5)
     assert found == pytest.approx(metrics.rankme(rows.numpy()), rel=1e-5)
 
 
@@ -118,6 +113,7 @@ def test_numbers_of_the_steps_are_means_over_the_last_ones_of_the_epoch() -> Non
     indicators = report([step(n, loss=float(n), norm=2.0 * n) for n in range(watchdog.RECENT + 30)]).indicators
     expected = 30 + (watchdog.RECENT - 1) / 2
     assert (indicators["loss"], indicators["gradient_norm"]) == pytest.approx((expected, 2 * expected))
+    assert symptoms(report([step(n, norm=math.inf if n < 6 else 1.0) for n in range(10)])) == ["non-finite"]
 
 
 def test_weight_growth_is_the_geometric_mean_over_the_matrices_and_features_must_be_finite() -> None:
@@ -145,14 +141,10 @@ def test_images_that_do_not_vary_are_told_apart() -> None:
     ("logged", "expected"),
     [
         ({"loss_to_chance": 0.7, "embedding_spread": 0.97, "prototypes_used": 0.8, "code_entropy": 0.5}, []),
-        ({"loss_to_chance": 0.999}, ["loss at ln K"]),
         ({"prototypes_used": 0.05}, ["prototype collapse"]),
         ({"code_entropy": 0.999}, ["prototype collapse"]),
         ({"embedding_spread": 0.01}, ["representation collapse"]),
-        (
-            {"embedding_spread": 0.01, "code_entropy": 1.0, "loss_to_chance": 1.0},
-            ["representation collapse", "prototype collapse", "loss at ln K"],
-        ),
+        ({"code_entropy": 1.0, "loss_to_chance": 1.0}, ["prototype collapse", "loss at ln K"]),
     ],
 )
 def test_a_symptom_is_named_and_the_root_cause_comes_first(logged: dict[str, float], expected: list[str]) -> None:
@@ -180,17 +172,6 @@ def test_an_alarm_is_one_line_by_the_methods_bounds(name: str, logged: dict[str,
     (alarm,) = report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)], name=name).alarms
     assert alarm.message.startswith(expected)
     assert "\n" not in alarm.message
-
-
-def test_a_loss_at_chance_is_judged_after_the_warm_up_only() -> None:
-    dog = watch(Embedding())
-    total = watchdog.PATIENCE + 100
-    for n in range(total):
-        dog.step(step(n, rate=0.001 * (n + 1), loss_to_chance=1.0, code_entropy=1.0))
-    assert symptoms(dog.epoch(EPOCH)) == []
-    for n in range(watchdog.PATIENCE):
-        dog.step(step(total + n, rate=0.001 * total, loss_to_chance=1.0))
-    assert symptoms(dog.epoch(EPOCH)) == ["loss at ln K"]
 
 
 def test_a_loss_that_passes_through_chance_does_not_stay_there() -> None:
