@@ -56,43 +56,27 @@ def test_stopping_ends_the_whole_family_and_nothing_starts_afterwards(here: Path
         children.start(["true"])
 
 
-def test_a_child_may_use_its_time_of_grace(here: Path) -> None:
+def test_a_child_may_use_its_time_of_grace_and_a_killed_supervisor_takes_its_group_along(here: Path) -> None:
     saver = "trap 'sleep .5; : >saved; exit' TERM; : >ready; while :; do sleep .1; done"
     with ChildProcesses(grace=10) as children:
-        children.start(["sh", "-c", saver])
-        assert eventually((here / "ready").exists)
-    assert (here / "saved").exists()
-
-
-def test_what_a_command_leaves_in_the_background_ends_with_it(here: Path) -> None:
-    with ChildProcesses(grace=1) as children:
-        begin = time.monotonic()
-        assert children.stream(["sh", "-c", "sleep 60 & exit 3"], print) == 3
-        assert time.monotonic() - begin < 10
-        assert within(here) == []
-
-
-def test_a_killed_supervisor_takes_its_group_along(here: Path) -> None:
-    with ChildProcesses() as children:
         process = children.start(["sleep", "60"])
         assert eventually(lambda: len(within(here)) == 2)
         process.kill()
         assert children.wait(process) == -signal.SIGKILL
         assert eventually(lambda: not within(here), 5)
+        children.start(["sh", "-c", saver])
+        assert eventually((here / "ready").exists)
+    assert (here / "saved").exists()
 
 
-def test_python_is_this_interpreter_and_output_is_not_held_back() -> None:
-    seen: list[tuple[float, str]] = []
-    with ChildProcesses() as children:
-        code = "import sys, time; print(sys.prefix); time.sleep(1); print('end')"
-        assert children.stream(["python", "-c", code], lambda line: seen.append((time.monotonic(), line))) == 0
-    assert [line for _, line in seen] == [sys.prefix, "end"]
-    assert seen[1][0] - seen[0][0] > 0.5
-
-
-def test_lines_come_whole_and_of_a_progress_bar_only_the_last_state() -> None:
+def test_lines_come_whole_at_once_of_a_bar_the_last_state_and_what_is_left_in_the_background_ends(here: Path) -> None:
     seen: list[str] = []
-    code = r"printf 'one\ntw'; sleep .1; printf 'ö\r\n\r 1%%\r 50%%\r100%%\r\nend\n\rleft 7%%'"
-    with ChildProcesses() as children:
-        assert children.stream(["sh", "-c", code], seen.append) == 0
-    assert seen == ["one", "twö", "100%", "end", "left 7%"]
+    begin = time.monotonic()
+    code = r"printf 'one\ntw'; sleep .1; printf 'ö\r\n\r 1%%\r 50%%\r100%%\r\nend\n\rleft 7%%'; sleep 60 & "
+    with ChildProcesses(grace=1) as children:
+        assert children.stream(["sh", "-c", code + "exit 3"], seen.append) == 3
+        assert within(here) == []
+        held = "import sys, time; print(sys.prefix); open('said', 'w'); time.sleep(60)"
+        children.stream(["python", "-c", held], lambda line: (seen.append(line), children.stop()))
+    assert seen == ["one", "twö", "100%", "end", "left 7%", sys.prefix]
+    assert time.monotonic() - begin < 30

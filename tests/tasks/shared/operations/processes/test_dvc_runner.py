@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,32 +35,15 @@ def workspace(root: Path) -> Iterator[Workspace]:
         yield workspace
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline whose stages are all up to date."""
-    root = tmp_path_factory.mktemp("whole")
-    pipelines.build(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        with Workspace() as workspace:
-            _run(workspace, *workspace.graph)
-    return root
-
-
 def _run(workspace: Workspace, *stages: str, force: bool = False) -> list[str]:
     """What came of each stage."""
     return [workspace.run_stage(stage, on_line=lambda _: None, force=force).what for stage in stages]
 
 
 def test_the_graph_is_dvcs_and_targets_bring_their_ancestors(workspace: Workspace) -> None:
-    assert workspace.graph == {
-        "prepare": (),
-        "embed@pixels": ("prepare",),
-        "embed@random": ("prepare",),
-        "report": ("embed@pixels", "embed@random"),
-    }
-    assert workspace.select() == ["prepare", "embed@pixels", "embed@random", "report"]
-    assert workspace.select(["embed@random"]) == ["prepare", "embed@random"]
+    embeds = dict.fromkeys(("embed@pixels", "embed@random"), ("prepare",))
+    assert workspace.graph == {"prepare": (), **embeds, "report": tuple(embeds)}
+    assert workspace.select() == ["prepare", *embeds, "report"]
     assert workspace.select(["embed"]) == ["prepare", "embed@pixels", "embed@random"]
     with pytest.raises(StageError, match=r"got 'embed@pixel'; did you mean embed@pixels\?$"):
         workspace.select(["embed@pixel"])
@@ -84,27 +66,18 @@ def test_a_stage_is_run_left_unchanged_or_restored_as_dvc_finds(workspace: Works
     assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
 
 
-@pytest.mark.parametrize(
-    ("shell", "changed"),
-    [
-        ("true", []),
-        ("sed -i 's/seed: 0/seed: 1/' params.yaml", ["prepare", "embed@pixels", "embed@random", "report"]),
-        ("echo other >artifacts/prepare", ["prepare", "embed@pixels", "embed@random", "report"]),
-        ("echo '{}' >metrics/embed/pixels.json", ["embed@pixels", "report"]),
-        ("rm artifacts/embed/random", ["embed@random", "report"]),
-        ("sed -i 's/stage.sh report/stage.sh  report/' dvc.yaml", ["report"]),
-    ],
-    ids=["nothing", "a parameter", "a dep and out", "a metric", "an out that is gone", "a command"],
-)
-def test_changed_is_what_dvc_status_names_and_everything_below(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str, changed: list[str]
-) -> None:
-    shutil.copytree(whole, tmp_path / "copy", symlinks=True)
-    monkeypatch.chdir(tmp_path / "copy")
-    subprocess.run(shell, shell=True, check=True)
-    with Workspace() as workspace:
+def test_changed_is_what_dvc_status_names_and_everything_below(workspace: Workspace, root: Path) -> None:
+    _run(workspace, *workspace.graph)
+    every = ["prepare", "embed@pixels", "embed@random", "report"]
+    for file, content, changed in (
+        ("artifacts/prepare", "whole\n", []),
+        ("metrics/embed/pixels.json", "{}", every[1::2]),
+        ("params.yaml", Path("params.yaml").read_text().replace("seed: 0", "seed: 1"), every),
+    ):
+        (root / file).unlink()  # what DVC linked is not written through
+        (root / file).write_text(content)
         unchanged = workspace.unchanged()
-        assert [stage for stage in workspace.graph if stage not in unchanged] == changed
+        assert [stage for stage in every if stage not in unchanged] == changed
 
 
 def test_a_failure_carries_the_stages_own_error_and_its_tail(workspace: Workspace, root: Path) -> None:
@@ -124,11 +97,8 @@ def test_a_stage_that_left_its_marker_is_preempted_and_an_old_marker_does_not_co
 ) -> None:
     marker = layout.preempted("embed", "random")
     monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", f"mkdir -p {marker.parent}; touch {marker}; exit 1"))
-    with pytest.raises(
-        PreemptedStage, match=r"^embed@random was preempted: it was told to stop, and goes on when [^\n]*$"
-    ):
+    with pytest.raises(PreemptedStage, match=r"^embed@random was preempted: it was told to stop[^\n]*$"):
         _run(workspace, "embed@random")
-    assert marker.exists()
     monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", "exit 255"))
     with pytest.raises(StageError, match=r"^embed@random failed: exit status 255") as other:
         _run(workspace, "embed@random")
@@ -140,14 +110,9 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(workspace: Workspace, mon
     # The shell itself makes the file: a `touch` would be one more child that the group's second signal ends.
     script = f"mkdir -p {marker.parent}; trap ': >{marker}; exit 143' TERM; sleep 60 & echo up; wait"
     monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", script))
-    stop = threading.Timer(0, workspace.stop)
-
-    def on_line(line: str) -> None:
-        if line.strip() == "up":  # a shell says more when its child is stopped
-            stop.start()
-
-    with pytest.raises(StageError, match=r"^prepare was stopped$"):
-        workspace.run_stage("prepare", on_line=on_line)
+    stop = threading.Thread(target=workspace.stop)
+    with pytest.raises(StageError, match=r"^prepare was stopped$"):  # a shell says more when its child is stopped
+        workspace.run_stage("prepare", on_line=lambda line: stop.start() if line.strip() == "up" else None)
     stop.join()
     assert marker.exists()
 
@@ -155,22 +120,16 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(workspace: Workspace, mon
 def test_a_stage_waits_for_another_dvc_process_whichever_lock_it_holds(workspace: Workspace, root: Path) -> None:
     (root / ".dvc/tmp").mkdir()
     lock = zc.lockfile.LockFile(str(root / ".dvc/tmp/lock"))
-    threading.Timer(5, lock.close).start()  # on its own, DVC gives up after three seconds
+    threading.Timer(4, lock.close).start()  # on its own, DVC gives up after three seconds
     begin = time.monotonic()
     assert _run(workspace, "prepare") == ["run"]
-    assert time.monotonic() - begin > 5
-    with subprocess.Popen(["sleep", "3"]) as other:
+    assert time.monotonic() - begin > 4
+    with subprocess.Popen(["sleep", "1"]) as other:
         threading.Thread(target=other.wait).start()  # DVC ignores the lock of a process that is gone
         holder = {str(root / "artifacts/prepare"): {"pid": other.pid, "cmd": "dvc repro"}}
         (root / ".dvc/tmp/rwlock").write_text(json.dumps({"write": holder, "read": {}}))
         assert _run(workspace, "prepare", force=True) == ["run"]
         assert other.poll() == 0
-
-
-def test_an_unreadable_workspace_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with Workspace() as workspace, pytest.raises(StageError, match=r"DVC can not read the pipeline in [^\n]*$"):
-        workspace.select()
 
 
 def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> None:

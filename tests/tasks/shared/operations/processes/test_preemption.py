@@ -27,7 +27,9 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / layout.preempted("pretrain", "pixels")
 
 
-def test_a_signal_inside_is_only_noted_and_a_second_one_ends_the_process() -> None:
+def test_a_signal_inside_is_noted_and_a_second_one_ends_the_process_unless_torchrun_tells_it_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     with preemption.deferred() as told:
         assert (told(), preemption.status()) == (0, 143)
@@ -36,9 +38,6 @@ def test_a_signal_inside_is_only_noted_and_a_second_one_ends_the_process() -> No
         with pytest.raises(SystemExit, match="143"):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_process_of_torchruns_is_told_twice_and_still_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     with preemption.deferred() as told:
         signal.raise_signal(signal.SIGTERM)
@@ -46,17 +45,11 @@ def test_a_process_of_torchruns_is_told_twice_and_still_saves(monkeypatch: pytes
         assert told() == signal.SIGTERM
 
 
-def _told_to_stop() -> None:
-    with stage.running("pretrain"), preemption.deferred():
-        signal.raise_signal(signal.SIGINT)
-        raise PreemptedError("saved at step 7")
-
-
 def test_a_preempted_stage_is_one_line_the_signals_status_and_a_marker(
     marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="130"):
-        _told_to_stop()
+    with pytest.raises(SystemExit, match="130"), stage.running("pretrain"), preemption.deferred():
+        raise signal.raise_signal(signal.SIGINT) or PreemptedError("saved at step 7")
     assert capsys.readouterr().err == "preempted: saved at step 7\n"
     assert marker.exists()
     assert not list(Path("artifacts/pretrain").iterdir())
@@ -76,3 +69,16 @@ def test_a_stage_is_marked_if_it_is_told_to_stop_before_it_can_save_but_not_if_t
     with pytest.raises(SystemExit, match="143"), stage.running("pretrain"):
         signal.raise_signal(signal.SIGTERM)
     assert not marker.exists()
+
+
+def test_the_outermost_handler_of_sigterm_is_the_only_one() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.sigterm_exits():
+        ours = signal.getsignal(signal.SIGTERM)
+        with signals.sigterm_exits():
+            assert signal.getsignal(signal.SIGTERM) is ours
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(SystemExit) as stop:
+            signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
