@@ -22,8 +22,6 @@ from tests.deepclust.methods import toys
 
 IMAGES, BATCH, EPOCHS = 83, 16, 2
 RATE = 0.02
-# What float32 rounds differently grows by a factor in each update that depends on the rate.
-SMALL_RATE = 0.001
 CROPS = [views.Crop(scale=(0.5, 1.0)), views.Crop(size=8, scale=(0.2, 0.5))]
 CLUSTERING = ("pcl", "deepcluster_v2")  # k-means computes in float32, whatever the features are in
 # Two crops where a method knows two views only.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from dvc.utils.serialize import parse_yaml
 
 from deepclust.errors import ConfigError
 from tasks.shared.operations import params
-from tasks.shared.operations.params import overrides
+from tasks.shared.operations.params import command, overrides
 from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
     return params.read(ROOT / "params.yaml")
+
+
+_GONE = object()
 
 
 def _with(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def _with(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     for part in parents:
         here = here[int(part) if part.isdigit() else part]
     here[last] = here[last] | value if isinstance(value, dict) and last in ("tsd", "lame") else value
+    if value is _GONE:
+        del here[last]
     return raw
 
 
@@ -43,16 +47,12 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("dotted", "value", "message"),
     [
+        ("cluster.seeds", _GONE, r"^cluster\.seeds: missing; every parameter is stated in params\.yaml$"),
+        ("pretrain.swav.crops.0.ratio", _GONE, r"^pretrain\.swav\.crops\.0\.ratio: missing; every parameter is stated"),
         ("sead", 1, r"^sead: unknown parameter; did you mean seed\?$"),
         ("seed", "zero", r"^seed: .*integer.*, got 'zero'$"),
-        ("seed", -1, r"^seed: .*greater than or equal to 0, got -1$"),
-        ("data.max_skipped", 1.5, r"^data\.max_skipped: .*less than or equal to 1, got 1\.5$"),
         ("data.source", "FashionMIST", r"^data\.source: .*'FashionMNIST'.*, got 'FashionMIST'$"),
-        ("data.image_size", "big", r"^data\.image_size: expected a valid integer or 'auto', got 'big'$"),
-        ("cluster.other_k", [1], r"^cluster\.other_k\.0: .*greater than or equal to 2, got 1$"),
         ("cluster.normalise", 1, r"^cluster\.normalise: expected a valid boolean, got 1$"),
-        ("linear.neighbours", [], r"^linear\.neighbours: .*at least 1 item.*$"),
-        ("adapt.tsd.filter", 1, r"^adapt\.tsd\.filter: unknown parameter; did you mean filter_k\?$"),
         ("adapt.tsd", {"compat": "original", "steps": 2}, r"^adapt\.tsd: compat 'original' means steps 1, got 2; "),
         (
             "adapt.tsd",
@@ -60,53 +60,27 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
             r"^adapt\.tsd: .* no gradient reaches parameters head",
         ),
         ("adapt.lame", {"affinity": "linear", "neighbours": 5}, r"^adapt\.lame: affinity 'linear' has no neighbours"),
-        ("adapt.settings", ["rest"], r"^adapt\.settings\.0: expected one of .*; got 'rest'; did you mean reset\?$"),
         ("adapt.tdd", {}, r"^adapt\.tdd: unknown parameter; did you mean tsd\?$"),
-        ("adapt.severities", [6], r"^adapt\.severities\.0: .*less than or equal to 5, got 6"),
+        ("adapt.settings", ["rest"], r"^adapt\.settings\.0: expected one of .*; got 'rest'; did you mean reset\?$"),
         ("adapt.severities", [5, 3, 5], r"^adapt: severities must be distinct, got \[5, 3, 5\]$"),
-        ("adapt.corruptions", ["fogg"], r"^adapt\.corruptions\.0: expected one of .*; got 'fogg'; did you mean fog\?$"),
-        ("adapt.adapters", ["tend"], r"^adapt\.adapters\.0: expected one of .*; got 'tend'; did you mean tent\?$"),
         ("adapt.fine_tune.batch_size", 1, r"^adapt\.fine_tune\.batch_size: .*greater than or equal to 2, got 1$"),
         ("encoders", {"wide": "swav"}, r"^encoders names 'wide', but there is no section pretrain\.wide"),
         ("encoders", {"swav": "swaf"}, r"^encoders\.swav: expected a method .*, got 'swaf'; did you mean swav\?$"),
-        ("encoders", ["pixels"], r"^encoders: expected \{name: method, …\}, got a list; run"),
-        ("pretrain.watchdog", "bark", r"^pretrain\.watchdog: expected 'warn' or 'stop', got 'bark'$"),
         ("pretrain.shared.stem", "imagenet", r"^pretrain\.shared: stem 'imagenet' is a ResNet's"),
-        ("pretrain.shared.backbone", "resnet19", r"^pretrain\.shared\.backbone: .*pattern.*, got 'resnet19'$"),
-        ("pretrain.shared.colour.blurr", 1, r"^pretrain\.shared\.colour\.blurr: unknown parameter; did you mean blur"),
         ("pretrain.shared.optimiser.name", "lars", r"^pretrain\.shared\.optimiser\.trust: missing"),
         ("pretrain.pretrained.weights", "timm", r"^pretrain\.pretrained: weights: timm needs a backbone timm/NAME"),
-        ("pretrain.swav.method", "swaw", r"^pretrain\.swav\.method: expected 'swav', .*got 'swaw'"),
         ("pretrain.swav.prototype", 8, r"^pretrain\.swav\.prototype: unknown parameter; did you mean prototypes\?$"),
         ("pretrain.swav.crops.0.sice", 1, r"^pretrain\.swav\.crops\.0\.sice: unknown parameter; did you mean size\?$"),
         ("pretrain.swav.temperature", float("nan"), r"^pretrain\.swav\.temperature: .*finite.*$"),
         ("pretrain.swav.epochs", True, r"^pretrain\.swav\.epochs: expected a valid integer, got True$"),
         ("pretrain.swav.epochs", "3", r"^pretrain\.swav\.epochs: expected a valid integer, got '3'$"),
         ("pretrain.swav.assign_crops", [0, 4], r"^pretrain\.swav: assign_crops must be distinct crop numbers below 4"),
-        ("pretrain.swav.crops.0.scale", [0.9, 0.5], r"^pretrain\.swav\.crops\.0: scale must be \[low, high\]"),
         ("pretrain.swav.crops.0.size", 14.5, r"^pretrain\.swav\.crops\.0: size must be whole pixels"),
-        ("pretrain.swav.optimiser.momentun", 0.9, r"^pretrain\.swav\.optimiser\.momentun: unknown .* momentum\?$"),
-        ("pretrain.swav.optimiser.name", "adam", r"^pretrain\.swav\.optimiser\.name: one of sgd, .*, got 'adam'$"),
-        (
-            "pretrain.swav.optimiser.warmup_epochs",
-            6,
-            r"^pretrain\.swav: optimiser\.warmup_epochs 6 must be below epochs",
-        ),
-        (
-            "pretrain.swav.prototypes",
-            [30, 1],
-            r"^pretrain\.swav\.prototypes\.1: .*greater than or equal to 2.*, got 1$",
-        ),
+        ("pretrain.swav.optimiser.warmup_epochs", 6, r"^pretrain\.swav: optimiser\.warmup_epochs 6 must be below"),
         ("pretrain.swav.queue_length", 300, r"^pretrain\.swav: queue_length 300 .*the nearest is 256$"),
         ("pretrain.swav.accumulate", 3, r"^pretrain\.swav: accumulate 3 must divide batch_size 256"),
-        (
-            "pretrain.simsiam.crops",
-            [{"count": 3, "size": 1.0, "scale": [0.2, 1.0], "ratio": [1.0, 1.0]}],
-            r"exactly two",
-        ),
-        ("pretrain.simsiam.hidden_dim", 0, r"^pretrain\.simsiam\.hidden_dim: .*greater than or equal to 1, got 0$"),
+        ("pretrain.simsiam.crops", [{"count": 3, "size": 1.0, "scale": [0.2, 1], "ratio": [1, 1]}], "exactly two"),
         ("pretrain.moco.key_groups", 129, r"^pretrain\.moco: key_groups 129 .*at most 128"),
-        ("pretrain.pcl.queue_length", 4000, r"^pretrain\.pcl: queue_length 4000 .*the nearest is 4032$"),
         ("pretrain.pcl.clusters", [64, 900], r"^pretrain\.pcl: negatives must be at least 1, .* got 0; raise clusters"),
         ("pretrain.pcl.clusters", [600, 600], r"^pretrain\.pcl: clusters must be distinct"),
         ("pretrain.pcl.warmup_epochs", 4, r"^pretrain\.pcl: warmup_epochs 4 must be below epochs 3"),
@@ -117,33 +91,6 @@ def test_a_mistake_is_one_line(whole: dict[str, Any], dotted: str, value: Any, m
         params.parse(_with(whole, dotted, value))
     assert "\n" not in str(caught.value)
     assert "constrained" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "dotted",
-    ["cluster.seeds", "pretrain.swav.epsilon", "pretrain.shared.stem", "pretrain.swav.crops.0.ratio", "adapt.bn.prior"],
-)
-def test_every_parameter_is_stated_as_params_yaml_has_no_defaults(whole: dict[str, Any], dotted: str) -> None:
-    raw = copy.deepcopy(whole)
-    section: Any = raw
-    *parents, last = dotted.split(".")
-    for part in parents:
-        section = section[int(part) if part.isdigit() else part]
-    del section[last]
-    with pytest.raises(ConfigError, match=rf"^{dotted}: missing; every parameter is stated in params\.yaml$"):
-        params.parse(raw)
-
-
-def test_the_negatives_of_pcl_may_just_fit(whole: dict[str, Any]) -> None:
-    raw = _with(_with(whole, "pretrain.pcl.clusters", [500, 1000]), "pretrain.pcl.negatives", 500 - 64)
-    params.parse(raw)
-    with pytest.raises(ConfigError, match=r"^pretrain\.pcl: negatives must be .* 436: .* got 437"):
-        params.parse(_with(raw, "pretrain.pcl.negatives", 500 - 63))
-
-
-def test_an_unknown_encoder_is_named_with_the_nearest(whole: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"got 'swaw'; did you mean swav\?$"):
-        params.parse(whole).options("swaw")
 
 
 def test_a_value_is_what_dvc_reads(tmp_path: Path) -> None:
@@ -157,7 +104,6 @@ def test_a_value_is_what_dvc_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "is not valid YAML"),
         ("- 1", "expected sections in .*, got list"),
         (None, "found none; run from"),
         ('seed: !!python/object/apply:os.mkdir ["made"]', "not valid YAML"),
@@ -179,16 +125,22 @@ def test_a_file_that_is_no_plain_mapping_is_refused_in_one_line(
     assert not (tmp_path / "made").exists()
 
 
-def test_check_and_show_are_commands(tmp_path: Path) -> None:
-    def run(*words: str, root: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tasks.params", *words]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+def test_check_and_show_are_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["params", *words])
+        command.main()
+        return capsys.readouterr().out
 
-    (tmp_path / "params.yaml").write_text("seed: 0\n")
-    done = run("check", root=tmp_path)
-    assert (done.returncode, done.stderr[:24]) == (2, "error: encoders: missing")
-    (tmp_path / "params.yaml").write_text(run("show", root=ROOT).stdout)
-    assert params.load(tmp_path / "params.yaml").resolved() == params.load(ROOT / "params.yaml").resolved()
-    shown = run("show", "moco", root=ROOT).stdout
+    monkeypatch.chdir(ROOT)
+    shown = run("show", "moco")
     assert "    key_momentum: 0.99  # Momentum m of the momentum encoder.\n" in shown
     assert "      weight_decay: 0.0005  # Weight decay; " in shown, "what it takes over from pretrain.shared"
+    (tmp_path / "params.yaml").write_text(run("show"))
+    assert params.load(tmp_path / "params.yaml").resolved() == params.load().resolved()
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run("check")
+    assert capsys.readouterr().err.startswith("error: encoders: missing")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import ConfigError
-from deepclust.methods.parts.options import TrainedConfig
 from deepclust.training.optim import AdamW
 from tasks.shared.operations import params
 from tasks.shared.operations.params import command, overrides
@@ -50,14 +49,6 @@ def test_the_default_recipe_leads_back_from_all_others(file: Path) -> None:
     assert params.load(file).resolved() == before
 
 
-def test_another_optimiser_takes_no_option_of_the_old_one_along(file: Path) -> None:
-    overrides.apply_recipe(ROOT / "recipes" / "cifar10-resnet18.yaml", file)
-    swav = params.load(file).options("swav")
-    assert isinstance(swav, TrainedConfig)
-    assert isinstance(swav.optimiser, AdamW)
-    assert "momentum" not in params.read(file)["pretrain"]["swav"]["optimiser"]
-
-
 def test_what_a_recipe_does_not_name_stays_with_its_comments(file: Path, tmp_path: Path) -> None:
     before = file.read_text(encoding="utf-8").splitlines()
     (tmp_path / "mine.yaml").write_text("pretrain: {swav: {epochs: 9}}\n")
@@ -75,7 +66,6 @@ def test_what_a_recipe_does_not_name_stays_with_its_comments(file: Path, tmp_pat
             "pretrain: {swav: {epoch: 9}}",
             r"mine\.yaml: pretrain\.swav\.epoch: unknown parameter; did you mean epochs\?$",
         ),
-        ("seed: [", "mine.yaml is not valid YAML"),
         (None, r"expected a recipe in .*mine\.yaml, found none; there are: .*params\.yaml"),
     ],
 )
@@ -91,7 +81,7 @@ def test_a_bad_recipe_is_one_line_and_changes_nothing(
     assert file.read_bytes() == before
 
 
-def test_applying_is_a_command_that_shows_the_change(
+def test_applying_is_a_command_that_shows_the_change_and_takes_no_option_of_the_old_optimiser_along(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(file.parent)
@@ -99,4 +89,5 @@ def test_applying_is_a_command_that_shows_the_change(
     command.main()
     assert "-    backbone: small" in (out := capsys.readouterr().out)
     assert "+    backbone: resnet18" in out
-    assert params.load(file).pretrain.shared.backbone == "resnet18"
+    assert isinstance(params.load(file).options("swav").optimiser, AdamW)  # type: ignore[attr-defined]
+    assert "momentum" not in params.read(file)["pretrain"]["swav"]["optimiser"]
