@@ -16,10 +16,10 @@ from tasks.adapt import domains
 GREY = {"image_size": 8, "channels": 1, "resize": "crop"}
 
 
-def put(root: Path, *names: str, colour: tuple[int, int, int] = (200, 100, 0), size: tuple[int, int] = (8, 8)) -> Path:
+def put(root: Path, *names: str, size: tuple[int, int] = (8, 8)) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, colour).save(root / name)
+        Image.new("RGB", size, (200, 100, 0)).save(root / name)
     return root
 
 
@@ -50,27 +50,18 @@ def test_a_class_with_a_slash_is_a_folder_in_a_folder(tmp_path: Path) -> None:
     assert labels(sketch) == {"sketch/shirt/top/1.png": 1, "sketch/shirt/2.png": 0}
 
 
-@pytest.mark.parametrize(("channels", "pixel"), [(1, [0.299 * 200 + 0.587 * 100]), (3, [200, 100, 0])])
-def test_images_are_brought_to_the_datas_size_and_channels(tmp_path: Path, channels: int, pixel: list[float]) -> None:
+def test_images_are_brought_to_the_datas_size_and_channels_and_the_choice_is_seeded_and_bounded(tmp_path: Path) -> None:
     """Grey is .299 R + .587 G + .114 B (ITU-R 601-2)."""
-    (found,) = load(put(tmp_path, "sketch/dog/1.png", size=(21, 13)), statistics=GREY | {"channels": channels})
-    assert (found.images.shape, found.images.dtype) == ((1, 8, 8, channels), np.uint8)
-    assert np.abs(found.images - pixel).max() <= 1
-    padded = load(tmp_path, statistics=GREY | {"channels": channels, "resize": "pad"})[0].images
+    put(tmp_path, *(f"sketch/dog/{number}.png" for number in range(12)), size=(21, 13))
+    few, same, other, whole = (load(tmp_path, count=n, seed=seed)[0] for n, seed in ((5, 0), (5, 0), (5, 1), (12, 0)))
+    assert (whole.images.shape, whole.images.dtype) == ((12, 8, 8, 1), np.uint8)
+    assert np.abs(whole.images - (0.299 * 200 + 0.587 * 100)).max() <= 1
+    padded = load(tmp_path, statistics=GREY | {"channels": 3, "resize": "pad"})[0].images
     assert (padded[0, 0] == 0).all()
-
-
-def test_the_choice_is_seeded_and_bounded_and_kept_in_a_file(tmp_path: Path) -> None:
-    for number in range(12):
-        put(tmp_path / "domains", f"sketch/dog/{number:02}.png", colour=(number * 20,) * 3)
-    few, same, other, whole = (
-        load(tmp_path / "domains", count=count, seed=seed)[0] for count, seed in ((5, 0), (5, 0), (5, 1), (12, 0))
-    )
-    assert len(few.paths) == len(few.images) == len(few.labels) == 5
+    assert np.abs(padded[0, 4] - [200.0, 100, 0]).max() <= 1
+    assert len(few.images) == len(few.labels) == 5
     assert few.paths == same.paths == whole.paths[:5] != other.paths
-    assert whole.images[:, 0, 0, 0].tolist() == [20 * int(Path(path).stem) for path in whole.paths]
     assert isinstance(whole.images, np.memmap)
-    assert (tmp_path / "domains-work/sketch").read_bytes() == whole.images.tobytes()
 
 
 def test_unreadable_files_and_links_out_of_the_folder_are_left_out_and_named(
@@ -88,8 +79,6 @@ def test_unreadable_files_and_links_out_of_the_folder_are_left_out_and_named(
     (root / "sketch/dog/1.png").unlink()
     with pytest.raises(DataError, match="could read none of 1; mend or remove it"):
         load(root)
-    (root / "sketch/dog/2.png").unlink()
-    assert load(root) == []
 
 
 @pytest.mark.parametrize(
