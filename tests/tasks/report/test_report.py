@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 from deepclust.errors import DataError, TrackingError
 from tasks.model import register
 from tasks.report import __main__ as report
-from tasks.report import adaptation_plots, comparison, plots, prune
+from tasks.report import adaptation_plots, comparison, prune
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
 from tests.tasks import small_run
@@ -25,14 +25,6 @@ NAMES = ("swav", "random", "pixels", "deepcluster_v2")
 
 def digest() -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(layout.REPORT.parent.iterdir())}
-
-
-def html() -> str:
-    return layout.REPORT.read_text(encoding="utf-8")
-
-
-def files() -> set[Path]:
-    return {path for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,7 @@ def test_the_report_is_whole_and_needs_nothing_from_outside(here: Path) -> None:
         *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in NAMES),
         *(f"stream-{name}-{index}.png" for index in (0, 1) for name in NAMES),
     }
-    text = html()
+    text = layout.REPORT.read_text(encoding="utf-8")
     outside = [url for url in re.findall(r"(?:src|href)=[\"']?([^\"'> ]{1,40})", text) if not url.startswith("data:")]
     assert outside == []
     assert not re.search(r"https?:|@import|url\(|<script", re.sub(r"base64,[^\"]*", "", text))
@@ -79,6 +71,10 @@ def test_a_report_is_the_same_twice_and_results_of_other_encoders_stay_until_pru
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (layout.out("embed") / ".gitignore").write_text("/swav\n")
+
+    def files() -> set[Path]:
+        return {path for root in ("artifacts", "metrics", "plots") for path in Path(root).rglob("*") if path.is_file()}
+
     before, first = files(), digest()
     small_run.run("report", monkeypatch)
     assert digest() == first
@@ -100,25 +96,23 @@ def test_baselines_come_first_and_numbers_are_those_of_the_metrics(here: Path) -
     assert [row["encoder"] for row in rows] == ["pixels", "random", "swav", "deepcluster_v2"]
     linear, adapted = (comparison.stage_metrics(stage, "swav") for stage in ("linear", "adapt"))
     assert float(rows[2]["knn20"]) == pytest.approx(linear["all"]["k20_t0.07"], rel=1e-5)
-    assert float(rows[2]["knn200"]) == pytest.approx(linear["all"]["k200_t0.07"], rel=1e-5)
     names = [name for name in rows[0] if name.startswith(("clean", "error", "guard"))]
     assert names == ["clean", "error_source", "error_bn", "error_tsd", "guard_worst"], "few adapters"
     assert float(rows[2]["error_tsd"]) == pytest.approx(adapted["errors"]["tsd"], rel=1e-5)
     assert float(rows[2]["guard_worst"]) == pytest.approx(adapted["guard"]["worst_setting"], rel=1e-5)
     assert rows[0]["error_bn"] == "", "not applicable to pixels: blank, not zero"
-    collected = comparison.collect(NAMES)
-    assert report.best(collected)["guard_worst"] == min(float(str(row["guard_worst"])) for row in collected)
-    shown = [comparison.shown({"guard_worst": cost}, "guard_worst") for cost in (0.0123, -0.2, 0.0)]
-    assert shown == ["+0.012", "-0.200", "+0.000"]
+    assert comparison.shown({"guard_worst": 0.0123}, "guard_worst") == "+0.012"
 
 
 def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(here: Path) -> None:
-    text = html().partition("Adaptation to shifted images</h2>")[2].partition("<h2>Protocol")[0]
+    text = (
+        layout.REPORT.read_text(encoding="utf-8")
+        .partition("Adaptation to shifted images</h2>")[2]
+        .partition("<h2>Protocol")[0]
+    )
     text = text.partition("<summary>swav</summary>")[2].partition("<summary>deepcluster_v2</summary>")[0]
     assert text.index("<h3>linear, reset, batches of 16</h3>") < text.index("<summary>linear, continual, batches of 16")
-    assert text.count('<table class="grid">') == 4
     assert re.findall(r"Along the stream: (.*)</h3>", text) == ["linear, continual, batches of 16"]
-    assert text.count("<img") == 2, "and that of the clusters, folded"
     for name, means in comparison.stage_metrics("adapt", "swav")["settings"].items():
         line = re.search(rf"<tr><td>{name.replace('/', ', ')}</td>(.*?)</tr>", text)
         assert line is not None
@@ -127,8 +121,6 @@ def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(here
         order = ["source", *(f"{guarded}{each}" for each in others for guarded in ("", "guarded "))]
         assert [float(number) for number in numbers] == [pytest.approx(means[each] * 100, abs=0.051) for each in order]
         assert line[1].count("<b>") == list(means.values()).count(min(means.values()))
-    assert re.search(r"on batches with \d+\.\d % of the images, a guard&#39;s answer was no worse than both", text)
-    assert "predictions.csv" not in text, "every image has a label"
 
 
 def test_a_wide_comparison_goes_on_below_with_the_errors_together(here: Path) -> None:
@@ -163,19 +155,17 @@ def test_without_labels_accuracies_are_absent_and_everything_else_is_there(
     rows = comparison.read()
     assert {rows[1][name] for name in ("acc", "nmi", "ari", "knn20", "knn200", "linear", "clean")} == {""}
     assert "k-means ACC" not in comparison.comparison_text(rows).splitlines()[0]
-    text = html()
+    text = layout.REPORT.read_text(encoding="utf-8")
     for word in ("No test image has a label", "no labelled training images", "artifacts/adapt/swav/predictions.csv"):
         assert word in text
     for grid in adaptation_plots.INDICATORS.values():
         assert text.count(f"<caption>{grid}</caption>") == 4, "reset and continual, of both encoders"
     assert "Error, percent" not in text
     assert "Against source:" not in text
-    (panel,) = report.evaluation_curves(["pixels", "swav"])
-    assert (panel.title, [k for k, _, _ in panel.lines["swav"]]) == ("silhouette", [4, 6, 7])
+    assert [panel.title for panel in report.evaluation_curves(["pixels", "swav"])] == ["silhouette"]
     layout.metrics("linear", "swav").unlink()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         small_run.run("report", monkeypatch)
-    assert stopped.value.code == 2
     assert "metrics/linear/swav.json, found none; run `dvc repro linear@swav`" in capsys.readouterr().err
 
 
@@ -220,29 +210,21 @@ def test_a_lost_server_costs_the_registration_and_not_the_report(
     assert capsys.readouterr().err == warning
 
 
-def test_the_map_is_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: set[int] = set()
+def test_the_map_keeps_groups_apart_on_one_thread_and_survives_a_collapsed_encoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, fit = set(), TSNE.fit_transform
 
-    def fit(self: TSNE, points: np.ndarray) -> np.ndarray:
+    def watched(self: TSNE, points: np.ndarray) -> np.ndarray:
         threads.update(library["num_threads"] for library in threadpoolctl.threadpool_info())
-        return points[:, :2]
+        return fit(self, points)
 
-    monkeypatch.setattr(TSNE, "fit_transform", fit)
-    with threadpoolctl.threadpool_limits(2):
-        report.flatten(np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
-    assert threads == {1}
-
-
-def test_the_map_keeps_groups_apart_and_survives_a_collapsed_encoder() -> None:
+    monkeypatch.setattr(TSNE, "fit_transform", watched)
     random = np.random.default_rng(0)
     centres = np.eye(16)[[0] * 40 + [1] * 40] * 10
-    found = report.flatten((centres + random.normal(size=centres.shape) * 0.1).astype(np.float32))
-    assert found.shape == (80, 2)
+    with threadpoolctl.threadpool_limits(2):
+        found = report.flatten((centres + random.normal(size=centres.shape) * 0.1).astype(np.float32))
+    assert threads == {1}
     inside = np.linalg.norm(found[:40] - found[:40].mean(axis=0), axis=1).max()
     assert np.linalg.norm(found[:40].mean(axis=0) - found[40:].mean(axis=0)) > 2 * inside
     np.testing.assert_array_equal(report.flatten(np.ones((80, 16), np.float32)), np.zeros((80, 2)))
-
-
-def test_a_hundred_clusters_have_a_hundred_colours() -> None:
-    for count in (2, 10, 20, 100):
-        assert len({tuple(np.round(colour, 4)) for colour in plots.palette(count)}) == count
