@@ -76,8 +76,6 @@ def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of
     ragged = np.empty(2, dtype=object)
     ragged[:] = [others[0], others[1, :20, :, 0]]
     assert len(model.predict(ragged)) == 2
-    with pytest.raises(Exception, match="float64 does not match expected dtype uint8"):
-        model.predict(np.zeros((1, 12, 12, 1)))
     with pytest.raises(ValueError, match=r"expected images .* uint8, got \(12, 12, 2\) uint8"):
         model.predict(np.zeros((1, 12, 12, 2), np.uint8))
 
