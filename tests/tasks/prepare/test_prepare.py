@@ -81,8 +81,7 @@ def test_images_labels_and_items_are_in_one_order(monkeypatch: pytest.MonkeyPatc
     meta = run()
     for split, count in (("train", 64), ("test", 16)):
         images, labels = array(split, "images"), array(split, "labels")
-        assert images.shape == (count, 8, 8, 1)
-        assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+        assert (images.shape, images.dtype, labels.dtype) == ((count, 8, 8, 1), np.uint8, np.int64)
         assert meta[split] == {"images": count, "labelled": count}
         assert in_one_order(split)
 
@@ -95,8 +94,8 @@ def test_statistics_are_those_of_the_training_images() -> None:
     statistics = json.loads(Path("artifacts/prepare/statistics.json").read_text())
     values = array("train", "images").reshape(-1, 3) / 255
     assert statistics["mean"] == pytest.approx(values.mean(0).tolist(), abs=1e-6)
-    assert statistics["std"][::2] == pytest.approx(values.std(0)[::2].tolist(), abs=1e-6)
-    assert statistics["std"][1] == pytest.approx(1 / 255, abs=1e-6), "a constant channel is divided by this"
+    expected = np.where([True, False, True], values.std(0), 1 / 255)  # a constant channel is divided by this
+    assert statistics["std"] == pytest.approx(expected.tolist(), abs=1e-6)
     assert (statistics["image_size"], statistics["channels"], statistics["resize"]) == (8, 3, "crop")
 
 
@@ -129,12 +128,8 @@ def test_without_labels_everything_else_is_there() -> None:
     for index in range(10):
         picture(f"{index}.png", index)
     meta = run()
-    assert (meta["classes"], meta["train"], meta["test"]) == (
-        [],
-        {"images": 8, "labelled": 0},
-        {"images": 2, "labelled": 0},
-    )
-    assert (array("train", "labels") == -1).all()
+    assert (meta["classes"], meta["test"]) == ([], {"images": 2, "labelled": 0})
+    assert (array("train", "labels") == [-1] * 8).all()
     assert array("train", "heldout").shape == (0,)
     assert {row["label"] for row in items("train")} == {""}
     assert json.loads(Path("metrics/prepare.json").read_text())["train_labelled"] == 0
@@ -165,13 +160,15 @@ def test_the_content_hash_follows_pixels_and_labels_and_not_names() -> None:
 
 
 def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "expected a folder of images at data, found nothing" in capsys.readouterr().err
     classes()
     Path("data/dark/03.png").write_bytes(b"no image")
     picture("light/04.png", 9, side=40)
     options = {"max_pixels": 1000, "image_size": 8}
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="2"):
         run(max_skipped=0.09, **options)
-    assert caught.value.code == 2
     error = capsys.readouterr().err
     assert "got 2 of 20 in data, first dark/03.png: not an image" in error
     assert error.count("\n") == 1
@@ -185,30 +182,3 @@ def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.C
     assert in_one_order("train")
     assert in_one_order("test")
     assert "skipped dark/03.png: not an image that can be read" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: None, "expected a folder of images at data, found nothing"),
-        (lambda: picture("1.png"), "expected test images in data, got none"),
-    ],
-)
-def test_a_folder_that_can_not_be_used_is_one_line_of_error(
-    capsys: pytest.CaptureFixture[str], make: Any, message: str
-) -> None:
-    make()
-    with pytest.raises(SystemExit) as caught:
-        run()
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_names_survive_whatever_their_language_and_punctuation() -> None:
-    names = ['train/è, "ß"\n/日本.png', "train/b/x.png", "test/b/😀.png", "test/b/y.png"]
-    for name in names:
-        picture(name)
-    run()
-    assert sorted(row["path"] for split in ("train", "test") for row in items(split)) == sorted(names)
