@@ -51,7 +51,8 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     monkeypatch.setattr(tracking, "open_pipeline", lambda: opened.append(True) or "parent")
     monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
     monkeypatch.setenv("DEEPCLUST_PARALLEL", "1")
-    lines = "echo $DEEPCLUST_PARENT_RUN >>parents; [ ! -e busy ] || : >crowded; : >busy; sleep .5; rm busy\n"
+    lines = "echo $DEEPCLUST_PARENT_RUN >>parents; [ ! -e busy ] || : >crowded\n"
+    lines += "case $1 in pixels|random) : >busy; sleep 2; rm busy; esac\n"
     (root / "stage.sh").write_text(lines + (root / "stage.sh").read_text())
     state = pretrain_and_eval(return_state=True)
     assert state.is_completed()
