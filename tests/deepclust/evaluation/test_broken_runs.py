@@ -92,12 +92,6 @@ def test_a_healthy_run_raises_no_alarm(name: str) -> None:
     assert [alarm.message for report in reports for alarm in report.alarms] == []
 
 
-def test_a_warm_up_in_which_nothing_is_learnt_yet_raises_no_alarm() -> None:
-    reports = watched("swav", drawings(), rate=1e-3, warmup=1.99)
-    assert reports[-1].indicators["loss_to_chance"] > 1 - watchdog.LOSS_FROM_CHANCE
-    assert [alarm.message for report in reports for alarm in report.alarms] == []
-
-
 def test_an_epsilon_too_large_is_named_by_its_uniform_codes() -> None:
     reports = watched("swav", drawings(), epsilon=1.0)
     assert [alarm.symptom for alarm in reports[-1].alarms] == ["prototype collapse", "loss at ln K"]

@@ -181,3 +181,14 @@ def test_a_loss_that_passes_through_chance_does_not_stay_there() -> None:
     assert found.indicators["loss_to_chance"] == pytest.approx(1.0)
     assert found.indicators["loss_from_chance"] == pytest.approx(0.05, abs=0.005)
     assert symptoms(found) == []
+
+
+def test_a_loss_at_chance_is_judged_after_the_warm_up_only() -> None:
+    dog = watch(Embedding())
+    total = watchdog.PATIENCE + 100
+    for n in range(total):
+        dog.step(step(n, rate=0.001 * (n + 1), loss_to_chance=1.0, code_entropy=1.0))
+    assert symptoms(dog.epoch(EPOCH)) == []
+    for n in range(watchdog.PATIENCE):
+        dog.step(step(total + n, rate=0.001 * total, loss_to_chance=1.0))
+    assert symptoms(dog.epoch(EPOCH)) == ["loss at ln K"]
