@@ -4,19 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from deepclust.adaptation.adapters.roid import (
-    ROID,
-    Config,
-    correct_prior,
-    sample_weights,
-    soft_likelihood_ratio,
-)
+from deepclust.adaptation.adapters.roid import ROID, Config, correct_prior, sample_weights, soft_likelihood_ratio
 from deepclust.adaptation.views import view
-from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
-from tests.deepclust.adaptation.nets import CLASSES, ROLES, changed, classifier, seeded, stream
+from tests.deepclust.adaptation.nets import CLASSES, ROLES, changed, classifier, layer_normed, seeded, stream
 
 OPTIONS = [
     {},
@@ -94,9 +86,6 @@ def test_a_stream_is_that_of_the_reference_predictions_mean_and_weights(options)
         assert adapter.mean_prediction.tolist() == pytest.approx(reference.mean, rel=1e-9)
         naive.close(adapter.model, reference.p)
     assert reference.left_out > 10
-    weights = naive.values(adapter.model)
-    moved = {name for name, value in weights.items() if not torch.equal(value, reference.source[name])}
-    assert moved - {"b1"} == set(ROLES[its.parameters]) - {"b1"}
 
 
 def test_certain_images_teach_nothing():
@@ -108,34 +97,19 @@ def test_certain_images_teach_nothing():
     assert sure.grad.abs().max() < 1e-20
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_images_that_are_all_alike_count_the_same(count):
-    weights = sample_weights(torch.tensor([[2.0, 1.0, 0.0]] * count), torch.ones(3) / 3, temperature=1 / 3)
-    assert weights.tolist() == [1.0] * count
-
-
-def test_the_prior_of_fewer_images_than_classes_is_smoothed_by_hand():
+def test_images_that_are_alike_count_the_same_and_the_prior_of_fewer_than_classes_is_smoothed_by_hand():
+    for count in (1, 4):
+        weights = sample_weights(torch.tensor([[2.0, 1.0, 0.0]] * count), torch.ones(3) / 3, temperature=1 / 3)
+        assert weights.tolist() == [1.0] * count
     p = torch.tensor([[0.7, 0.3]], dtype=torch.float64)
     # Prior (.7, .3); smooth = (1/1) / .7; smoothed (.7 + 1/.7, .3 + 1/.7) / (1 + 2/.7).
     prior = correct_prior(p.log(), how="probabilities").exp()[0] / p[0]
     assert prior.tolist() == pytest.approx([(value + 1 / 0.7) / (1 + 2 / 0.7) for value in (0.7, 0.3)])
 
 
-def test_another_seed_is_another_view_and_the_global_generator_is_untouched():
-    model, before = classifier(), torch.get_rng_state()
-    adapters = [ROID(model, Config(rate=1e-2, seed=seed)) for seed in (0, 1)]
-    first, second = ([adapter(images) for images in stream(2)] for adapter in adapters)
-    assert torch.equal(first[0], second[0])
-    assert not torch.equal(first[1], second[1])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_one_image_will_do_without_batch_norm_and_two_of_which_one_is_left_out_with_it():
-    layers = nn.Flatten(), nn.Linear(12, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4)
-    model = nn.Sequential(*layers).double()
+    model = layer_normed()
     adapter = ROID(model, Config(rate=1e-2))
-    assert adapter(stream(1)[0][:1]).shape == (1, 4)
-    assert changed(model, adapter.model.model) == ["2.weight", "2.bias"]
+    assert adapter(stream(1)[0][:1]).shape == (1, 3)
+    assert changed(model, adapter.model) == ["featurizer.2.weight", "featurizer.2.bias"]
     assert all(torch.isfinite(ROID(classifier())(images)).all() for images in stream(3, batch_size=2))
-    with pytest.raises(AdaptationError, match="this model has none; choose other parameters"):
-        ROID(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))

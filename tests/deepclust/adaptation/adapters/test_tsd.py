@@ -9,7 +9,7 @@ from torch import nn
 
 from deepclust import config, seeding
 from deepclust.adaptation import Classifier
-from deepclust.adaptation.adapters.tsd import ORIGINAL, PAPER, TSD, Config, Deviations, distillation_loss, local_loss
+from deepclust.adaptation.adapters.tsd import PAPER, TSD, Config, Deviations, distillation_loss, local_loss
 from deepclust.adaptation.bank import DROP_LAST, Bank, members, remember
 from deepclust.errors import AdaptationError, ConfigError
 from tests.deepclust.adaptation import naive
@@ -21,7 +21,6 @@ from tests.deepclust.adaptation.nets import (
     classifier,
     layer_normed,
     same,
-    seeded,
     state,
     stream,
 )
@@ -152,34 +151,28 @@ def run_both(adapter, reference, batches=5):
         check_same(adapter, reference)
 
 
+# With seed 3 the stream leaves a class without members.
 @pytest.mark.parametrize(
     ("options", "seed"),
     [
         ({}, 3),
         ({"filter_k": None}, 2),
-        ({"parameters": "affine", "rate": 1e-2, "filter_k": 2}, 3),
+        ({"parameters": "affine", "rate": 1e-2, "filter_k": 1, "neighbours": 50}, 2),
         ({"parameters": "body", "temperature": 0.1, "local_weight": 0.0}, 2),
         ({"parameters": "head", "neighbours": 5, "local_weight": 2.0}, 3),
-        ({"filter_k": 1, "neighbours": 50}, 2),
     ],
     ids=str,
 )
 def test_a_stream_is_that_of_the_reference_predictions_bank_and_weights(options, seed):
     model, free = classifier(seed), Config(**FREE | options)
     adapter, reference = TSD(model, free), Reference(model, free)
-    start = reference.p
     run_both(adapter, reference)
-    moved = {name for name, value in naive.values(adapter.model).items() if not torch.equal(value, start[name])}
-    reached = set(ROLES[free.parameters]) - (set() if free.local_weight else set(ROLES["head"]))
-    assert moved - {"b1"} == reached - {"b1"}, "the head learns through the local term alone"
     assert 0 < reference.filtered < 5 * 9, "the stream has to exercise the consistency filter"
-    # With seed 3 the stream leaves a class without members.
     assert (len(adapter.bank.labels.unique()) == CLASSES) == (seed == 2)
 
 
-@pytest.mark.parametrize(("free", "seed"), [({}, 3), ({"temperature": 0.2, "parameters": "affine"}, 2)], ids=str)
-def test_compat_is_the_reference_of_the_codes_semantics(free, seed):
-    model, free = dropping_classifier(seed), Config(**FREE | {"local_weight": None, "compat": "original"} | free)
+def test_compat_is_the_reference_of_the_codes_semantics():
+    model, free = dropping_classifier(2), Config(**FREE | {"local_weight": None, "compat": "original"})
     adapter = TSD(model, free)
     assert config.as_dict(adapter.deviations) == CODE | {"drop_last": False, "seed": 0}
     run_both(adapter, Reference(model, free, Deviations(**CODE)))
@@ -200,9 +193,8 @@ def test_each_deviation_alone_and_all_with_the_local_term_are_the_references(dev
     assert not same(state(paper.model), state(adapter.model)), "the deviation has to matter on this stream"
 
 
-@pytest.mark.parametrize("deviations", [{}, {"local_repels": True, "train_mode": True}], ids=str)
-def test_several_steps_learn_several_times_and_the_bank_holds_the_batch_once(deviations):
-    model, its = dropping_classifier(2), Deviations(**deviations)
+def test_several_steps_learn_several_times_and_the_bank_holds_the_batch_once():
+    model, its = dropping_classifier(2), Deviations(local_repels=True, train_mode=True)
     options = FREE | {"filter_k": None, "steps": 3, "predict": "after", "rate": 0.01}
     adapter, reference = TSD(model, Config(**options), deviations=its), Reference(model, Config(**options), its)
     for index, images in enumerate(stream(3)):
@@ -228,7 +220,6 @@ def test_the_lowest_entropies_of_each_class_stay_in_order_and_older_members_win_
     # Class 0 has odds 9, 3, 4, 3, and class 1 has 2 and 8. -1 drops the least certain of each, even an only member.
     for filter_k, features, rows in (
         (1, [1, 6], [-1, 2]),
-        (2, [1, 3, 4, 6], [-1, -1, 0, 2]),
         (3, [1, 2, 3, 4, 6], [-1, -1, -1, 0, 2]),
         (None, [1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2]),
         (DROP_LAST, [1, 2, 4, 6], [-1, -1, 0, 2]),
@@ -236,38 +227,6 @@ def test_the_lowest_entropies_of_each_class_stay_in_order_and_older_members_win_
         kept, found = remember(bank, batch, filter_k=filter_k)
         assert kept.features.squeeze(1).tolist() == features
         assert found.tolist() == rows
-    assert remember(bank, bank_of([[4.0]], [[0, log(8)]]), filter_k=2)[0].labels.tolist() == [0, 0, 1, 1]
-
-
-def test_losses_where_nothing_counts_are_zero_and_the_target_is_a_constant():
-    bank = bank_of([[1.0, 0.0], [0.0, 1.0]], [[5, 0], [0, 5]])
-    features = torch.tensor([[2.0, 0.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    scores = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64, requires_grad=True)
-    distillation_loss(features, scores, bank, temperature=0.5).backward()
-    assert scores.grad is None
-    assert features.grad[0].any()
-    assert not features.grad[1].any(), "the second sample's head says 1, its prototypes say 0"
-    assert distillation_loss(features[1:], scores[1:], bank, temperature=0.5).item() == 0
-    one = Bank(*(column[:1] for column in bank))
-    assert local_loss(features[:1], scores[:1], one, torch.tensor([0]), neighbours=3) == 0, "no neighbour but itself"
-
-
-def test_the_codes_distillation_is_torchs_kl_divergence_of_two_softmaxes():
-    generator = seeded(0)
-    features = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(6, 4, generator=generator, dtype=torch.float64).softmax(dim=1)
-    bank = members(
-        torch.randn(9, 5, generator=generator, dtype=torch.float64),
-        torch.randn(9, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1.0, 1.0, 0.0]) - 3,
-    )
-    bank = Bank(bank.features, bank.scores, bank.labels.clamp(max=2), bank.entropies)
-    centres = F.normalize(bank.features, dim=1).T @ F.one_hot(bank.labels, 4).double()
-    distances = F.normalize(features, p=1, dim=1) @ F.normalize(centres.T, p=1, dim=1).T / 0.7
-    expected = F.kl_div(scores.log_softmax(1), distances.softmax(1), reduction="none").sum(1).mean(0)
-    loss = distillation_loss(features, scores, bank, temperature=0.7, its=ORIGINAL)
-    torch.testing.assert_close(loss, expected)
-    ours, theirs = (torch.autograd.grad(value, features, retain_graph=True)[0] for value in (loss, expected))
-    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
@@ -284,6 +243,7 @@ def test_probabilities_that_underflow_or_lie_on_a_class_without_prototype_leave_
     scores = torch.tensor([[0.0, 0.0, 1.0], [0.8, 0.1, 0.1]])
     distillation_loss(features, scores, bank, temperature=1.0, its=its).backward()
     assert not features.grad[0].any()
+    assert distillation_loss(features[:1], scores[:1], bank, temperature=1.0, its=its) == 0, "no sample counts"
     assert torch.isfinite(features.grad[1]).all()
     assert features.grad[1].any()
 
@@ -299,64 +259,42 @@ def test_a_bank_that_lost_its_last_members_is_an_error_unless_prototypes_may_be_
     assert local_loss(torch.eye(3), one.scores, empty, torch.zeros(0, dtype=torch.int64), neighbours=3) == 0
 
 
-def test_dropout_neither_reads_nor_moves_the_global_generator_and_differs_from_batch_to_batch():
+def test_dropout_neither_reads_nor_moves_the_global_generator_and_a_batch_that_was_an_error_does_not_count():
     model, images = dropping_classifier(), stream(1)[0]
-
-    def dropping(seed=0):
-        return TSD(model, Config(rate=1e-12), deviations=Deviations(train_mode=True, seed=seed))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        adapter, before = dropping(), torch.get_rng_state()
-        first, second = adapter(images), adapter(images)
-        assert torch.equal(torch.get_rng_state(), before)
-        torch.manual_seed(1)
-        assert torch.equal(dropping()(images), first)
+    adapter, other = (TSD(model, Config(rate=1e-12), deviations=Deviations(train_mode=True)) for _ in range(2))
+    before = torch.get_rng_state()
+    first, second = adapter(images), adapter(images)
+    assert torch.equal(torch.get_rng_state(), before)
     assert not torch.allclose(first, second)
-    assert not torch.allclose(dropping(seed=1)(images), first)
-    other = dropping()
-    with pytest.raises(AdaptationError, match="NaN or infinity"):
-        other(images / 0)
-    assert torch.equal(other(images), first), "a batch that was an error does not count"
-    other.load_state_dict(adapter.state_dict())
-    assert torch.equal(other(images), adapter(images)), "a state goes on with the same random numbers"
-    adapter.reset()
-    assert torch.equal(adapter(images), first)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        with pytest.raises(AdaptationError, match="NaN or infinity"):
+            other(images / 0)
+        assert torch.equal(other(images), first)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compat": "paper"}, "compat: expected 'original', got 'paper'"),
         ({"compat": "original", "local_weight": 0.1}, "means local_weight 0, got 0.1; make it null, or compat null"),
         ({"compat": "original", "steps": 3}, "compat 'original' means steps 1, got 3; make it 1, or compat null"),
-        ({"compat": "original", "episodic": True}, "means episodic False, got True"),
-        ({"compat": "original", "predict": "after"}, "means predict before, got after"),
         ({"compat": "original", "filter_k": None}, "can not keep all members; give filter_k"),
-        ({"compat": "original", "parameters": "head"}, "no gradient reaches parameters head"),
         ({"local_weight": 0.0, "parameters": "head"}, "no gradient reaches parameters head"),
-        ({"filter_k": -1}, "filter_k: expected greater than or equal to 1, got -1"),
-        ({"local_weight": math.nan}, "local_weight: expected a finite number, got nan"),
     ],
     ids=str,
 )
-def test_options_out_of_range_or_against_each_other_are_errors(options, message):
+def test_options_against_each_other_are_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         Config(**options)
 
 
-def test_deviations_are_those_there_are_and_stand_alone():
-    with pytest.raises(ConfigError, match="normalise: expected 'l2' or 'l1', got 'l3'"):
-        Deviations(normalise="l3")
+def test_what_tsd_can_not_do_is_an_error_and_batch_norm_is_not_needed():
     with pytest.raises(ConfigError, match="compat 'original' says all deviations; leave out one of the two"):
         TSD(classifier(), Config(compat="original"), deviations=PAPER)
-
-
-def test_models_without_batch_norm_adapt_and_featurizers_without_parameters_do_not():
+    with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
+        TSD(Classifier(nn.Flatten(), nn.Linear(12, 3)))
     model = layer_normed()
     adapter = TSD(model, Config(parameters="affine", rate=0.1))
     for images in stream(3, batch_size=1):
         adapter(images)
     assert changed(model, adapter.model) == ["featurizer.2.weight", "featurizer.2.bias"]
-    with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
-        TSD(Classifier(nn.Flatten(), nn.Linear(12, 3)))
