@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from deepclust.adaptation import ADAPTERS, Classifier, Source, Tent, WholeModel
-from deepclust.adaptation.classifier import as_classifier
 from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation.nets import LIVELY, PIXELS, classifier, make, same, stream
 
@@ -37,40 +36,29 @@ class Auxiliary(Chain):
         self.auxiliary = nn.Linear(5, 3).double()
 
 
-def headless(norm):
-    return nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
-
-
 @pytest.mark.parametrize("model", [Chain, Keyword])
-def test_a_whole_model_gives_what_its_head_is_given_and_returns(model):
+def test_a_whole_model_gives_what_its_head_is_given_and_returns_and_adapts_as_the_same_model_taken_apart(model):
     images = stream(1)[0]
     ours, whole = classifier(LIVELY), WholeModel(model().eval())
     assert same(whole.outputs(images), ours.outputs(images))
     assert torch.equal(whole(images), ours(images))
-    assert whole.head is whole.model.fc
     assert not whole.model.fc._forward_hooks, "no hook stays behind"
-
-
-@pytest.mark.parametrize("name", ["tent", "t3a", "tsd"])
-def test_a_whole_model_adapts_as_the_same_model_taken_apart(name):
-    whole, apart = make(name, Chain()), make(name, classifier(LIVELY))
-    assert all(torch.equal(whole(images), apart(images)) for images in stream(4))
+    for name in ("tent", "tsd"):
+        adapter, apart = make(name, model()), make(name, ours)
+        assert all(torch.equal(adapter(images), apart(images)) for images in stream(4))
 
 
 def test_the_head_is_the_last_linear_layer_or_the_one_that_is_named():
     model = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 3), nn.Linear(3, 2))
     assert WholeModel(model).head is model[2]
     assert WholeModel(model, head="1").head is model[1]
-    ours = classifier()
-    assert as_classifier(ours) is ours
     for wrong, head, has in ((Chain(), "head", ".*, fc$"), (Chain(), "body", ".*"), (nn.Flatten(), "fc", "none")):
         with pytest.raises(AdaptationError, match=rf"name a linear layer of the model, got '{head}'; it has {has}"):
             WholeModel(wrong, head=head)
 
 
-@pytest.mark.parametrize("last", [nn.LogSoftmax(dim=1), nn.Linear(4, 4).double()])
-def test_a_model_whose_output_is_not_its_heads_is_an_error_where_features_are_needed(last):
-    model = WholeModel(Chain(last), head="fc")
+def test_a_model_whose_output_is_not_its_heads_is_an_error_where_features_are_needed():
+    model = WholeModel(Chain(nn.LogSoftmax(dim=1)), head="fc")
     adapter = make("t3a", model)
     with pytest.raises(AdaptationError, match=r"return what its linear head 'fc' returns; name the right layer"):
         adapter(stream(1)[0])
@@ -79,7 +67,7 @@ def test_a_model_whose_output_is_not_its_heads_is_an_error_where_features_are_ne
 
 
 def test_each_adapter_that_is_named_as_the_remedy_works_without_a_linear_head():
-    model = headless(nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     for batch in stream(2):
         model(batch)
     with pytest.raises(AdaptationError, match=r"linear head \(nn.Linear\).*use an adapter that needs none") as caught:
@@ -90,12 +78,7 @@ def test_each_adapter_that_is_named_as_the_remedy_works_without_a_linear_head():
         for parameters in ("affine", "all"):
             options = {"parameters": parameters} if name not in ("source", "bn") else {}
             assert make(name, model, **options)(stream(1)[0]).shape == (9, 3)
-    for name, options in (
-        ("tsd", {}),
-        ("lame", {}),
-        ("tent", {"parameters": "body"}),
-        ("tent", {"parameters": "head"}),
-    ):
+    for name, options in (("tsd", {}), ("lame", {}), ("tent", {"parameters": "body"})):
         with pytest.raises(AdaptationError, match="expected a classifier with a linear head"):
             make(name, model, **options)
 
@@ -121,16 +104,7 @@ def test_a_model_through_which_no_gradient_comes_is_an_error():
         Tent(Detached())(stream(1)[0])
 
 
-class Two(nn.Module):
-    def forward(self, logits):
-        return logits, logits
-
-
-@pytest.mark.parametrize(
-    ("last", "got"),
-    [(nn.Flatten(0), r"\(36,\)"), (nn.Unflatten(1, (2, 2)), r"\(9, 2, 2\)"), (nn.Linear(4, 1).double(), r"\(9, 1\)")]
-    + [(Two(), "tuple")],
-)
+@pytest.mark.parametrize(("last", "got"), [(nn.Flatten(0), r"\(36,\)"), (nn.Linear(4, 1).double(), r"\(9, 1\)")])
 def test_anything_but_logits_is_an_error(last, got):
     for method in (Source, Tent):
         with pytest.raises(AdaptationError, match=rf"a model that returns logits \(9, classes\), got {got}"):
