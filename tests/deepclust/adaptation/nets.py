@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepclust import seeding
 from deepclust.adaptation import ADAPTERS, Adapter, Classifier
 
 CLASSES, FEATURES, HIDDEN, PIXELS = 4, 5, 6, 12
@@ -57,8 +58,7 @@ def classifier(seed: int = 0) -> Classifier:
 
 def layer_normed(classes: int = 3) -> Classifier:
     """A classifier without BatchNorm."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeding.seeded("layer normed"):
         featurizer = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), nn.LayerNorm(FEATURES))
         return Classifier(featurizer, nn.Linear(FEATURES, classes)).double()
 

