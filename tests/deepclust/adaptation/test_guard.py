@@ -207,8 +207,7 @@ def test_the_evidence_goes_to_the_device_of_the_model():
 
 def test_bad_options_and_images_are_refused():
     guard = Guard(Tent(classifier()), classifier())
-    for options in ({"window": 0}, {"tolerance": 1.0}):
-        with pytest.raises(AdaptationError, match="expected a window of at least 1 image and a tolerance"):
-            Guard(guard.adapter, guard.baselines, **options)
+    with pytest.raises(AdaptationError, match="expected a window of at least 1 image and a tolerance"):
+        Guard(guard.adapter, guard.baselines, window=0)
     with pytest.raises(AdaptationError, match="got NaN"):
         guard(stream(1)[0] * torch.nan)

@@ -209,26 +209,6 @@ def test_several_steps_learn_several_times_and_the_bank_holds_the_batch_once():
         assert len(adapter.bank.labels) == CLASSES + 9 * (index + 1)
 
 
-def bank_of(features, logits):
-    return members(torch.tensor(features, dtype=torch.float64), torch.tensor(logits, dtype=torch.float64))
-
-
-def test_the_lowest_entropies_of_each_class_stay_in_order_and_older_members_win_ties():
-    log = math.log
-    bank = bank_of([[1.0], [2.0], [3.0]], [[log(9), 0], [log(3), 0], [0, log(2)]])
-    batch = bank_of([[4.0], [5.0], [6.0]], [[log(4), 0], [log(3), 0], [0, log(8)]])
-    # Class 0 has odds 9, 3, 4, 3, and class 1 has 2 and 8. -1 drops the least certain of each, even an only member.
-    for filter_k, features, rows in (
-        (1, [1, 6], [-1, 2]),
-        (3, [1, 2, 3, 4, 6], [-1, -1, -1, 0, 2]),
-        (None, [1, 2, 3, 4, 5, 6], [-1, -1, -1, 0, 1, 2]),
-        (DROP_LAST, [1, 2, 4, 6], [-1, -1, 0, 2]),
-    ):
-        kept, found = remember(bank, batch, filter_k=filter_k)
-        assert kept.features.squeeze(1).tolist() == features
-        assert found.tolist() == rows
-
-
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_probabilities_that_underflow_or_lie_on_a_class_without_prototype_leave_gradients_finite(divergence):
     its = Deviations(divergence=divergence)
