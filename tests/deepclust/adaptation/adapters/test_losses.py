@@ -9,7 +9,7 @@ from torch import nn
 from deepclust.adaptation import Classifier, Source
 from deepclust.adaptation.adapters.shot_im import information_loss
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.errors import AdaptationError, ConfigError
+from deepclust.errors import AdaptationError
 from tests.deepclust.adaptation import naive
 from tests.deepclust.adaptation.nets import LIVELY, changed, classifier, layer_normed, make, same, state, stream
 
@@ -106,9 +106,3 @@ def test_models_without_batch_norm_adapt_single_images_where_the_loss_allows_it(
     for name, remedy in (("bn", "BatchNorm layers.*use the"), ("tent", "none; choose other parameters, or use the")):
         with pytest.raises(AdaptationError, match=rf"{name} .*{remedy} source adapter"):
             make(name, plain)
-
-
-@pytest.mark.parametrize("threshold", [1.0, -0.1, float("nan")])
-def test_a_threshold_that_is_no_probability_to_exceed_is_an_error(threshold):
-    with pytest.raises(ConfigError, match="threshold"):
-        make("pseudo_label", layer_normed(), threshold=threshold)
