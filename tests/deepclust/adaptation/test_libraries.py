@@ -7,7 +7,6 @@ import timm
 import torch
 from torchvision import models
 
-from deepclust import seeding
 from deepclust.adaptation import T3A, Guard
 from tests.deepclust.adaptation.nets import make, same, seeded, state
 
@@ -20,7 +19,8 @@ def pictures(seed, count=4):
 
 @pytest.fixture(scope="module")
 def resnet():
-    with seeding.seeded("libraries", 1):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = models.resnet18(num_classes=CLASSES)
     for seed in range(3):  # as if trained
         model(pictures(seed))
@@ -29,7 +29,8 @@ def resnet():
 
 @pytest.fixture(scope="module")
 def vit():
-    with seeding.seeded("libraries", 1):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=CLASSES)
         torch.nn.init.normal_(model.head.weight)
     return model.eval()
