@@ -39,32 +39,29 @@ def test_boxes_stay_inside_and_cover_the_asked_areas_and_ratios() -> None:
     assert 0.17 < share.min() < share.max() < 0.65
     assert abs(share.mean() - 0.4) < 0.02
     assert 0.68 < ratio.min() < ratio.max() < 1.45
+    impossible = views.random_boxes(3, height=10, width=100, scale=(1.0, 1.0), generator=generator())
+    assert impossible.tolist() == [[0, 43, 10, 13]] * 3  # the centred box
 
 
-def test_an_impossible_scale_falls_back_to_the_centred_box() -> None:
-    boxes = views.random_boxes(3, height=10, width=100, scale=(1.0, 1.0), generator=generator())
-    assert boxes.tolist() == [[0, 43, 10, 13]] * 3
-
-
-@pytest.mark.parametrize("shift", [-0.5, -0.13, 0.0, 0.08, 0.5])
-def test_hue_equals_torchvision(shift: float) -> None:
-    batch = to_float(images())
-    found = views.shift_hue(batch, torch.tensor(shift))
-    torch.testing.assert_close(found, tv.adjust_hue(batch.contiguous(), shift), atol=1e-5, rtol=0)
-
-
-def test_grey_is_torchvisions_luma() -> None:
-    batch = to_float(images())
+def test_hue_and_grey_equal_torchvisions() -> None:
+    batch = to_float(images()).contiguous()
+    for shift in (-0.5, -0.13, 0.0, 0.08):
+        found = views.shift_hue(batch, torch.tensor(shift))
+        torch.testing.assert_close(found, tv.adjust_hue(batch, shift), atol=1e-5, rtol=0)
     expected = tv.rgb_to_grayscale(batch, num_output_channels=1)
     torch.testing.assert_close(views.to_grey(batch), expected, atol=2e-4, rtol=0)
 
 
+def plain_and_changed(batch: torch.Tensor, **changes: float) -> list[torch.Tensor]:
+    """One view of each image, as it is and with the changes, from the same draws."""
+    crop = views.Crop(count=1, size=batch.shape[1], scale=(1.0, 1.0))
+    colours = (STILL, STILL.replaced(**changes))
+    return [views.multi_crop(batch, crops=[crop], colour=c, generator=generator(3))[0] for c in colours]
+
+
 @pytest.mark.parametrize("part", ["brightness", "contrast", "saturation"])
 def test_each_part_of_the_jitter_is_torchvisions_with_a_factor_of_its_own_for_each_image(part: str) -> None:
-    colour = STILL.replaced(jitter=1.0, **{part: 0.5})
-    crop = views.Crop(count=1, size=28, scale=(1.0, 1.0))
-    (plain,) = views.multi_crop(images(), crops=[crop], colour=STILL, generator=generator(3))
-    (found,) = views.multi_crop(images(), crops=[crop], colour=colour, generator=generator(3))
+    plain, found = plain_and_changed(images(), jitter=1.0, **{part: 0.5})
     adjust = getattr(tv, f"adjust_{part}")
     candidates = torch.linspace(0.5, 1.5, 1001)
     factors = []
@@ -76,11 +73,7 @@ def test_each_part_of_the_jitter_is_torchvisions_with_a_factor_of_its_own_for_ea
 
 
 def test_blur_equals_a_float64_convolution_inside_the_image_and_keeps_a_constant_one() -> None:
-    colour = STILL.replaced(blur=1.0)
-    crop = views.Crop(count=1, size=60, scale=(1.0, 1.0))
-    batch = images(batch=2, size=60, channels=1)
-    (plain,) = views.multi_crop(batch, crops=[crop], colour=STILL, generator=generator(5))
-    (found,) = views.multi_crop(batch, crops=[crop], colour=colour, generator=generator(5))
+    plain, found = plain_and_changed(images(batch=2, size=60, channels=1), blur=1.0)
     sigmas = torch.linspace(0.1, 2.0, 1901, dtype=torch.float64)
     for before, after in zip(plain.double(), found.double(), strict=True):
         column = before[0, 20:41, 20:41]
@@ -90,27 +83,20 @@ def test_blur_equals_a_float64_convolution_inside_the_image_and_keeps_a_constant
             for w in [torch.softmax(-(torch.arange(-3, 4, dtype=torch.float64) ** 2) / (2 * s**2), 0)]
         )
         assert best < 1e-3
-    flat = torch.full((2, 60, 60, 1), 90, dtype=torch.uint8)
-    (constant,) = views.multi_crop(flat, crops=[crop], colour=colour, generator=generator(5))
-    torch.testing.assert_close(constant, torch.full_like(constant, 90 / 255))
+    flat, blurred = plain_and_changed(torch.full((2, 60, 60, 1), 90, dtype=torch.uint8), blur=1.0)
+    torch.testing.assert_close(blurred, flat)
 
 
-def test_every_image_gets_its_own_crop_and_every_view_another_one() -> None:
-    same = images(1).expand(8, -1, -1, -1)
-    crop = views.Crop(count=2, size=28, scale=(0.2, 0.8))
-    first, second = views.multi_crop(same, crops=[crop], colour=STILL, generator=generator())
+def test_every_view_is_another_crop_in_the_order_of_resolutions_and_a_generator_repeats_them() -> None:
+    crops = [views.Crop(count=2, size=28, scale=(0.2, 0.8)), views.Crop(count=3, size=16, scale=(0.1, 0.4))]
+    batch = images(1).repeat(8, 1, 1, 1)
+    before = batch.clone()
+    found, again = (views.multi_crop(batch, crops=crops, colour=STILL, generator=generator(1)) for _ in range(2))
+    assert [view.shape[-1] for view in found] == [28, 28, 16, 16, 16]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert torch.equal(batch, before)
+    first, second, *_ = found
     for left, right in [(first[0], first[1]), (first[2], first[5]), (first[0], second[0])]:
         assert (left - right).abs().max() > 0.1
-
-
-def test_resolutions_come_in_order_and_the_same_generator_gives_the_same_views() -> None:
-    crops = [views.Crop(count=2, size=28, scale=(0.5, 1)), views.Crop(count=3, size=16, scale=(0.1, 0.4))]
-    colour = views.Colour()
-    batch = images()
-    before = batch.clone()
-    first = views.multi_crop(batch, crops=crops, colour=colour, generator=generator(1))
-    again = views.multi_crop(batch, crops=crops, colour=colour, generator=generator(1))
-    assert [view.shape[-1] for view in first] == [28, 28, 16, 16, 16]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert all(view.min() >= 0 and view.max() <= 1 for view in first)
-    assert torch.equal(batch, before)
+    coloured = views.multi_crop(batch, crops=crops, colour=views.Colour(), generator=generator(1))
+    assert all(view.min() >= 0 and view.max() <= 1 for view in coloured)
