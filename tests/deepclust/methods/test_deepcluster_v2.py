@@ -51,15 +51,9 @@ def test_bank_prototypes_and_loss_over_three_epochs_by_plain_lists(seed: int, pa
         method.before_epoch(epoch, embedder(images), seed + epoch)
         np.testing.assert_allclose(method.bank.numpy(), np.array(bank), atol=1e-5)
         for number, prototypes in enumerate(method.prototypes):
-            found = kmeans.fit(
-                method.bank[number % 2],
-                len(prototypes),
-                seed=seeding.derive(seed + epoch, number),
-                iterations=5,
-                restarts=2,
-                initialisation="points",
-                spherical=True,
-            )
+            drawn = seeding.derive(seed + epoch, number)
+            how = {"iterations": 5, "restarts": 2, "initialisation": "points", "spherical": True}
+            found = kmeans.fit(method.bank[number % 2], len(prototypes), seed=drawn, **how)  # type: ignore[arg-type]
             assert torch.equal(prototypes.weight, found.centroids)
             assert torch.equal(method.assignments[number], found.assignments)
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed + epoch))
@@ -86,10 +80,6 @@ def test_bank_prototypes_and_loss_over_three_epochs_by_plain_lists(seed: int, pa
                     bank[number][own.numpy()] = rows[crop]
             step += 1
     assert not np.allclose(bank[0], centre)
-
-
-def test_the_prototypes_are_not_trained() -> None:
-    method = toy()
     trained = {id(parameter) for group in method.parameter_groups() for parameter in group["params"]}
     assert trained.isdisjoint(map(id, method.prototypes.parameters()))
 

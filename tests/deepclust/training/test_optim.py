@@ -13,7 +13,6 @@ from deepclust.training import optim
 
 OPTIMISERS = {"sgd": optim.SGD, "lars": optim.LARS, "larc": optim.LARS, "adamw": optim.AdamW}
 SHAPES = [(4, 3), (4,), (2, 3, 2, 2), (3,)]
-STILL = optim.Schedule(rate=0.5, final_rate=1.0, warmup_steps=0, total_steps=1)
 
 
 def settings(name: str = "sgd", **changes: Any) -> optim.Optimiser:
@@ -79,7 +78,7 @@ def test_a_tensor_without_norm_takes_the_raw_rate(name: str, weight: float, grad
     parameter = nn.Parameter(torch.full((2, 2), weight))
     parameter.grad = torch.full((2, 2), gradient)
     optimiser = optim.build(settings(name, momentum=0.0), [{"params": [parameter]}])
-    optim.set_rate(optimiser, STILL, 0)
+    optimiser.param_groups[0]["lr"] = 0.5
     optimiser.step()
     torch.testing.assert_close(parameter.detach(), torch.full((2, 2), expected))
 
@@ -89,7 +88,7 @@ def test_frozen_parameters_do_not_move_by_decay_or_momentum(name: str) -> None:
     frozen = parameters(0)[0]
     optimiser = optim.build(settings(name), [{"params": [frozen]}])
     frozen.grad = gradients(0, 0)[0]
-    optim.set_rate(optimiser, STILL, 0)
+    optimiser.param_groups[0]["lr"] = 0.5
     optimiser.step()
     frozen.grad = None
     before = frozen.detach().clone()
@@ -99,9 +98,8 @@ def test_frozen_parameters_do_not_move_by_decay_or_momentum(name: str) -> None:
 
 @pytest.mark.reference
 def test_the_schedule_warms_up_linearly_and_falls_by_a_cosine(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    rate, final = generator.uniform(0.01, 5), generator.uniform(0, 0.5)
-    warmup, total = int(generator.integers(1, 20)), int(generator.integers(20, 60))
+    draw = np.random.default_rng(seed)
+    rate, final, warmup, total = draw.uniform(0.01, 5), draw.uniform(0, 0.5), *draw.integers([1, 20], [20, 60]).tolist()
     schedule = optim.Schedule(rate=rate, final_rate=final, warmup_steps=warmup, total_steps=total)
     rising = np.linspace(0, rate, warmup + 1)[1:]
     angles = np.linspace(0, np.pi, total - warmup + 1)

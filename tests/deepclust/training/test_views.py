@@ -32,9 +32,7 @@ def test_resampling_equals_torchvision_crop_resize_and_flip(size: int, flip: boo
 def test_boxes_stay_inside_and_cover_the_asked_areas_and_ratios() -> None:
     boxes = views.random_boxes(4000, height=40, width=60, scale=(0.2, 0.6), generator=generator()).double()
     top, left, height, width = boxes.unbind(1)
-    assert (boxes >= 0).all()
-    assert (top + height <= 40).all()
-    assert (left + width <= 60).all()
+    assert min(boxes.min(), (40 - top - height).min(), (60 - left - width).min()) >= 0
     share, ratio = height * width / 2400, width / height
     assert 0.17 < share.min() < share.max() < 0.65
     assert abs(share.mean() - 0.4) < 0.02
