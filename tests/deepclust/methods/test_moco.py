@@ -57,44 +57,28 @@ def test_queue_and_momentum_encoder_are_the_papers_over_many_steps_in_float64(
             assert float(logged["loss_to_chance"]) == pytest.approx(expected / math.log(1 + length), rel=1e-4)
             assert float(logged["embedding_spread"]) == pytest.approx(queries.std(0).mean() * 6**0.5, rel=1e-4)
         queue = [*queue, *np.concatenate(keys)][-length:]
-        np.testing.assert_allclose(
-            as_sets(method.queue.rows), as_sets(torch.from_numpy(np.array(queue))), rtol=0, atol=1e-4
-        )
+        np.testing.assert_allclose(as_sets(method.queue.rows), as_sets(queue), rtol=0, atol=1e-4)
         online = [*method.backbone.parameters(), *method.head.parameters()]
-        followed = zip(method.key_encoder.parameters(), before.key_encoder.parameters(), online, strict=True)
-        for now, was, query in followed:
+        for now, was, query in zip(
+            method.key_encoder.parameters(), before.key_encoder.parameters(), online, strict=True
+        ):
             torch.testing.assert_close(now.double(), 0.9 * was.double() + 0.1 * query.double(), rtol=1e-5, atol=1e-6)
             assert not now.requires_grad
 
 
 def test_the_momentum_encoders_batch_norm_has_statistics_of_its_own() -> None:
-    method = toy()
-    queries, keys = 3 * normal(8, 1, 4, 4, seed=1), normal(8, 1, 4, 4, seed=2)
-    before = method.key_encoder[0][2].running_mean.clone()
-    inputs = method.key_encoder[0][1](keys.flatten(1))
-    update(method, 0, [queries, keys], torch.arange(8), rate=0.0)
-    torch.testing.assert_close(method.key_encoder[0][2].running_mean, 0.9 * before + 0.1 * inputs.mean(0))
+    method, keys = toy(), normal(8, 1, 4, 4, seed=2)
+    _, linear, norm = method.key_encoder[0]
+    expected = 0.9 * norm.running_mean + 0.1 * linear(keys.flatten(1)).mean(0)
+    update(method, 0, [3 * normal(8, 1, 4, 4, seed=1), keys], torch.arange(8), rate=0.0)
+    torch.testing.assert_close(norm.running_mean, expected)
 
 
-def test_shuffled_keys_come_back_in_order_and_see_the_statistics_of_their_group() -> None:
-    method = toy(key_groups=4, batch_size=8)
-    batch = normal(16, 1, 4, 4, seed=3)
+def test_shuffled_keys_come_back_in_order_and_see_the_statistics_of_their_group_which_is_of_two_at_least() -> None:
+    method, batch = toy(key_groups=4, batch_size=8), normal(16, 1, 4, 4, seed=3)
     keys = method._keys(batch, torch.Generator().manual_seed(4))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(4))
     for group in order.view(4, 4):
         np.testing.assert_allclose(keys[group].numpy(), exact_rows(method.key_encoder, batch[group]), atol=1e-5)
-
-
-def test_a_group_of_one_key_is_refused_with_the_numbers() -> None:
-    method = toy(key_groups=4, batch_size=8)
-    method._keys(normal(8, 1, 4, 4, seed=0), torch.Generator())
     with pytest.raises(ConfigError, match=r"key_groups: expected at most 3, half of the 7 .* got 4"):
-        method._keys(normal(7, 1, 4, 4, seed=0), torch.Generator())
-
-
-def test_keys_of_a_step_without_an_update_do_not_enter_the_queue() -> None:
-    method = toy()
-    views = list(normal(2, 8, 1, 4, 4, seed=0))
-    method.loss(views, torch.arange(8), torch.Generator())
-    update(method, 0, views, torch.arange(8), rate=0.0)
-    assert method.queue.pushed == 8
+        method._keys(batch[:7], torch.Generator())

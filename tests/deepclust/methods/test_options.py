@@ -26,12 +26,9 @@ def test_automatic_sizes_are_those_of_the_rule_and_stated_ones_are_kept() -> Non
     assert sized("moco").queue_length == 4032
     assert sized("swav", prototypes=30, queue_length=0).counts == (30,)
     assert sized("moco", queue_length=128).queue_length == 128
+    assert sized("swav", prototypes=100, queue_start_epoch=99).queue_length == 0, "it would never be used"
     # Negatives are left by what is computed at once.
     assert sized("pcl", clusters=[300], batch_size=256, accumulate=4, warmup_epochs=1).negatives == 300 - 64
-
-
-def test_a_queue_that_would_never_be_used_is_left_out_if_automatic() -> None:
-    assert sized("swav", prototypes=100, queue_start_epoch=99).queue_length == 0
 
 
 @pytest.mark.parametrize("name", ["freeze_prototypes_steps", "hard_assignment_steps"])
@@ -42,16 +39,16 @@ def test_first_steps_that_are_the_whole_run_are_refused(name: str) -> None:
 
 
 NEVER = {"prototypes": 100, "queue_start_epoch": 99, "queue_length": 64}
+NEGATIVES = {"negatives": 5000, "batch_size": 256, "warmup_epochs": 1}
 
 
 @pytest.mark.parametrize(
     ("said", "method", "options"),
     [
-        (r"with 256 images at once not exceed 244: .* 500, .* got 5000", "pcl", {"negatives": 5000, "batch_size": 256}),
+        (r"with 256 images at once not exceed 244: .* 500, .* got 5000", "pcl", NEGATIVES),
         (r"queue_length: from queue_start_epoch 99 on, 0 embeddings .* of 64", "swav", NEVER),
         (r"optimiser\.warmup_epochs 6 must be below epochs 6", "simsiam", {"optimiser": SGD(warmup_epochs=6)}),
         (r"accumulate 3 must divide batch_size 64 into equal parts of", "simsiam", {"accumulate": 3}),
-        (r"accumulate 64 must divide batch_size 64 into equal parts of", "simsiam", {"accumulate": 64}),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_numbers(said: str, method: str, options: dict[str, Any]) -> None:

@@ -82,15 +82,9 @@ def exact_rows(module: nn.Module, images: Tensor) -> Array:
     return outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
 
 
-def log_softmax(logits: Array) -> Array:
-    """Rows in float64."""
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def as_sets(rows: Tensor) -> Array:
+def as_sets(rows: Any) -> Array:
     """Rows in an order of their own, to compare queues that keep theirs differently."""
-    found = rows.double().numpy()
+    found = np.asarray(rows, dtype=np.float64)
     return found[np.lexsort(found.T)]
 
 
