@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -12,14 +10,6 @@ from deepclust.methods.parts.base import Method
 from tests.deepclust.methods.toys import TRAINED, backbone, build, embedder, normal, update
 
 IMAGES = 40
-COMMON = {"embedding_spread", "loss_to_chance", "prototypes_used", "code_entropy"}
-LOGGED = {
-    "swav": COMMON,
-    "deepcluster_v2": COMMON - {"code_entropy"},
-    "moco": {"embedding_spread", "loss_to_chance", "info_nce"},
-    "pcl": {"embedding_spread", "loss_to_chance", "info_nce", "proto_nce"},
-    "simsiam": {"embedding_spread"},
-}
 
 
 def begun(name: str, seed: int) -> Method:
@@ -50,10 +40,6 @@ def test_a_method_loaded_from_its_state_goes_on_bit_for_bit(name: str, stop: int
     straight, again = begun(name, seed=0), begun(name, seed=1)
     run(straight, 0, stop)
     again.load_state_dict(straight.state_dict())
-    expected = run(straight, stop, 14)
-    assert run(again, stop, 14) == expected
+    assert run(again, stop, 14) == run(straight, stop, 14)
     for key, tensor in straight.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
-    logged = expected[-1][1]
-    assert logged.keys() == LOGGED[name]
-    assert all(map(math.isfinite, logged.values()))

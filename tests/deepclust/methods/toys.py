@@ -66,9 +66,8 @@ def embedder(images: Tensor) -> Callable[[nn.Module], Tensor]:
     """`Embed` for tensors that are already views."""
 
     def embed(module: nn.Module) -> Tensor:
-        module.eval()
         with torch.no_grad():
-            out: Tensor = module(images)
+            out: Tensor = module.eval()(images)
         module.train()
         return out
 

@@ -29,8 +29,6 @@ def test_the_spread_is_its_formula_one_for_even_directions_and_zero_for_one() ->
     assert float(base.spread(unit(1, 64, seed=0).expand(50, -1))) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("chosen", "count", "share"), [([0, 0, 3], 10, 2 / 3), ([0, 1, 1, 0, 1], 4, 0.5)])
-def test_used_prototypes_are_counted_against_what_the_batch_could_use(
-    chosen: list[int], count: int, share: float
-) -> None:
-    assert float(base.share_used(torch.tensor(chosen), count)) == pytest.approx(share)
+def test_used_prototypes_are_counted_against_what_the_batch_could_use() -> None:
+    assert float(base.share_used(torch.tensor([0, 0, 3]), 10)) == pytest.approx(2 / 3)
+    assert float(base.share_used(torch.tensor([0, 1, 1, 0, 1]), 4)) == 0.5

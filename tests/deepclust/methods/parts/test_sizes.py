@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from deepclust.errors import ConfigError
@@ -9,40 +12,32 @@ from deepclust.methods.parts import sizes
 
 
 @pytest.mark.parametrize(
-    ("images", "side", "expected"),
-    [(60_000, 28, 100), (50_000, 32, 100), (1_281_167, 224, 4000), (100_000, 64, 300), (96, 16, 10), (20, 16, 4)],
+    ("rule", "given", "expected"),
+    [
+        *((sizes.prototypes, given, found) for given, found in [((60_000, 28), 100), ((1_281_167, 224), 4000)]),
+        *((sizes.prototypes, given, found) for given, found in [((100_000, 64), 300), ((96, 16), 10), ((20, 16), 4)]),
+        *((sizes.key_queue, given, found) for given, found in [((60_000, 256), 4096), ((96, 64), 64)]),
+        *((sizes.clusters, given, found) for given, found in [((60_000, 256), (500, 1000, 2000)), ((48, 16), (24,))]),
+        *((sizes.clusters, given, found) for given, found in [((10_000, 256), (384, 768, 1536)), ((96, 16), (24, 48))]),
+    ],
 )
-def test_prototypes_by_hand(images: int, side: int, expected: int) -> None:
-    assert sizes.prototypes(images, side) == expected
+def test_sizes_by_hand(rule: Callable[..., Any], given: tuple[int, int], expected: Any) -> None:
+    assert rule(*given) == expected
 
 
 @pytest.mark.parametrize(
-    ("prototypes", "batch", "images", "expected"),
-    [(256, 256, 60_000, 0), (257, 256, 60_000, 256), (3000, 256, 60_000, 2816), (90, 32, 300, 64)],
+    ("prototypes", "batch", "images", "part", "expected"),
+    [(256, 256, 60_000, 256, 0), (257, 256, 60_000, 256, 256), (3000, 256, 60_000, 256, 2816), (90, 32, 300, 32, 64)]
+    + [(100, 256, 60_000, 256, 0), (100, 256, 60_000, 64, 256)],  # parts of a batch need one that the whole would not
 )
-def test_the_queue_brings_batch_and_queue_to_the_prototypes(
-    prototypes: int, batch: int, images: int, expected: int
+def test_the_queue_brings_what_is_computed_at_once_and_itself_to_the_prototypes(
+    prototypes: int, batch: int, images: int, part: int, expected: int
 ) -> None:
-    assert sizes.swav_queue(prototypes, batch, images, part=batch) == expected
-
-
-@pytest.mark.parametrize(("images", "batch", "expected"), [(60_000, 256, 4096), (50_000, 512, 3584), (96, 64, 64)])
-def test_keys_by_hand(images: int, batch: int, expected: int) -> None:
-    assert sizes.key_queue(images, batch) == expected
-
-
-@pytest.mark.parametrize(
-    ("images", "batch", "expected"),
-    [(60_000, 256, (500, 1000, 2000)), (10_000, 256, (384, 768, 1536)), (96, 16, (24, 48)), (48, 16, (24,))],
-)
-def test_clusters_by_hand(images: int, batch: int, expected: tuple[int, ...]) -> None:
-    assert sizes.clusters(images, batch) == expected
+    assert sizes.swav_queue(prototypes, batch, images, part=part) == expected
 
 
 def test_too_few_images_for_a_batch_are_refused_with_the_batch_that_fits() -> None:
-    with pytest.raises(
-        ConfigError, match=r"at least 768 images .* batches of 256, got 500; lower batch_size to at most 166$"
-    ):
+    with pytest.raises(ConfigError, match=r"at least 768 images .* 256, got 500; lower batch_size to at most 166$"):
         sizes.clusters(500, 256)
     assert sizes.clusters(500, 166)
 
@@ -57,8 +52,3 @@ def test_automatic_sizes_fit_each_other(images: int, batch: int) -> None:
     prototypes = sizes.prototypes(images, 32)
     assert sizes.swav_queue(prototypes, batch, images, part=batch) % batch == 0
     assert 2 <= prototypes <= images
-
-
-def test_parts_of_a_batch_need_a_queue_that_the_whole_would_not() -> None:
-    assert sizes.swav_queue(100, 256, 60_000, part=256) == 0
-    assert sizes.swav_queue(100, 256, 60_000, part=64) == 256
