@@ -27,15 +27,9 @@ def test_automatic_sizes_are_those_of_the_rule_and_stated_ones_are_kept() -> Non
     assert sized("swav", prototypes=30, queue_length=0).counts == (30,)
     assert sized("moco", queue_length=128).queue_length == 128
     assert sized("swav", prototypes=100, queue_start_epoch=99).queue_length == 0, "it would never be used"
+    assert sized("swav", freeze_prototypes_steps=6 * 937 - 1, hard_assignment_steps=6 * 937 - 1)
     # Negatives are left by what is computed at once.
     assert sized("pcl", clusters=[300], batch_size=256, accumulate=4, warmup_epochs=1).negatives == 300 - 64
-
-
-@pytest.mark.parametrize("name", ["freeze_prototypes_steps", "hard_assignment_steps"])
-def test_first_steps_that_are_the_whole_run_are_refused(name: str) -> None:
-    assert sized("swav", **{name: 6 * 937 - 1})
-    with pytest.raises(ConfigError, match=f"{name}: expected less than the 5622 updates"):
-        sized("swav", **{name: 6 * 937})
 
 
 NEVER = {"prototypes": 100, "queue_start_epoch": 99, "queue_length": 64}
@@ -47,11 +41,13 @@ NEGATIVES = {"negatives": 5000, "batch_size": 256, "warmup_epochs": 1}
     [
         (r"with 256 images at once not exceed 244: .* 500, .* got 5000", "pcl", NEGATIVES),
         (r"queue_length: from queue_start_epoch 99 on, 0 embeddings .* of 64", "swav", NEVER),
+        ("freeze_prototypes_steps: expected less than the 5622", "swav", {"freeze_prototypes_steps": 6 * 937}),
+        ("hard_assignment_steps: expected less than the 5622 upd", "swav", {"hard_assignment_steps": 6 * 937}),
         (r"optimiser\.warmup_epochs 6 must be below epochs 6", "simsiam", {"optimiser": SGD(warmup_epochs=6)}),
         (r"accumulate 3 must divide batch_size 64 into equal parts of", "simsiam", {"accumulate": 3}),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_numbers(said: str, method: str, options: dict[str, Any]) -> None:
+def test_sizes_and_first_steps_that_do_not_fit_are_refused(said: str, method: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=said):
         sized(method, **options)
 

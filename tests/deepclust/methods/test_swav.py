@@ -39,11 +39,6 @@ def exact_embeddings(method: SwAV, views: list[torch.Tensor]) -> Array:
     return np.stack([exact_rows(torch.nn.Sequential(method.backbone, method.head), view) for view in views])
 
 
-def exact_prototypes(method: SwAV) -> list[Array]:
-    rows = [prototypes.weight.detach().double().numpy() for prototypes in method.prototypes]
-    return [row / np.linalg.norm(row, axis=1, keepdims=True) for row in rows]
-
-
 def test_no_gradient_flows_through_the_codes() -> None:
     method, scores = toy(), [torch.randn(5, 10, requires_grad=True) for _ in range(2)]
     codes = method._codes(method.prototypes[0], scores)  # type: ignore[arg-type]
@@ -75,8 +70,8 @@ def test_losses_logs_and_queue_are_the_papers_over_many_steps_in_float64(seed: i
     """Three heads, hard codes at first, two resolutions; a queue per assign crop, filled from its epoch on, used when
     full, without the current batch, the newest in."""
     length, assign, hard_steps = 3 * BATCH, (2, 0), 5
-    options = {"prototypes": [10, 7, 30], "assign_crops": assign, "queue_length": length}
-    method = toy(seed, hard_assignment_steps=hard_steps, **options)
+    options = {"prototypes": [10, 7, 30], "assign_crops": assign, "hard_assignment_steps": hard_steps}
+    method = toy(seed, queue_length=length, **options)
     method.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), method.backbone)
     lists: dict[int, list[Array]] = {crop: [] for crop in assign}
     used = []
@@ -90,7 +85,9 @@ def test_losses_logs_and_queue_are_the_papers_over_many_steps_in_float64(seed: i
         for part, (loss, logged) in enumerate(results):
             embeddings = exact_embeddings(before, [view.chunk(parts)[part] for view in views])
             expected: dict[str, list[float]] = {name: [] for name in ("loss", *logged)}
-            for prototypes in exact_prototypes(before):
+            for weights in before.prototypes:
+                prototypes = weights.weight.detach().double().numpy()
+                prototypes = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
                 scores, count, soft = embeddings @ prototypes.T, len(prototypes), {}
                 for crop in assign:
                     earlier = np.array(lists[crop]) @ prototypes.T if full else np.zeros((0, count))

@@ -97,8 +97,8 @@ def test_a_tree_comes_back_bit_for_bit_and_entries_that_share_memory_as_their_ow
 
 def test_what_would_not_come_back_is_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
     filled(tmp_path, 1)
-    tensors = [torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128)]
-    for value in [object(), {1, 2}, b"bytes", {(1, 2): 3}, {True: 1}, 1j, *tensors]:
+    refused = [torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex128), {(1, 2): 3}, {True: 1}]
+    for value in [object(), {1, 2}, b"bytes", 1j, *refused]:
         with pytest.raises(TypeError, match=r"state\['a'\]\[1\]"):
             store(tmp_path).save(2, {"a": [0, value]})
     assert names(tmp_path) == ["step-00000001"]
@@ -192,8 +192,8 @@ def test_everything_is_flushed_before_it_is_renamed_and_the_folder_after(
 ) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
-    link = "/proc/self/fd/{}"
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(link.format(fd)).readlink().name), fsync(fd)))
+    name = lambda fd: Path(f"/proc/self/fd/{fd}").readlink().name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(name(fd)), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(f"rename {path.name}"), rename(path, to)))
     filled(tmp_path, 1)
     assert sorted(events[:3]) == FILES
@@ -260,9 +260,8 @@ def failures(
 def test_whenever_a_save_fails_a_whole_state_stays_and_saving_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int, error: BaseException
 ) -> None:
-    first, second = {"state": "first", "at": torch.arange(9)}, {"state": "second", "at": torch.ones(2)}
+    first, second, found = {"state": "first", "at": torch.arange(9)}, {"state": "second", "at": torch.ones(2)}, []
     store(tmp_path / "run").save(1, first)
-    found = []
     for count, folder in enumerate(failures(tmp_path / "run", monkeypatch, error, lambda run: run.save(step, second))):
         saved = newest(store(folder))
         found.append(saved.state["state"])

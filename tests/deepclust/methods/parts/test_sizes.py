@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from deepclust.errors import ConfigError
 from deepclust.methods.parts import sizes
 
 
-@pytest.mark.parametrize(
-    ("rule", "given", "expected"),
-    [
-        *((sizes.prototypes, given, found) for given, found in [((60_000, 28), 100), ((1_281_167, 224), 4000)]),
-        *((sizes.prototypes, given, found) for given, found in [((100_000, 64), 300), ((96, 16), 10), ((20, 16), 4)]),
-        *((sizes.key_queue, given, found) for given, found in [((60_000, 256), 4096), ((96, 64), 64)]),
-        *((sizes.clusters, given, found) for given, found in [((60_000, 256), (500, 1000, 2000)), ((48, 16), (24,))]),
-        *((sizes.clusters, given, found) for given, found in [((10_000, 256), (384, 768, 1536)), ((96, 16), (24, 48))]),
-    ],
-)
-def test_sizes_by_hand(rule: Callable[..., Any], given: tuple[int, int], expected: Any) -> None:
-    assert rule(*given) == expected
+def test_sizes_by_hand() -> None:
+    given = [(60_000, 28), (50_000, 32), (1_281_167, 224), (100_000, 64), (96, 16), (20, 16)]
+    assert [sizes.prototypes(images, side) for images, side in given] == [100, 100, 4000, 300, 10, 4]
+    given = [(60_000, 256), (10_000, 256), (96, 16), (48, 16)]
+    assert [sizes.clusters(*each) for each in given] == [(500, 1000, 2000), (384, 768, 1536), (24, 48), (24,)]
+    assert [sizes.key_queue(*each) for each in [(60_000, 256), (50_000, 512), (96, 64)]] == [4096, 3584, 64]
 
 
-@pytest.mark.parametrize(
-    ("prototypes", "batch", "images", "part", "expected"),
-    [(256, 256, 60_000, 256, 0), (257, 256, 60_000, 256, 256), (3000, 256, 60_000, 256, 2816), (90, 32, 300, 32, 64)]
-    + [(100, 256, 60_000, 256, 0), (100, 256, 60_000, 64, 256)],  # parts of a batch need one that the whole would not
-)
-def test_the_queue_brings_what_is_computed_at_once_and_itself_to_the_prototypes(
-    prototypes: int, batch: int, images: int, part: int, expected: int
-) -> None:
-    assert sizes.swav_queue(prototypes, batch, images, part=part) == expected
+def test_the_queue_brings_itself_and_what_is_computed_at_once_to_the_prototypes() -> None:
+    queues = [sizes.swav_queue(prototypes, 256, 60_000, part=256) for prototypes in (100, 256, 257, 3000)]
+    assert queues == [0, 0, 256, 2816]
+    assert sizes.swav_queue(90, 32, 300, part=32) == 64
+    assert sizes.swav_queue(100, 256, 60_000, part=64) == 256, "parts of a batch need one that the whole would not"
 
 
 def test_too_few_images_for_a_batch_are_refused_with_the_batch_that_fits() -> None:
