@@ -14,44 +14,38 @@ from tests.deepclust.adaptation.nets import LIVELY, classifier, make, same, seed
 def trained(norm, seed=0):
     """A BatchNorm with weights and statistics as far from the initial ones as training brings them."""
     generator = seeded(seed)
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.running_var):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        for tensor in (norm.bias, norm.running_mean):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for tensor in (norm.weight, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
+    for tensor in (norm.bias, norm.running_mean):
+        nn.init.normal_(tensor, generator=generator)
     return norm
 
 
-def convolutional(seed=0):
+def convolutional():
     """Two convolutions with BatchNorm, the second of timm's kind that holds its activation; float64."""
-    generator = seeded(seed)
-    first, second = nn.Conv2d(1, 4, 2), nn.Conv2d(4, 3, 2)
-    head = nn.Linear(3, 3)
-    with torch.no_grad():
-        for parameter in (*first.parameters(), *second.parameters(), *head.parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    generator = seeded(0)
+    first, second, head = nn.Conv2d(1, 4, 2), nn.Conv2d(4, 3, 2), nn.Linear(3, 3)
+    for parameter in (*first.parameters(), *second.parameters(), *head.parameters()):
+        nn.init.normal_(parameter, generator=generator)
     norms = trained(nn.BatchNorm2d(4), 1), trained(BatchNormAct2d(3, act_layer=nn.ReLU), 2)
     featurizer = nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Classifier(featurizer, head).double().eval()
 
 
 def by_hand(values, norm, weight):
-    """Normalise (B, C, …) with `weight` on the running statistics, channel by channel."""
-    result = torch.empty_like(values)
-    for channel in range(values.shape[1]):
-        own = values[:, channel]
-        own_mean = own.sum() / own.numel()
-        mean = weight * norm.running_mean[channel] + (1 - weight) * own_mean
-        variance = weight * norm.running_var[channel] + (1 - weight) * ((own - own_mean) ** 2).sum() / own.numel()
-        result[:, channel] = (own - mean) / torch.sqrt(variance + norm.eps) * norm.weight[channel] + norm.bias[channel]
-    return result.detach()
+    """Normalise (B, C, H, W) with `weight` on the running statistics."""
+    column = (1, -1, 1, 1)
+    own = values.mean(dim=(0, 2, 3))
+    mean = weight * norm.running_mean + (1 - weight) * own
+    spread = ((values - own.view(column)) ** 2).mean(dim=(0, 2, 3))
+    scale = norm.weight / torch.sqrt(weight * norm.running_var + (1 - weight) * spread + norm.eps)
+    return (values - mean.view(column)) * scale.view(column) + norm.bias.view(column)
 
 
 def convolutional_by_hand(model, images, weight):
     first, norm, _, second, norm_and_relu, _, _ = model.featurizer
     hidden = by_hand(first(images), norm, weight).clamp(min=0)
-    hidden = by_hand(second(hidden), norm_and_relu, weight).clamp(min=0)
-    return model.head(hidden.mean(dim=(2, 3))).detach()
+    return model.head(by_hand(second(hidden), norm_and_relu, weight).clamp(min=0).mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize(("prior", "count"), [(0.0, 9), (3.0, 9), (16.0, 1)])
@@ -59,7 +53,7 @@ def test_a_prior_of_n_images_weighs_n_by_n_plus_the_batchs_and_nothing_is_kept(p
     model = convolutional()
     adapter = make("bn", model, prior=prior)
     for images in stream(3):
-        truth = convolutional_by_hand(model, images[:count], prior / (prior + count))
+        truth = convolutional_by_hand(model, images[:count], prior / (prior + count)).detach()
         torch.testing.assert_close(adapter(images[:count]), truth, rtol=0, atol=1e-10)
 
 
@@ -98,12 +92,11 @@ def test_aligning_leaves_the_function_as_it_was_and_makes_batch_statistics_of_th
     model = model()
     source = torch.randn((40, 1, 3, 4), generator=seeded(5), dtype=torch.float64) * 1.7 - 0.4
     unseen = stream(1)[0]
-    before = model(source).detach(), model(unseen).detach()
-    assert not torch.allclose(BN(model)(source), before[0]), "the statistics have to differ at first"
+    known, other = model(source).detach(), model(unseen).detach()
+    assert not torch.allclose(BN(model)(source), known), "the statistics have to differ at first"
     align_statistics(model, source.split(sizes))
-    torch.testing.assert_close(model(source), before[0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(model(unseen), before[1], rtol=0, atol=1e-10)
-    torch.testing.assert_close(BN(model)(source), before[0], rtol=0, atol=1e-8)
+    for got, truth in ((model(source), known), (model(unseen), other), (BN(model)(source), known)):
+        torch.testing.assert_close(got, truth, rtol=0, atol=1e-8)
 
 
 def broken():
@@ -114,21 +107,19 @@ def broken():
 @pytest.mark.parametrize(
     ("batches", "weight", "message"),
     [
-        (lambda: [], 1.0, "expected images of the source .* got none"),
-        (broken, 1.0, "the disk is gone"),
-        (lambda: [*stream(1), stream(1)[0] * torch.nan], 1.0, "expected finite images, got NaN"),
-        (lambda: stream(2), torch.inf, "BatchNorm is given NaN or infinity"),
+        ([], 1.0, "expected images of the source .* got none"),
+        (broken(), 1.0, "the disk is gone"),
+        ([*stream(1), stream(1)[0] * torch.nan], 1.0, "expected finite images, got NaN"),
+        (stream(2), torch.inf, "BatchNorm is given NaN or infinity"),
     ],
-    ids=["empty", "broken off", "NaN", "infinite weight"],
 )
 def test_aligning_that_fails_leaves_the_model_as_it_was(batches, weight, message):
     model = convolutional()
     model.featurizer[1].train()
-    with torch.no_grad():
-        model.featurizer[0].weight[0, 0, 0, 0] = weight
+    model.featurizer[0].weight.data[0, 0, 0, 0] = weight
     modes, before = [module.training for module in model.modules()], state(model)
     with pytest.raises((AdaptationError, OSError), match=message):
-        align_statistics(model, batches())
+        align_statistics(model, batches)
     assert same(state(model), before)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
