@@ -54,21 +54,19 @@ def entropy(probabilities):
 
 class Adam:
     def __init__(self, names, rate):
-        self.names, self.rate, self.time = names, rate, 0
-        self.first, self.second = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        self.rate, self.time, self.moments = rate, 0, dict.fromkeys(names, (0.0, 0.0))
 
     def __call__(self, p, loss):
         """Weights after a step; those that learn must ask for gradients in `p`."""
-        gradients = torch.autograd.grad(loss, [p[name] for name in self.names], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [p[name] for name in self.moments], allow_unused=True)
         self.time += 1
         after = {name: value.detach() for name, value in p.items()}
-        for name, gradient in zip(self.names, gradients, strict=True):
-            if gradient is None:
-                continue
-            self.first[name] = 0.9 * self.first[name] + 0.1 * gradient
-            self.second[name] = 0.999 * self.second[name] + 0.001 * gradient**2
-            first, second = self.first[name] / (1 - 0.9**self.time), self.second[name] / (1 - 0.999**self.time)
-            after[name] = after[name] - self.rate * first / (second.sqrt() + 1e-8)
+        for (name, (first, second)), gradient in zip(self.moments.items(), gradients, strict=True):
+            if gradient is not None:
+                first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+                self.moments[name] = first, second
+                first, second = first / (1 - 0.9**self.time), second / (1 - 0.999**self.time)
+                after[name] = after[name] - self.rate * first / (second.sqrt() + 1e-8)
         return after
 
 

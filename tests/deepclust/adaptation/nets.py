@@ -14,21 +14,12 @@ CLASSES, FEATURES, HIDDEN, PIXELS = 4, 5, 6, 12
 LIVELY = 163
 
 MODULES = {
-    "w1": "featurizer.1.weight",
-    "b1": "featurizer.1.bias",
-    "scale": "featurizer.2.weight",
-    "shift": "featurizer.2.bias",
-    "w2": "featurizer.4.weight",
-    "b2": "featurizer.4.bias",
-    "w": "head.weight",
-    "b": "head.bias",
-}
-ROLES = {
-    "all": list(MODULES),
-    "affine": ["scale", "shift"],
-    "body": ["w1", "b1", "scale", "shift", "w2", "b2"],
-    "head": ["w", "b"],
-}
+    "w1": "featurizer.1.weight", "b1": "featurizer.1.bias", "scale": "featurizer.2.weight",
+    "shift": "featurizer.2.bias", "w2": "featurizer.4.weight", "b2": "featurizer.4.bias",
+    "w": "head.weight", "b": "head.bias",
+}  # fmt: skip
+BODY = ["w1", "b1", "scale", "shift", "w2", "b2"]
+ROLES = {"all": list(MODULES), "affine": ["scale", "shift"], "body": BODY, "head": ["w", "b"]}
 
 
 def make(name: str, model: nn.Module, **options: Any) -> Adapter:

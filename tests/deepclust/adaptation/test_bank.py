@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deepclust.adaptation import bank
 from deepclust.adaptation.adapters import t3a
@@ -18,32 +19,29 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for value in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(value, torch.Tensor):
-                self.numbers = max(self.numbers, value.numel())
+        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
         return made
 
 
+@pytest.fixture(scope="module")
 def members():
     """Features and pseudo-classes of a bank in which class 5 has no member."""
-    generator = seeded(0)
-    labels = torch.randint(CLASSES, (MEMBERS,), generator=generator)
-    features = torch.randn((MEMBERS, FEATURES), generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (MEMBERS,), generator=seeded(0))
+    features = torch.randn((MEMBERS, FEATURES), generator=seeded(1), dtype=torch.float64)
     return features, labels.masked_fill(labels == 5, 6)
 
 
-# The second is what a GPU takes.
-@pytest.mark.parametrize("sums", [bank.class_sums, bank.segment_sums])
-def test_sums_are_those_of_each_classs_members_and_0_without_any(sums):
-    features, labels = members()
-    found = sums(features, labels, CLASSES)
-    for k in range(CLASSES):
-        torch.testing.assert_close(found[k], features[labels == k].sum(dim=0))
-    assert not found[5].any()
+@pytest.mark.parametrize("sums", [bank.class_sums, bank.segment_sums])  # the second is what a GPU takes
+def test_sums_are_those_of_each_classs_members_and_0_without_any(sums, members):
+    features, labels = members
+    expected = torch.stack([features[labels == k].sum(dim=0) for k in range(CLASSES)])
+    torch.testing.assert_close(sums(features, labels, CLASSES), expected)
+    assert not expected[5].any()
 
 
-def test_prototypes_make_nothing_of_the_size_of_members_times_classes():
-    features, labels = members()
+def test_prototypes_make_nothing_of_the_size_of_members_times_classes(members):
+    features, labels = members
     scores, entropies = torch.zeros(MEMBERS, CLASSES), torch.zeros(MEMBERS)
     with Largest() as largest:
         bank.prototypes(bank.Bank(features, scores, labels, entropies))

@@ -18,22 +18,16 @@ def pictures(seed, count=4):
 
 
 @pytest.fixture(scope="module")
-def resnet():
+def libraries():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = models.resnet18(num_classes=CLASSES)
+        resnet = models.resnet18(num_classes=CLASSES)
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=CLASSES)
+        torch.nn.init.normal_(vit.head.weight)
     for seed in range(3):  # as if trained
-        model(pictures(seed))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def vit():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=CLASSES)
-        torch.nn.init.normal_(model.head.weight)
-    return model.eval()
+        resnet(pictures(seed))
+    return {"resnet": resnet.eval(), "vit": vit.eval()}
 
 
 def traces(model):
@@ -49,8 +43,8 @@ def traces(model):
     ("library", "name"),
     [*(("resnet", name) for name in ("bn", "tent", "t3a", "tsd", "rotta")), ("vit", "tsd"), ("vit", "roid")],
 )
-def test_a_model_of_a_library_adapts_in_three_lines_and_is_left_without_a_trace(library, name, request):
-    model = request.getfixturevalue(library)
+def test_a_model_of_a_library_adapts_in_three_lines_and_is_left_without_a_trace(library, name, libraries):
+    model = libraries[library]
     weights, before = state(model), copy.deepcopy(traces(model))
     adapter = make(name, model)
     configured = traces(adapter.model)[0]
@@ -63,9 +57,9 @@ def test_a_model_of_a_library_adapts_in_three_lines_and_is_left_without_a_trace(
 
 @pytest.mark.parametrize(("library", "fallbacks"), [("resnet", ["source", "bn"]), ("vit", ["source"])])
 def test_a_guarded_model_of_either_library_falls_back_where_tent_goes_astray_and_leaves_no_trace(
-    library, fallbacks, request
+    library, fallbacks, libraries
 ):
-    model = request.getfixturevalue(library)
+    model = libraries[library]
     weights, before = state(model), copy.deepcopy(traces(model))
     tame = Guard(make("tent", model, rate=1e-9), model, tolerance=0.99)
     wild = Guard(make("tent", model, rate=10.0, predict="after"), model, tolerance=0.0)
@@ -80,8 +74,9 @@ def test_a_guarded_model_of_either_library_falls_back_where_tent_goes_astray_and
     assert traces(model) == before
 
 
-def test_a_transformers_features_are_what_its_head_is_given(vit):
-    adapter, images = T3A(vit), pictures(0)
+def test_a_transformers_features_are_what_its_head_is_given(libraries):
+    vit, images = libraries["vit"], pictures(0)
+    adapter = T3A(vit)
     adapter(images)
     features = vit.forward_head(vit.forward_features(images), pre_logits=True).detach()
     for feature in features / features.norm(dim=1, keepdim=True):

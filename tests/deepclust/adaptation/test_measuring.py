@@ -95,9 +95,8 @@ def test_a_guard_is_judged_on_many_mixed_shifts_as_batch_by_batch_and_in_one_go(
     made["tent", True].given[:] = whose = random.integers(0, 3, len(truth))
     made["tent", True].own[30:60] = -1  # batches on which the adapter had no answer
     wrong[1, 30:60] = True
-    found = {
-        row["shift"]: row for row in measuring.tabulate(made, many, met, clusters=False) if row["adapter"] == "tent"
-    }
+    table = measuring.tabulate(made, many, met, clusters=False)
+    found = {row["shift"]: row for row in table if row["adapter"] == "tent"}
     assert met.batches.rounds <= 2 * len(made), "not once a shift"
     batch, rights = np.arange(len(of)) // batch_size, []
     for index in range(count):

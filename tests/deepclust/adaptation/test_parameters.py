@@ -12,11 +12,9 @@ def test_parameters_are_selected_by_role():
     featurizer = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3), nn.LayerNorm(3))
     model = Classifier(featurizer, nn.Linear(3, 2))
     body = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"]
-    names = {which: list(select_parameters(model, which)) for which in ("all", "affine", "body", "head")}
-    assert names["body"] == [f"featurizer.{name}" for name in body]
-    assert names["head"] == ["head.weight", "head.bias"]
-    assert names["all"] == names["body"] + names["head"]
-    assert names["affine"] == [f"featurizer.{name}" for name in ("1.weight", "1.bias", "4.weight", "4.bias")]
+    names = {"body": [f"featurizer.{name}" for name in body], "head": ["head.weight", "head.bias"]}
+    names |= {"all": names["body"] + names["head"], "affine": [names["body"][index] for index in (2, 3, 6, 7)]}
+    assert {which: list(select_parameters(model, which)) for which in names} == names
     assert select_parameters(model, "affine")["featurizer.4.bias"] is featurizer[4].bias
 
 
