@@ -1,9 +1,5 @@
 """Nothing mixes the devices, and the host waits for the GPU only where it is meant to: on a GPU that is not there."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +18,7 @@ from tests.deepclust.methods import toys
 IMAGES, BATCH, EPOCHS = 40, 16, 3
 STEPS = EPOCHS * (IMAGES // BATCH)
 # All that the views can do, in two parts a batch.
-OPTIONS: dict[str, Any] = {
+OPTIONS = {
     "epochs": EPOCHS, "batch_size": BATCH, "accumulate": 2, "crops": [views.Crop(scale=(0.3, 1.0))],
     "optimiser": optim.SGD(rate=0.1, clip_norm=1.0), "colour": views.Colour(),
 }  # fmt: skip
@@ -39,7 +35,7 @@ BEFORE_EPOCH = {
 # An adapter refuses a batch before it does harm, so it has to know.
 ADAPTER = {"classifier.check_images", "base.check_logits"}
 LEARNER = ADAPTER | {"normalisation.check_trained_statistics", "base.descend"}
-ADAPTER_READS: dict[str, set[str]] = {
+ADAPTER_READS = {
     "source": ADAPTER,
     "tent": LEARNER,
     "pseudo_label": LEARNER | {"pseudo_label.confident_loss"},
@@ -58,7 +54,7 @@ CORRUPTION_READS = {
 }  # fmt: skip
 
 
-def watched(name: str) -> gpu.Gpu:
+def watched(name):
     """What was seen of some epochs of a method, whose queue was full or prototypes clustered in the end."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=3, image_size=16)
@@ -68,7 +64,7 @@ def watched(name: str) -> gpu.Gpu:
     with gpu.pretended() as device:
         gpu.moved(method)
         device.uploads.clear()
-        how: dict[str, Any] = {"seed": 0, "precision": "float32", "normalise": lambda crops: crops}
+        how = {"seed": 0, "precision": "float32", "normalise": lambda crops: crops}
         assert loop.train(method, images, **how, device=gpu.DEVICE) == STEPS
     assert name != "swav" or method._use_queue
     assert name != "pcl" or method.clustered
@@ -76,7 +72,7 @@ def watched(name: str) -> gpu.Gpu:
 
 
 @pytest.mark.parametrize("name", toys.TRAINED)
-def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_waits(name: str) -> None:
+def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_waits(name):
     seen = watched(name)
     assert [read for read in seen.reads if read not in BEFORE_EPOCH] == [LOG] * STEPS
     once = {"data.Images.__init__", "features.batches", "loop.train", "kmeans._random_points"}
@@ -84,12 +80,12 @@ def test_a_step_reads_back_what_it_logs_and_nothing_else_and_no_copy_to_the_gpu_
 
 
 @pytest.mark.parametrize("name", ADAPTER_READS)
-def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(name: str) -> None:
-    options: dict[str, Any] = {"update_frequency": 9} if name == "rotta" else {}
+def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(name):
+    options = {"update_frequency": 9} if name == "rotta" else {}
     with gpu.pretended() as device:
         model = gpu.moved(classifier(LIVELY))
         method = name.removeprefix("guarded ")
-        adapter: Any = make(method, model, **options)
+        adapter = make(method, model, **options)
         if method != name:
             adapter = Guard(adapter, model)
         for images in stream(3):
@@ -100,7 +96,7 @@ def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(na
 
 
 @pytest.mark.parametrize("name", [*CORRUPTION_READS, "glass_blur", "elastic_transform", "rotation"])
-def test_a_corruption_is_the_cpus_bit_for_bit_and_reads_what_it_says(name: str) -> None:
+def test_a_corruption_is_the_cpus_bit_for_bit_and_reads_what_it_says(name):
     images = scenes(2, 3, 16, 16)
     expected = corrupt(images, name, 3, generator=seeded())
     with gpu.pretended() as device:
@@ -113,7 +109,7 @@ def test_a_corruption_is_the_cpus_bit_for_bit_and_reads_what_it_says(name: str) 
         assert torch.equal(found.cpu(), expected)
 
 
-def test_a_tensor_of_the_cpus_among_those_of_the_gpus_is_named_with_its_place() -> None:
+def test_a_tensor_of_the_cpus_among_those_of_the_gpus_is_named_with_its_place():
     with gpu.pretended():
         queue = gpu.moved(Queue(8, 4))
         with pytest.raises(AssertionError, match=r"queue\.Queue\.push: .*index_copy_.* \(2, 4\)"):

@@ -1,15 +1,9 @@
 """Runs that are broken on purpose are caught within two epochs and named rightly; healthy ones raise no alarm."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
 
 from deepclust import seeding
 from deepclust.evaluation import watchdog
@@ -25,7 +19,7 @@ COLOUR = Colour(flip=0.0, jitter=1.0, brightness=0.2, contrast=0.2, blur=0.0)
 BATCH = 20  # 60 steps an epoch: after two, every rule has had the patience it asks for
 RATES = {"swav": 0.4, "pcl": 0.2, "simsiam": 0.2}
 # Those of the parameters' files, with sizes for 1,200 images of six kinds.
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "swav": {
         "hidden_dim": 64,
         "dim": 32,
@@ -40,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawings(count: int = 1200) -> NDArray[np.uint8]:
+def drawings(count=1200):
     """Discs, rings, bars, crosses, and gratings of two directions; place, size, contrast and noise are random."""
     generator = np.random.default_rng(0)
     kind = generator.integers(0, 6, (count, 1, 1))
@@ -63,9 +57,7 @@ def drawings(count: int = 1200) -> NDArray[np.uint8]:
     return drawn.clip(0, 255).astype(np.uint8)[..., None]
 
 
-def watched(
-    name: str, images: NDArray[np.uint8], *, rate: float = 1.0, epochs: int = 2, warmup: float = 0, **changes: Any
-) -> list[watchdog.Report]:
+def watched(name, images, *, rate=1.0, epochs=2, warmup=0, **changes):
     """The reports on a short run; `rate` is a factor, `changes` are to the method's options."""
     optimiser = SGD(rate=RATES[name] * rate, weight_decay=5e-4, warmup_epochs=warmup, final_rate=0.001)
     options = {"epochs": epochs, "batch_size": BATCH, "optimiser": optimiser, "crops": CROPS[:1], "colour": COLOUR}
@@ -73,40 +65,40 @@ def watched(
         backbone, dim = backbones.build("small", channels=1, image_size=SIZE)
         method = method_class(name)(backbone, dim, config_class(name)(**(options | OPTIONS[name] | changes)))
     mean, std = float(images.mean() / 255), float(max(images.std() / 255, 1e-3))
-    how: dict[str, Any] = {"normalise": lambda x: (x - mean) / std, "device": torch.device("cpu"), "seed": 0}
+    how = {"normalise": lambda x: (x - mean) / std, "device": torch.device("cpu"), "seed": 0}
     watch = watchdog.Watchdog(method, images, **how)
-    reports: list[watchdog.Report] = []
+    reports = []
     judge = lambda done: reports.append(watch.epoch(done))  # noqa: E731
     loop.train(method, images, precision="float32", on_step=watch.step, on_epoch=judge, **how)
     return reports
 
 
-def first_symptoms(reports: list[watchdog.Report]) -> list[str]:
+def first_symptoms(reports):
     """The first alarm of each epoch that has one."""
     return [report.alarms[0].symptom for report in reports if report.alarms]
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_a_healthy_run_raises_no_alarm(name: str) -> None:
+def test_a_healthy_run_raises_no_alarm(name):
     reports = watched(name, drawings())
     assert [alarm.message for report in reports for alarm in report.alarms] == []
 
 
-def test_an_epsilon_too_large_is_named_by_its_uniform_codes() -> None:
+def test_an_epsilon_too_large_is_named_by_its_uniform_codes():
     reports = watched("swav", drawings(), epsilon=1.0)
     assert [alarm.symptom for alarm in reports[-1].alarms] == ["prototype collapse", "loss at ln K"]
     assert "lower epsilon" in reports[-1].alarms[0].message
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_a_rate_100_times_too_large_is_named_diverging(name: str) -> None:
+def test_a_rate_100_times_too_large_is_named_diverging(name):
     # The stated rates are for 256 images; batches of 20 would scale them down to what the nets here can stand.
     reports = watched(name, drawings(), rate=100 * 256 / BATCH, epochs=1)
     assert first_symptoms(reports)[0] == "diverging", [report.indicators["weight_growth"] for report in reports]
 
 
-def test_simsiam_without_its_stop_gradient_is_named_a_representation_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_stop_gradient(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+def test_simsiam_without_its_stop_gradient_is_named_a_representation_collapse(monkeypatch):
+    def without_stop_gradient(p1, p2, z1, z2):
         return -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
 
     monkeypatch.setattr(simsiam, "symmetric_loss", without_stop_gradient)

@@ -1,7 +1,6 @@
 """Metrics by hand and by exhaustive search."""
 
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from deepclust.evaluation import metrics
 
 
-def test_matched_accuracy_is_the_best_of_all_matchings() -> None:
+def test_matched_accuracy_is_the_best_of_all_matchings():
     rng = np.random.default_rng(0)
     for _ in range(5):
         labels, clusters = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
@@ -17,7 +16,7 @@ def test_matched_accuracy_is_the_best_of_all_matchings() -> None:
         assert metrics.matched_accuracy(labels, clusters) == pytest.approx(best)
 
 
-def test_surplus_clusters_count_as_wrong_and_too_few_match_one_class_each() -> None:
+def test_surplus_clusters_count_as_wrong_and_too_few_match_one_class_each():
     labels = np.array([0, 0, 1, 1, 2, 2])
     for clusters, expected in (([2, 2, 0, 0, 1, 1], 1), ([0, 3, 1, 4, 2, 5], 1 / 2), ([0, 0, 0, 0, 5, 5], 2 / 3)):
         assert metrics.matched_accuracy(labels, np.array(clusters)) == pytest.approx(expected)
@@ -25,16 +24,14 @@ def test_surplus_clusters_count_as_wrong_and_too_few_match_one_class_each() -> N
     assert metrics.ari(labels, np.array([2, 2, 0, 0, 1, 1])) == pytest.approx(1.0)
 
 
-def test_silhouette_by_hand_and_undefined_for_one_cluster() -> None:
+def test_silhouette_by_hand_and_undefined_for_one_cluster():
     distance = metrics.distances(np.array([[0.0], [1.0], [10.0], [11.0]], dtype=np.float32))
     expected = 1 - (1 / 10.5 + 1 / 9.5) / 2
     assert metrics.silhouette(distance, np.array([0, 0, 1, 1])) == pytest.approx(expected)
     assert metrics.silhouette(distance, np.zeros(4, dtype=np.int64)) is None
 
 
-def test_rankme_of_rows_read_part_by_part_is_the_formula_in_float64(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rankme_of_rows_read_part_by_part_is_the_formula_in_float64(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "rows.npy", (rng.normal(size=(203, 9)) * rng.gamma(1, size=9)).astype(np.float32))
     monkeypatch.setattr(metrics, "_CHUNK", 9 * 20)  # the last part is shorter

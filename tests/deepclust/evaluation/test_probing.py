@@ -9,7 +9,7 @@ from deepclust.errors import DataError
 from deepclust.evaluation import probing
 
 
-def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(count, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count,), generator=generator)
     centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
@@ -17,7 +17,7 @@ def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.1), (20, 0.001)])
-def test_knn_equals_a_loop_in_float64(k: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knn_equals_a_loop_in_float64(k, temperature, monkeypatch):
     monkeypatch.setattr(probing, "_CHUNK", 7)  # the last part is shorter
     (bank, labels), (queries, _) = data(100, 0), data(30, 1)
     found = probing.knn(bank, labels, queries, classes=3, neighbours=[k], temperatures=[temperature])[k, temperature]
@@ -30,7 +30,7 @@ def test_knn_equals_a_loop_in_float64(k: int, temperature: float, monkeypatch: p
         assert predicted == votes.argmax()
 
 
-def test_the_linear_classifier_reaches_scikit_learns_objective() -> None:
+def test_the_linear_classifier_reaches_scikit_learns_objective():
     features, labels = data(300, 0)
     features = features * torch.tensor([1, 10, 0.1, 1, 5, 0]) + 3  # the last never varies
     decay = 1e-2
@@ -41,6 +41,6 @@ def test_the_linear_classifier_reaches_scikit_learns_objective() -> None:
     np.testing.assert_allclose(ours, expected.predict_proba(standard), atol=2e-3)
 
 
-def test_no_labels_are_refused() -> None:
+def test_no_labels_are_refused():
     with pytest.raises(DataError, match="labelled"):
         probing.fit_linear(torch.zeros(0, 4), torch.zeros(0).long(), classes=2, weight_decays=[1.0], iterations=1)

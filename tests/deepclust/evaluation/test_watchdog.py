@@ -1,16 +1,11 @@
 """What the watchdog measures, when it speaks, and that it leaves no trace."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from deepclust import seeding
 from deepclust.evaluation import metrics, watchdog
@@ -19,14 +14,14 @@ from deepclust.methods.parts.options import TrainedConfig
 from deepclust.models.features import to_float
 from deepclust.training import loop
 
-HOW: dict[str, Any] = {"normalise": lambda x: x - 0.5, "device": torch.device("cpu")}
+HOW = {"normalise": lambda x: x - 0.5, "device": torch.device("cpu")}
 EPOCH = loop.Epoch(0, 1.0, 0.0, 40)
 
 
 class Embedding(Method):
     """A backbone with what an observer could disturb: batch normalisation, dropout, and one part in eval mode."""
 
-    def __init__(self, dim: int = 12) -> None:
+    def __init__(self, dim=12):
         generator = torch.Generator().manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, dim))
         with torch.no_grad():
@@ -34,25 +29,23 @@ class Embedding(Method):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         super().__init__(net, TrainedConfig(epochs=2, batch_size=10))
 
-    def loss(
-        self, views: list[Tensor], indices: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, views, indices, generator):
         return (self.backbone(views[0]) - self.backbone(views[1])).square().mean(), {}
 
 
-def images(count: int = 40) -> NDArray[np.uint8]:
+def images(count=40):
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
 
 
-def watch(method: Method, given: NDArray[np.uint8] | None = None, seed: int = 0) -> watchdog.Watchdog:
+def watch(method, given=None, seed=0):
     return watchdog.Watchdog(method, images() if given is None else given, seed=seed, **HOW)
 
 
-def step(number: int, *, rate: float = 0.1, loss: float = 1.0, norm: float = 1.0, **logged: float) -> loop.Step:
+def step(number, *, rate=0.1, loss=1.0, norm=1.0, **logged):
     return loop.Step(number, 0, loss, rate, norm, logged)
 
 
-def report(steps: Sequence[loop.Step], given: NDArray[np.uint8] | None = None, name: str = "swav") -> watchdog.Report:
+def report(steps, given=None, name="swav"):
     method = Embedding()
     method.name = name  # type: ignore[misc]
     dog = watch(method, given)
@@ -61,27 +54,27 @@ def report(steps: Sequence[loop.Step], given: NDArray[np.uint8] | None = None, n
     return dog.epoch(EPOCH)
 
 
-def symptoms(found: watchdog.Report) -> list[str]:
+def symptoms(found):
     return [alarm.symptom for alarm in found.alarms]
 
 
-def test_training_is_bit_for_bit_the_same_with_and_without_it() -> None:
-    def state(*, watched: bool) -> dict[str, Tensor]:
+def test_training_is_bit_for_bit_the_same_with_and_without_it():
+    def state(*, watched):
         method = Embedding()
         dog = watch(method)
         judge = lambda done: reports.append(dog.epoch(done))  # noqa: E731
         with seeding.seeded(0):
-            seen: dict[str, Any] = {"on_step": dog.step, "on_epoch": judge} if watched else {}
+            seen = {"on_step": dog.step, "on_epoch": judge} if watched else {}
             loop.train(method, images(), seed=0, precision="float32", **seen, **HOW)
         return method.state_dict()
 
-    reports: list[watchdog.Report] = []
+    reports = []
     alone, observed = state(watched=False), state(watched=True)
     assert all(torch.equal(observed[key], value) for key, value in alone.items())
     assert [done.epoch for done in reports] == [0, 1]
 
 
-def test_modes_and_gradients_are_what_they_were() -> None:
+def test_modes_and_gradients_are_what_they_were():
     method = Embedding()
     method.backbone[3].eval()
     modes = [module.training for module in method.modules()]
@@ -91,14 +84,14 @@ def test_modes_and_gradients_are_what_they_were() -> None:
 
 
 @pytest.mark.parametrize(("dim", "expected"), [(5, ["representation collapse"]), (12, [])])
-def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim: int, expected: list[str]) -> None:
+def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim, expected):
     found = watch(Embedding(dim)).epoch(EPOCH)
     assert 3 < found.indicators["rankme"] < dim
     assert symptoms(found) == expected
 
 
-def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_decides() -> None:
-    def rank(given: NDArray[np.uint8], seed: int = 0) -> float:
+def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_decides():
+    def rank(given, seed=0):
         return watch(method, given, seed).epoch(EPOCH).indicators["rankme"]
 
     method, many = Embedding(), images(watchdog.SAMPLE + 100)
@@ -109,14 +102,14 @@ def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_d
     assert found == pytest.approx(metrics.rankme(rows.numpy()), rel=1e-5)
 
 
-def test_numbers_of_the_steps_are_means_over_the_last_ones_of_the_epoch() -> None:
+def test_numbers_of_the_steps_are_means_over_the_last_ones_of_the_epoch():
     indicators = report([step(n, loss=float(n), norm=2.0 * n) for n in range(watchdog.RECENT + 30)]).indicators
     expected = 30 + (watchdog.RECENT - 1) / 2
     assert (indicators["loss"], indicators["gradient_norm"]) == pytest.approx((expected, 2 * expected))
     assert symptoms(report([step(n, norm=math.inf if n < 6 else 1.0) for n in range(10)])) == ["non-finite"]
 
 
-def test_weight_growth_is_the_geometric_mean_over_the_matrices_and_features_must_be_finite() -> None:
+def test_weight_growth_is_the_geometric_mean_over_the_matrices_and_features_must_be_finite():
     method = Embedding()
     dog = watch(method)
     with torch.no_grad():
@@ -129,7 +122,7 @@ def test_weight_growth_is_the_geometric_mean_over_the_matrices_and_features_must
     assert "rankme" not in found.indicators
 
 
-def test_images_that_do_not_vary_are_told_apart() -> None:
+def test_images_that_do_not_vary_are_told_apart():
     alike, flat = np.repeat(images(1), 40, axis=0), np.arange(40, dtype=np.uint8).repeat(64).reshape(40, 8, 8, 1) * 6
     for given, indicator, what in ((alike, "image_variation", "alike"), (flat, "flat_images", "one flat colour")):
         found = report([step(0)], given)
@@ -147,11 +140,11 @@ def test_images_that_do_not_vary_are_told_apart() -> None:
         ({"code_entropy": 1.0, "loss_to_chance": 1.0}, ["prototype collapse", "loss at ln K"]),
     ],
 )
-def test_a_symptom_is_named_and_the_root_cause_comes_first(logged: dict[str, float], expected: list[str]) -> None:
+def test_a_symptom_is_named_and_the_root_cause_comes_first(logged, expected):
     assert symptoms(report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)])) == expected
 
 
-def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger() -> None:
+def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger():
     diverging = ["diverging"]
     for start, later, expected in [(1.0, 1.3, diverging), (0.5, 1.1, []), (1.3, 1.4, []), (1.3, 2.0, diverging)]:
         steps = [step(0, loss_to_chance=start), *(step(n, loss_to_chance=later) for n in range(1, 80))]
@@ -168,13 +161,13 @@ def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger() -> Non
         ("simsiam", {"embedding_spread": 0.6}, "representation collapse: embedding_spread 0.6, below "),
     ],
 )
-def test_an_alarm_is_one_line_by_the_methods_bounds(name: str, logged: dict[str, float], expected: str) -> None:
+def test_an_alarm_is_one_line_by_the_methods_bounds(name, logged, expected):
     (alarm,) = report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)], name=name).alarms
     assert alarm.message.startswith(expected)
     assert "\n" not in alarm.message
 
 
-def test_a_loss_that_passes_through_chance_does_not_stay_there() -> None:
+def test_a_loss_that_passes_through_chance_does_not_stay_there():
     falling = np.linspace(1.1, 0.9, watchdog.RECENT)
     started = [step(n, loss_to_chance=0.9) for n in range(watchdog.PATIENCE)]
     found = report([*started, *(step(n, loss_to_chance=float(value)) for n, value in enumerate(falling))])
@@ -183,7 +176,7 @@ def test_a_loss_that_passes_through_chance_does_not_stay_there() -> None:
     assert symptoms(found) == []
 
 
-def test_a_loss_at_chance_is_judged_after_the_warm_up_only() -> None:
+def test_a_loss_at_chance_is_judged_after_the_warm_up_only():
     dog = watch(Embedding())
     total = watchdog.PATIENCE + 100
     for n in range(total):

@@ -1,15 +1,10 @@
 """Features batch by batch, and written into one file by several processes."""
 
-from __future__ import annotations
-
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from deepclust import distributed, seeding
 from deepclust.errors import DataError, PeerError
@@ -21,12 +16,12 @@ from tests import processes
 CPU = torch.device("cpu")
 
 
-def images(count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def images(count):
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
 
 
-def test_only_the_wanted_rows_are_embedded_a_batch_at_a_time_and_in_their_order() -> None:
-    def means(batch: Tensor) -> Tensor:
+def test_only_the_wanted_rows_are_embedded_a_batch_at_a_time_and_in_their_order():
+    def means(batch):
         return torch.stack([batch.mean((1, 2, 3)), batch.amax((1, 2, 3))], 1)
 
     pixels = images(10).reshape(10, -1) / 255
@@ -39,26 +34,24 @@ def test_only_the_wanted_rows_are_embedded_a_batch_at_a_time_and_in_their_order(
         features.extract(means, images(0), batch_size=2, device=CPU)
 
 
-def test_features_that_are_not_finite_name_their_image_among_all() -> None:
+def test_features_that_are_not_finite_name_their_image_among_all():
     pictures = np.zeros((10, 8, 8, 1), dtype=np.uint8)
     pictures[[6, 7]] = 255
 
-    def diverged(batch: Tensor) -> Tensor:
-        return 1 / (1 - batch.mean((1, 2, 3)))[:, None]
-
-    found = features.batches(diverged, pictures, slice(2, 10), batch_size=3, device=CPU)
+    net = lambda batch: 1 / (1 - batch.mean((1, 2, 3)))[:, None]  # noqa: E731
+    found = features.batches(net, pictures, slice(2, 10), batch_size=3, device=CPU)
     assert next(found)[1].flatten().tolist() == [1, 1, 1]
     with pytest.raises(DataError, match="image 6;"):
         next(found)
 
 
-def encoder() -> Encoder:
+def encoder():
     with seeding.seeded(0):
         built = Encoder(backbone="small", image_size=8, channels=1, mean=[0.5], std=[0.25])
     return built.eval().requires_grad_(False)
 
 
-def _embed(path: Path, count: int, *, broken: bool = False) -> tuple[int, str]:
+def _embed(path, count, *, broken=False):
     net = encoder()
     if broken and distributed.rank() == 1:
         next(net.backbone.parameters()).fill_(torch.nan)
@@ -69,14 +62,13 @@ def _embed(path: Path, count: int, *, broken: bool = False) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("world", "count"), [(2, 13), (4, 3)])
-def test_processes_write_their_rows_of_one_file(world: int, count: int, tmp_path: Path) -> None:
-    path = tmp_path / "test.npy"
-    assert processes.pool(world).run(_embed, path, count) == [(count, "")] * world
+def test_processes_write_their_rows_of_one_file(world, count, tmp_path):
+    assert processes.pool(world).run(_embed, tmp_path / "test.npy", count) == [(count, "")] * world
     expected = features.extract(encoder(), images(count), batch_size=count, device=CPU)
-    np.testing.assert_allclose(np.load(path), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "test.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
+def test_what_fails_on_one_process_fails_on_all(tmp_path):
     pool = processes.pool(2)
     (_, first), (_, second) = pool.run(partial(_embed, broken=True), tmp_path / "test.npy", 8)
     assert first.startswith("PeerError")
