@@ -41,14 +41,8 @@ class _OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> _OnGpu:
-        tensor: _OnGpu = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            host.size(),
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            device=DEVICE,
-        )
+        where = {"strides": host.stride(), "storage_offset": host.storage_offset()}
+        tensor = Tensor._make_wrapper_subclass(cls, host.size(), **where, dtype=host.dtype, device=DEVICE)
         tensor.host = host
         return tensor
 
@@ -82,9 +76,9 @@ class Gpu(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        operation = func.overloadpacket
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_gpu = any(isinstance(tensor, _OnGpu) for tensor in tensors)
-        operation = func.overloadpacket
         if on_gpu and operation not in _COPIES:
             _check_devices(operation, args, tensors)
         if on_gpu and _waits(operation, args, kwargs):
@@ -93,7 +87,7 @@ class Gpu(TorchDispatchMode):
             self.uploads.append(_where())
         to_gpu = on_gpu if operation != _aten.copy_ else isinstance(args[0], _OnGpu)
         if kwargs.get("device") is not None:
-            to_gpu = torch.device(kwargs["device"]).type == DEVICE.type
+            to_gpu = _asks_for_gpu(kwargs)
             kwargs["device"] = torch.device("cpu")
         generator = kwargs.get("generator")
         assert generator is None or generator.device.type == (DEVICE.type if to_gpu else "cpu"), f"{func}: generator"
@@ -116,8 +110,7 @@ def _check_devices(operation: Any, args: Any, tensors: list[Tensor]) -> None:
         indices = [index for index in args[1] if index is not None]
         others = [tensor for tensor in others if not any(tensor is index for index in indices)]
     # A single number of the CPU's goes along with a kernel's arguments, but for those that copy memory.
-    if operation not in _JOINING:
-        others = [tensor for tensor in others if tensor.ndim > 0]
+    others = [tensor for tensor in others if tensor.ndim > 0 or operation in _JOINING]
     assert not others, f"{_where()}: {operation} of tensors on the GPU with one on the CPU, {tuple(others[0].shape)}"
 
 
@@ -125,7 +118,7 @@ def _waits(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if operation == _aten.copy_:
         return _on_cpu(args[0])
     if operation == _aten._to_copy:
-        return kwargs.get("device") is not None and torch.device(kwargs["device"]).type != DEVICE.type
+        return kwargs.get("device") is not None and not _asks_for_gpu(kwargs)
     if operation in _INDEXING:
         # A mask is counted first, but where a single value fills it.
         masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -141,8 +134,12 @@ def _uploads(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         return isinstance(args[0], _OnGpu) and any(_on_cpu(tensor) for tensor in given)
     if operation == _aten.copy_:
         return isinstance(args[0], _OnGpu) and _on_cpu(args[1]) and not (len(args) > 2 and args[2])
-    to_gpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE.type
-    return operation == _aten._to_copy and to_gpu and _on_cpu(args[0]) and not kwargs.get("non_blocking")
+    waits = operation == _aten._to_copy and not kwargs.get("non_blocking")
+    return waits and _on_cpu(args[0]) and _asks_for_gpu(kwargs)
+
+
+def _asks_for_gpu(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE.type
 
 
 def _on_cpu(tensor: Tensor) -> bool:
@@ -177,12 +174,10 @@ def _backward(loss: Tensor) -> None:
 def moved(module: nn.Module) -> nn.Module:
     """A module's parameters and buffers on the pretended GPU, in place, as `module.to` has them."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(DEVICE)
+        for name, parameter in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(DEVICE)
     return module
 
 

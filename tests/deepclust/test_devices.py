@@ -27,11 +27,8 @@ LOG = "loop._Update.prepare"
 # k-means decides on the host, once an iteration, whether it goes on; sizes of clusters and masks of rows are counted.
 KMEANS = {"fit", "_nearest", "_fetch", "_plus_plus", "_lloyd", "_accumulate", "_refill", "concentration"}
 # Before an epoch: features go through numpy, and are clustered.
-BEFORE_EPOCH = {
-    "deepcluster_v2.DeepClusterV2.before_epoch",
-    "features.batches",
-    *(f"kmeans.{each}" for each in KMEANS),
-}
+BEFORE_EPOCH = {"deepcluster_v2.DeepClusterV2.before_epoch", "features.batches", *(f"kmeans.{each}" for each in KMEANS)}
+BANK = {"bank.segment_sums", "bank.check_bank"}
 # An adapter refuses a batch before it does harm, so it has to know.
 ADAPTER = {"classifier.check_images", "base.check_logits"}
 LEARNER = ADAPTER | {"normalisation.check_trained_statistics", "base.descend"}
@@ -39,9 +36,8 @@ ADAPTER_READS = {
     "source": ADAPTER,
     "tent": LEARNER,
     "pseudo_label": LEARNER | {"pseudo_label.confident_loss"},
-    "t3a": ADAPTER | {"t3a.keep", "bank.segment_sums", "bank.check_bank"},
-    "tsd": LEARNER
-    | {"bank.remember", "bank.prototypes", "bank.segment_sums", "bank.check_bank", "tsd.distillation_loss"},
+    "t3a": ADAPTER | BANK | {"t3a.keep"},
+    "tsd": LEARNER | BANK | {"bank.remember", "bank.prototypes", "tsd.distillation_loss"},
     "lame": ADAPTER | {"lame.assign"},
     "rotta": LEARNER | {"rotta.RoTTA._adapt"},
     "roid": LEARNER | {"roid._between_0_and_1"},
@@ -58,8 +54,7 @@ def watched(name):
     """What was seen of some epochs of a method, whose queue was full or prototypes clustered in the end."""
     with seeding.seeded(0):
         backbone, dim = backbones.build("small", channels=3, image_size=16)
-        changes = OPTIONS | ({"queue_start_epoch": 0} if name == "swav" else {})
-        method = toys.build(name, backbone, dim, **changes)
+        method = toys.build(name, backbone, dim, **OPTIONS | ({"queue_start_epoch": 0} if name == "swav" else {}))
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
     with gpu.pretended() as device:
         gpu.moved(method)
@@ -86,8 +81,7 @@ def test_an_adapter_stays_on_the_models_device_and_reads_what_its_checks_need(na
         model = gpu.moved(classifier(LIVELY))
         method = name.removeprefix("guarded ")
         adapter = make(method, model, **options)
-        if method != name:
-            adapter = Guard(adapter, model)
+        adapter = adapter if method == name else Guard(adapter, model)
         for images in stream(3):
             assert adapter(images.to(gpu.DEVICE)).device == gpu.DEVICE
         adapter.load_state_dict(adapter.state_dict())
@@ -102,10 +96,7 @@ def test_a_corruption_is_the_cpus_bit_for_bit_and_reads_what_it_says(name):
     with gpu.pretended() as device:
         found = corrupt(images.to(gpu.DEVICE), name, 3, generator=seeded())
         assert found.device == gpu.DEVICE
-        assert set(device.reads) == {
-            "corruptions._check",
-            *([CORRUPTION_READS[name]] if name in CORRUPTION_READS else []),
-        }
+        assert set(device.reads) == {"corruptions._check", CORRUPTION_READS.get(name, "corruptions._check")}
         assert torch.equal(found.cpu(), expected)
 
 

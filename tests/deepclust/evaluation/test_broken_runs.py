@@ -20,14 +20,8 @@ BATCH = 20  # 60 steps an epoch: after two, every rule has had the patience it a
 RATES = {"swav": 0.4, "pcl": 0.2, "simsiam": 0.2}
 # Those of the parameters' files, with sizes for 1,200 images of six kinds.
 OPTIONS = {
-    "swav": {
-        "hidden_dim": 64,
-        "dim": 32,
-        "prototypes": [20],
-        "queue_length": 0,
-        "freeze_prototypes_steps": 0,
-        "crops": CROPS,
-    },
+    "swav": {"hidden_dim": 64, "dim": 32, "prototypes": [20], "crops": CROPS}
+    | {"queue_length": 0, "freeze_prototypes_steps": 0},
     "pcl": {"hidden_dim": 64, "dim": 32, "key_momentum": 0.99, "queue_length": 400, "temperature": 0.1}
     | {"clusters": [60, 120], "negatives": 20, "kmeans_iterations": 10, "warmup_epochs": 0},
     "simsiam": {"hidden_dim": 128, "dim": 128, "predictor_dim": 32, "projector_layers": 2},
@@ -39,8 +33,7 @@ def drawings(count=1200):
     generator = np.random.default_rng(0)
     kind = generator.integers(0, 6, (count, 1, 1))
     y, x = np.mgrid[:SIZE, :SIZE][:, None]
-    dy = y - generator.uniform(5, 10, (count, 1, 1))
-    dx = x - generator.uniform(5, 10, (count, 1, 1))
+    dy, dx = (place - generator.uniform(5, 10, (count, 1, 1)) for place in (y, x))
     size = generator.uniform(2.5, 5, (count, 1, 1))
     radius = np.hypot(dy, dx)
     wave = 2 * np.pi / generator.uniform(3, 6, (count, 1, 1))

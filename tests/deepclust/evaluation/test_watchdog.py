@@ -24,9 +24,8 @@ class Embedding(Method):
     def __init__(self, dim=12):
         generator = torch.Generator().manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, dim))
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, generator=generator)
         super().__init__(net, TrainedConfig(epochs=2, batch_size=10))
 
     def loss(self, views, indices, generator):
@@ -59,35 +58,26 @@ def symptoms(found):
 
 
 def test_training_is_bit_for_bit_the_same_with_and_without_it():
-    def state(*, watched):
-        method = Embedding()
-        dog = watch(method)
-        judge = lambda done: reports.append(dog.epoch(done))  # noqa: E731
+    alone, observed, reports = Embedding(), Embedding(), []
+    dog = watch(observed)
+    seen = {"on_step": dog.step, "on_epoch": lambda done: reports.append(dog.epoch(done))}
+    for method, observer in ((alone, {}), (observed, seen)):
         with seeding.seeded(0):
-            seen = {"on_step": dog.step, "on_epoch": judge} if watched else {}
-            loop.train(method, images(), seed=0, precision="float32", **seen, **HOW)
-        return method.state_dict()
-
-    reports = []
-    alone, observed = state(watched=False), state(watched=True)
-    assert all(torch.equal(observed[key], value) for key, value in alone.items())
+            loop.train(method, images(), seed=0, precision="float32", **observer, **HOW)
+    assert all(torch.equal(observed.state_dict()[key], value) for key, value in alone.state_dict().items())
     assert [done.epoch for done in reports] == [0, 1]
 
 
-def test_modes_and_gradients_are_what_they_were():
-    method = Embedding()
+@pytest.mark.parametrize(("dim", "expected"), [(5, ["representation collapse"]), (12, [])])
+def test_features_of_five_dimensions_are_a_collapse_of_twelve_none_and_modes_and_gradients_stay(dim, expected):
+    method = Embedding(dim)
     method.backbone[3].eval()
     modes = [module.training for module in method.modules()]
-    watch(method).epoch(EPOCH)
-    assert [module.training for module in method.modules()] == modes
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in method.parameters())
-
-
-@pytest.mark.parametrize(("dim", "expected"), [(5, ["representation collapse"]), (12, [])])
-def test_features_of_five_dimensions_are_a_collapse_and_of_twelve_are_none(dim, expected):
-    found = watch(Embedding(dim)).epoch(EPOCH)
+    found = watch(method).epoch(EPOCH)
     assert 3 < found.indicators["rankme"] < dim
     assert symptoms(found) == expected
+    assert [module.training for module in method.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in method.parameters())
 
 
 def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_decides():
@@ -130,41 +120,37 @@ def test_images_that_do_not_vary_are_told_apart():
         assert what in found.alarms[0].message
 
 
+COLLAPSE, PROTOTYPES, AT_CHANCE = ["representation collapse"], ["prototype collapse"], ["loss at ln K"]
+HEALTHY = {"loss_to_chance": 0.7, "embedding_spread": 0.97, "prototypes_used": 0.8, "code_entropy": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("logged", "expected"),
+    ("name", "logged", "expected", "line"),
     [
-        ({"loss_to_chance": 0.7, "embedding_spread": 0.97, "prototypes_used": 0.8, "code_entropy": 0.5}, []),
-        ({"prototypes_used": 0.05}, ["prototype collapse"]),
-        ({"code_entropy": 0.999}, ["prototype collapse"]),
-        ({"embedding_spread": 0.01}, ["representation collapse"]),
-        ({"code_entropy": 1.0, "loss_to_chance": 1.0}, ["prototype collapse", "loss at ln K"]),
+        ("swav", HEALTHY, [], ""),
+        ("swav", {"prototypes_used": 0.05}, PROTOTYPES, ""),
+        ("swav", {"code_entropy": 0.999}, PROTOTYPES, ""),
+        ("swav", {"embedding_spread": 0.01}, COLLAPSE, ""),
+        ("swav", {"code_entropy": 1.0, "loss_to_chance": 1.0}, [*PROTOTYPES, *AT_CHANCE], ""),
+        ("swav", {"loss_to_chance": 0.999}, AT_CHANCE, "loss_from_chance 0.001, below 0.01; lower epsilon (0.03), "),
+        ("moco", {"loss_to_chance": 0.999}, AT_CHANCE, "loss_from_chance 0.001, below 0.01; lower optimiser.rate "),
+        ("simsiam", {"embedding_spread": 0.6}, COLLAPSE, "embedding_spread 0.6, below "),
     ],
 )
-def test_a_symptom_is_named_and_the_root_cause_comes_first(logged, expected):
-    assert symptoms(report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)])) == expected
+def test_a_symptom_is_named_in_a_line_by_the_methods_bounds_and_the_root_cause_is_first(name, logged, expected, line):
+    found = report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)], name=name)
+    assert symptoms(found) == expected
+    for alarm in found.alarms:
+        assert alarm.message.startswith(f"{alarm.symptom}: {line}")
+        assert "\n" not in alarm.message
 
 
 def test_a_loss_is_rising_by_its_start_or_by_chance_whichever_is_larger():
     diverging = ["diverging"]
     for start, later, expected in [(1.0, 1.3, diverging), (0.5, 1.1, []), (1.3, 1.4, []), (1.3, 2.0, diverging)]:
-        steps = [step(0, loss_to_chance=start), *(step(n, loss_to_chance=later) for n in range(1, 80))]
-        found = report(steps)
+        found = report([step(0, loss_to_chance=start), *(step(n, loss_to_chance=later) for n in range(1, 80))])
         assert found.indicators["loss_rise"] == pytest.approx(later / max(1.0, start))
         assert symptoms(found) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "logged", "expected"),
-    [
-        ("swav", {"loss_to_chance": 0.999}, "loss at ln K: loss_from_chance 0.001, below 0.01; lower epsilon (0.03), "),
-        ("moco", {"loss_to_chance": 0.999}, "loss at ln K: loss_from_chance 0.001, below 0.01; lower optimiser.rate "),
-        ("simsiam", {"embedding_spread": 0.6}, "representation collapse: embedding_spread 0.6, below "),
-    ],
-)
-def test_an_alarm_is_one_line_by_the_methods_bounds(name, logged, expected):
-    (alarm,) = report([step(n, **logged) for n in range(watchdog.PATIENCE + 1)], name=name).alarms
-    assert alarm.message.startswith(expected)
-    assert "\n" not in alarm.message
 
 
 def test_a_loss_that_passes_through_chance_does_not_stay_there():
