@@ -8,12 +8,8 @@ The backward pass needs the device's own thread: `backward` gives every paramete
 Only a GPU can tell whether a kernel exists or is deterministic; those that wait inside are listed in `_WAITING`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -40,7 +36,7 @@ class _OnGpu(Tensor):
     host: Tensor
 
     @staticmethod
-    def __new__(cls, host: Tensor) -> _OnGpu:
+    def __new__(cls, host):
         where = {"strides": host.stride(), "storage_offset": host.storage_offset()}
         tensor = Tensor._make_wrapper_subclass(cls, host.size(), **where, dtype=host.dtype, device=DEVICE)
         tensor.host = host
@@ -48,11 +44,11 @@ class _OnGpu(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    def tolist(self) -> Any:
+    def tolist(self):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func}: a tensor of the pretended GPU outlived it")
 
 
@@ -64,12 +60,12 @@ class Gpu(TorchDispatchMode):
         uploads: Likewise of each copy to the GPU that waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.reads: list[str] = []
-        self.uploads: list[str] = []
+        self.reads = []
+        self.uploads = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if torch.is_inference_mode_enabled():  # elsewhere such operations come in their parts
             with self:
@@ -100,11 +96,11 @@ class Gpu(TorchDispatchMode):
         return return_and_correct_aliasing(func, args, kwargs, result)
 
 
-def _host(leaf: Any) -> Any:
+def _host(leaf):
     return leaf.host if isinstance(leaf, _OnGpu) else leaf
 
 
-def _check_devices(operation: Any, args: Any, tensors: list[Tensor]) -> None:
+def _check_devices(operation, args, tensors):
     others = [tensor for tensor in tensors if _on_cpu(tensor)]
     if operation in _INDEXING and isinstance(args[0], _OnGpu):
         indices = [index for index in args[1] if index is not None]
@@ -114,7 +110,7 @@ def _check_devices(operation: Any, args: Any, tensors: list[Tensor]) -> None:
     assert not others, f"{_where()}: {operation} of tensors on the GPU with one on the CPU, {tuple(others[0].shape)}"
 
 
-def _waits(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+def _waits(operation, args, kwargs):
     if operation == _aten.copy_:
         return _on_cpu(args[0])
     if operation == _aten._to_copy:
@@ -126,7 +122,7 @@ def _waits(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return operation in _WAITING
 
 
-def _uploads(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+def _uploads(operation, args, kwargs):
     if operation in _INDEXING:
         # `rows[indices] = True`, too, has to bring its number to the GPU.
         values = () if operation == _aten.index else (args[2],)
@@ -138,15 +134,15 @@ def _uploads(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return waits and _on_cpu(args[0]) and _asks_for_gpu(kwargs)
 
 
-def _asks_for_gpu(kwargs: dict[str, Any]) -> bool:
+def _asks_for_gpu(kwargs):
     return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE.type
 
 
-def _on_cpu(tensor: Tensor) -> bool:
+def _on_cpu(tensor):
     return not isinstance(tensor, _OnGpu)
 
 
-def _where() -> str:
+def _where():
     """The library's function that runs, as file and name."""
     frame = sys._getframe()
     while not frame.f_globals.get("__name__", "").startswith("deepclust."):
@@ -157,7 +153,7 @@ def _where() -> str:
     return f"{frame.f_globals['__name__'].rpartition('.')[2]}.{name}"
 
 
-def _backward(loss: Tensor) -> None:
+def _backward(loss):
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -171,7 +167,7 @@ def _backward(loss: Tensor) -> None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
-def moved(module: nn.Module) -> nn.Module:
+def moved(module):
     """A module's parameters and buffers on the pretended GPU, in place, as `module.to` has them."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -182,7 +178,7 @@ def moved(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def pretended() -> Iterator[Gpu]:
+def pretended():
     """Pretend that there is a GPU, in the block only; tensors made on it are of no use outside."""
     gpu = Gpu()
     with pytest.MonkeyPatch.context() as patch:

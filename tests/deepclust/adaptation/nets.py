@@ -1,13 +1,10 @@
 """A small classifier in float64 and a stream for it, shared by the tests of the adapters."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from deepclust import seeding
-from deepclust.adaptation import ADAPTERS, Adapter, Classifier
+from deepclust.adaptation import ADAPTERS, Classifier
 
 CLASSES, FEATURES, HIDDEN, PIXELS = 4, 5, 6, 12
 # A seed whose classifier finds all classes in the stream, some samples of each batch above .9 and others below.
@@ -22,16 +19,16 @@ BODY = ["w1", "b1", "scale", "shift", "w2", "b2"]
 ROLES = {"all": list(MODULES), "affine": ["scale", "shift"], "body": BODY, "head": ["w", "b"]}
 
 
-def make(name: str, model: nn.Module, **options: Any) -> Adapter:
+def make(name, model, **options):
     """An adapter by its name and options."""
     return ADAPTERS[name](model, ADAPTERS[name].config_class(**options))
 
 
-def seeded(seed: int) -> torch.Generator:
+def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def classifier(seed: int = 0) -> Classifier:
+def classifier(seed=0):
     """Linear, BatchNorm, ReLU, linear; then the head. BatchNorm has statistics and weights far from 0 and 1."""
     featurizer = nn.Sequential(
         nn.Flatten(), nn.Linear(PIXELS, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, FEATURES)
@@ -47,14 +44,14 @@ def classifier(seed: int = 0) -> Classifier:
     return model.eval()
 
 
-def layer_normed(classes: int = 3) -> Classifier:
+def layer_normed(classes=3):
     """A classifier without BatchNorm."""
     with seeding.seeded("layer normed"):
         featurizer = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), nn.LayerNorm(FEATURES))
         return Classifier(featurizer, nn.Linear(FEATURES, classes)).double()
 
 
-def stream(batches: int = 7, batch_size: int = 9, seed: int = 1) -> list[Tensor]:
+def stream(batches=7, batch_size=9, seed=1):
     """Batches (batch, 1, 3, 4) that drift."""
     generator = seeded(seed)
     return [
@@ -63,11 +60,11 @@ def stream(batches: int = 7, batch_size: int = 9, seed: int = 1) -> list[Tensor]
     ]
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
+def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left, right):
     """Whether two states, of models or adapters, are the same bit for bit."""
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
@@ -78,7 +75,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def changed(before: nn.Module, after: nn.Module) -> list[str]:
+def changed(before, after):
     """Names of the values that are not the same in two models of one kind."""
     weights = before.state_dict()
     return [name for name, value in after.state_dict().items() if not torch.equal(value, weights[name])]
@@ -87,13 +84,13 @@ def changed(before: nn.Module, after: nn.Module) -> list[str]:
 class Faulty(nn.Module):
     """A featurizer that can be told to fail: call number `countdown` from then on, by `fault` of its features."""
 
-    def __init__(self, featurizer: nn.Module) -> None:
+    def __init__(self, featurizer):
         super().__init__()
         self.featurizer = featurizer
         self.countdown = 0
-        self.fault: Callable[[Tensor], Tensor] = Tensor.clone
+        self.fault = Tensor.clone
 
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.featurizer(images)
+    def forward(self, images):
+        features = self.featurizer(images)
         self.countdown -= 1
         return self.fault(features) if self.countdown == 0 else features

@@ -37,8 +37,7 @@ def test_a_view_is_that_of_each_image_alone(shape, flip):
 def test_any_size_and_any_number_of_dimensions_will_do_and_the_global_generator_is_untouched(shape):
     batch, before = images(*shape), torch.get_rng_state()
     given = batch.clone()
-    got = view(batch, generator=seeded(0), flip=True)
-    assert (got.shape, got.dtype) == (batch.shape, batch.dtype)
+    assert view(batch, generator=seeded(0), flip=True).shape == batch.shape
     assert torch.equal(batch, given)
     assert torch.equal(torch.get_rng_state(), before)
 
