@@ -46,7 +46,7 @@ def step(number, *, rate=0.1, loss=1.0, norm=1.0, **logged):
 
 def report(steps, given=None, name="swav"):
     method = Embedding()
-    method.name = name  # type: ignore[misc]
+    method.name = name
     dog = watch(method, given)
     for done in steps:
         dog.step(done)
