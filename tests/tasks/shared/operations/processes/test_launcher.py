@@ -48,21 +48,18 @@ MARKER = layout.preempted("pretrain", "swav")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "started").mkdir()
-    for name in [*os.environ]:
-        if name.startswith(("PET_", "TORCHELASTIC_")):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in [name for name in os.environ if name.startswith(("PET_", "TORCHELASTIC_", "LOCAL_WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def _start(root: Path, body: str, *, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
-    (root / "body.py").write_text(_HEAD + textwrap.indent(body.strip(), "    "), encoding="utf-8")
-    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{root}", "PET_NPROC_PER_NODE": str(processes)}
+def _start(body: str, *, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
+    Path("body.py").write_text(_HEAD + textwrap.indent(body.strip(), "    "), encoding="utf-8")
+    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}", "PET_NPROC_PER_NODE": str(processes)}
     ours |= {"DEEPCLUST_TRACKING": "off", "DEEPCLUST_COLLECTIVE_SECONDS": "20", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **ours, **variables}
-    command = [sys.executable, "body.py", "swav"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, every = [sys.executable, "body.py", "swav"], {**os.environ, **ours, **variables}
+    return subprocess.Popen(command, env=every, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -70,17 +67,16 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-def _started(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "started").iterdir())
+def _started() -> list[str]:
+    return sorted(path.name for path in Path("started").iterdir())
 
 
 def _endpoint() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_only_the_main_process_speaks_and_writes_and_a_loss_after_the_end_repeats_nothing(here: Path) -> None:
+def test_only_the_main_process_speaks_and_writes_and_a_loss_after_the_end_repeats_nothing() -> None:
     body = """
 if rank == 1:
     atexit.register(os.kill, os.getpid(), signal.SIGKILL)
@@ -89,14 +85,14 @@ here.metrics({"total": collective(rank + 1)})
 if rank == 0:
     (here.folder / "whole").touch()
 """
-    assert _end(_start(here, body, DEEPCLUST_THREADS="4")) == (0, "0 of 2, 2 thread(s)\n", "")
-    assert (here / "artifacts/pretrain/swav/whole").exists()
-    assert '"total": 3.0' in (here / "metrics/pretrain/swav.json").read_text()
-    assert _started(here) == ["0-0", "0-1"]
+    assert _end(_start(body, DEEPCLUST_THREADS="4")) == (0, "0 of 2, 2 thread(s)\n", "")
+    assert Path("artifacts/pretrain/swav/whole").exists()
+    assert '"total": 3.0' in Path("metrics/pretrain/swav.json").read_text()
+    assert _started() == ["0-0", "0-1"]
     assert not MARKER.exists()
 
 
-def test_one_process_that_is_lost_makes_all_begin_again_and_a_users_mistake_on_one_is_one_line(here: Path) -> None:
+def test_one_process_that_is_lost_makes_all_begin_again_and_a_users_mistake_on_one_is_one_line() -> None:
     body = """
 (Path("started") / f"begun-{attempt}-{launcher.has_begun()}").touch()
 collective()
@@ -109,27 +105,23 @@ if rank == 1:
     raise ConfigError("expected a, got b; mend it")
 collective()
 """
-    status, _, error = _end(_start(here, body))
-    assert _started(here) == ["0-0", "0-1", "1-0", "1-1", "begun-0-False", "begun-1-True"], "state is forgotten once"
+    status, _, error = _end(_start(body))
+    assert _started() == ["0-0", "0-1", "1-0", "1-1", "begun-0-False", "begun-1-True"], "state is forgotten once"
     assert status == 2
     assert "warning: a process was lost; all start again (1 of at most 3 times)\n" in error
     assert error.endswith("\nerror: expected a, got b; mend it\n")
     assert "Traceback" not in error
-    assert list((here / "artifacts/pretrain").iterdir()) == []
+    assert not any(Path("artifacts/pretrain").iterdir())
 
 
-def test_a_bug_keeps_its_traceback_and_ends_in_one_line(here: Path) -> None:
-    status, _, error = _end(_start(here, "raise KeyError('a bug')", processes=1, PET_MAX_RESTARTS="0"))
-    assert status == 2
-    assert error.count("KeyError: 'a bug'") == 1
-    assert error.splitlines()[-1] == (
-        "error: expected the processes to finish, but process 0 of this machine ended by status 1 after 0 restarts; "
-        "see above, mend it and run again"
-    )
+def test_a_bug_keeps_its_traceback_and_ends_in_one_line() -> None:
+    status, _, error = _end(_start("raise KeyError('a bug')", processes=1, PET_MAX_RESTARTS="0"))
+    assert (status, error.count("KeyError: 'a bug'")) == (2, 1)
+    assert "but process 0 of this machine ended by status 1 after 0 restarts; see" in error.splitlines()[-1]
     assert not MARKER.exists(), "the flow would try again what fails"
 
 
-def test_a_signal_reaches_all_processes_which_save_and_tell_the_flow(here: Path) -> None:
+def test_a_signal_reaches_all_processes_which_save_and_tell_the_flow() -> None:
     body = """
 with preemption.deferred() as told:
     while not collective(told()):
@@ -138,18 +130,18 @@ with preemption.deferred() as told:
     (Path("started") / f"saved-{rank}").touch()
     raise PreemptedError("saved")
 """
-    process = _start(here, body)
-    assert eventually(lambda: len(_started(here)) == 2)
+    process = _start(body)
+    assert eventually(lambda: len(_started()) == 2)
     time.sleep(0.5)
     # As the supervisor does it: the launcher and, on its own, each of the others.
     for told in [process, *psutil.Process(process.pid).children(recursive=True)]:
         told.send_signal(signal.SIGTERM)
     assert _end(process) == (143, "", "preempted: saved\n")
-    assert _started(here)[2:] == ["saved-0", "saved-1"]
+    assert _started()[2:] == ["saved-0", "saved-1"]
     assert MARKER.exists()
 
 
-def test_a_machine_that_comes_makes_all_begin_again_and_ends_nothing(here: Path) -> None:
+def test_a_machine_that_comes_makes_all_begin_again_and_ends_nothing() -> None:
     body = """
 with preemption.deferred() as told:
     while distributed.processes() == 1:
@@ -159,29 +151,25 @@ with preemption.deferred() as told:
 collective()
 """
     variables = {"PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": _endpoint(), "PET_RDZV_CONF": "last_call_timeout=1"}
-    variables["PET_LOCAL_ADDR"] = "127.0.0.1"
-    first = _start(here, body, processes=1, **variables)
-    assert eventually(lambda: _started(here) == ["0-0"])
-    second = _start(here, body, processes=1, **variables)
-    for process in (first, second):
-        assert _end(process) == (0, "", "")
-    assert _started(here) == ["0-0", "0-1"]
+    variables |= {"PET_LOCAL_ADDR": "127.0.0.1"}
+    first = _start(body, processes=1, **variables)
+    assert eventually(lambda: _started() == ["0-0"])
+    second = _start(body, processes=1, **variables)
+    assert _end(first) == _end(second) == (0, "", "")
+    assert _started() == ["0-0", "0-1"]
     assert not MARKER.exists()
-    assert (here / "artifacts/pretrain/swav").exists()
+    assert layout.out("pretrain", "swav").exists()
 
 
-def test_a_run_that_finished_is_finished_though_told_to_stop_at_its_end_and_a_killed_launcher_takes_it_along(
-    here: Path,
-) -> None:
+def test_a_run_that_finished_is_finished_though_told_to_stop_at_its_end_and_a_killed_launcher_takes_it_along() -> None:
     body = """
 with preemption.deferred() as told:
     (Path("started") / f"waits-{os.getpid()}").touch()
     while not told():
         time.sleep(0.05)
 """
-    both = [_start(here, body, processes=1) for _ in range(2)]
-    assert eventually(lambda: len(_started(here)) == 3)
-    killed, told = both
+    killed, told = (_start(body, processes=1) for _ in range(2))
+    assert eventually(lambda: len(_started()) == 3)
     (worker,) = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     assert eventually(lambda: not worker.is_running(), 5)
@@ -191,30 +179,22 @@ with preemption.deferred() as told:
     killed.communicate()
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ("PET_NPROC_PER_NODE=0", "PET_NPROC_PER_NODE: expected 1 to 1 processes, got 0; set it to `gpu`, or CUDA_VIS"),
-        ("PET_RDZV_BACKEND=etcd", "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
-        ("PET_MAX_RESTARTS=x", "PET_MAX_RESTARTS=x: argument --max-restarts"),
-        (
-            "PET_NNODES=2 PET_RDZV_CONF=join_timeout=2 PET_RDZV_ENDPOINT=" + (where := _endpoint()),
-            f"expected 2 machines at {where} within 2 s, fewer came; start the same line on the others, mend "
-            "PET_NNODES, or wait longer: PET_RDZV_CONF=join_timeout=4",
-        ),
-    ],
-)
-def test_variables_that_make_no_sense_and_machines_that_do_not_come_are_named(
-    monkeypatch: pytest.MonkeyPatch, variables: str, message: str
-) -> None:
+def test_variables_that_make_no_sense_and_machines_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "prepare", lambda: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # set by the call, and taken back by the test
-    for setting in variables.split():
-        monkeypatch.setenv(*setting.split("=", 1))
-    with pytest.raises((ConfigError, StageError)) as caught:
-        launcher._torchrun("tasks.pretrain", ["swav"])
-    assert message in str(caught.value)
+    come = f"{(where := _endpoint())} within 2 s, fewer came; start the same line on the others, mend PET_NNODES"
+    for variables, message in (
+        ("PET_NPROC_PER_NODE=0", "PET_NPROC_PER_NODE: expected 1 to 1 processes, got 0; set it to `gpu`, or CUDA_VIS"),
+        ("PET_RDZV_BACKEND=etcd", "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
+        ("PET_NNODES=2 PET_RDZV_CONF=join_timeout=2 PET_RDZV_ENDPOINT=" + where, "expected 2 machines at " + come),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", "1")  # set by the call, and taken back by the test
+            for setting in variables.split():
+                patch.setenv(*setting.split("=", 1))
+            with pytest.raises((ConfigError, StageError)) as caught:
+                launcher._torchrun("tasks.pretrain", ["swav"])
+        assert message in str(caught.value)
 
 
 def test_the_main_process_is_heard_before_another_and_that_before_a_peer(
@@ -250,12 +230,11 @@ def test_only_those_that_wait_in_vain_are_stopped_after_an_outcome(
     here: Path, monkeypatch: pytest.MonkeyPatch, status: int, told: bool, children: int, stopped: bool
 ) -> None:
     monkeypatch.setenv("DEEPCLUST_LAUNCHER", str(here))
+    worker._add_outcome(status, "")
+    pauses, sent = iter(range(4)), []
     monkeypatch.setattr(signals, "came", [signal.SIGTERM] * told)
     monkeypatch.setattr(psutil.Process, "children", lambda _: [None] * children)
-    worker._add_outcome(status, "")
-    pauses = iter(range(4))
     monkeypatch.setattr(time, "sleep", lambda _: next(pauses))
-    sent: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
     with contextlib.nullcontext() if stopped else pytest.raises(StopIteration):
         launcher._end_after_outcome(threading.Event())
