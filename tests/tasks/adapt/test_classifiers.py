@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,18 +29,18 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides.apply([f"adapt.fine_tune.{edit}" for edit in ("epochs=4", "batch_size=16", "rate=0.01")])
 
 
-def build(kind: str, encoder: str = "swav") -> classifiers.Found:
+def build(kind: str, encoder: str = "swav") -> Any:
     return classifiers.build(kind, encoder, params.load(), torch.split(images("train"), 40))
-
-
-def made(kind: str, encoder: str = "swav") -> classifiers.Classifier:
-    model = build(kind, encoder).model
-    assert model is not None
-    return model
 
 
 def images(split: str) -> torch.Tensor:
     return to_float(torch.from_numpy(np.load(layout.split(split) / "images.npy")))
+
+
+def change(patch: pytest.MonkeyPatch, what: Callable[[encoders.Encoder], object]) -> None:
+    """Of each encoder that is loaded."""
+    loaded = encoders.load
+    patch.setattr(encoders, "load", lambda folder: (encoder := loaded(folder), what(encoder))[0])
 
 
 @pytest.mark.parametrize(("encoder", "normalise"), [("swav", True), ("pixels", False)])
@@ -52,28 +53,22 @@ def test_a_cluster_is_the_nearest_centroids(encoder: str, normalise: bool) -> No
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     centroids = torch.from_numpy(np.load(layout.out("cluster", encoder) / "centroids.npy")).double()
     of_train, squared = ((points[:, None] - centroids[None]).square().sum(-1) for points in (train, test))
-    logits = made("clusters", encoder)(images("test"))
+    found = build("clusters", encoder)
+    logits = found.model(images("test"))
     assert torch.equal(logits.argmax(1), squared.argmin(1))
     assert len(logits.argmax(1).unique()) > 1
     chances = (-squared / of_train.amin(1).mean()).softmax(1)
     torch.testing.assert_close(logits.double().softmax(1), chances, rtol=0, atol=1e-3)
-    assert build("clusters", encoder).names == ["0", "1", "2", "3"]
+    assert found.names == ["0", "1", "2", "3"]
 
 
 def test_probabilities_of_clusters_are_the_same_for_features_of_any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     shift_workspace.cluster("swav", normalise=False)
-    one, loaded = made("clusters"), encoders.load
-
-    def scaled(folder: Path) -> encoders.Encoder:
-        encoder = loaded(folder)
-        encoder.backbone.register_forward_hook(lambda module, given, features: 7 * features)
-        return encoder
-
-    monkeypatch.setattr(encoders, "load", scaled)
+    chances = build("clusters").model(images("test")).softmax(1)
+    change(monkeypatch, lambda encoder: encoder.backbone.register_forward_hook(lambda _, given, features: 7 * features))
     file = layout.out("cluster", "swav") / "centroids.npy"
     np.save(file, 7 * np.load(file))
-    chances = one(images("test")).softmax(1)
-    torch.testing.assert_close(made("clusters")(images("test")).softmax(1), chances, rtol=0, atol=1e-4)
+    torch.testing.assert_close(build("clusters").model(images("test")).softmax(1), chances, rtol=0, atol=1e-4)
     assert 0.4 < chances.amax(1).mean() < 0.95
 
 
@@ -87,39 +82,29 @@ def test_features_that_all_are_centroids_have_finite_logits() -> None:
 def test_linear_is_the_linear_stages_classifier_and_fine_tuning_lowers_its_error() -> None:
     weights = load_file(layout.out("linear", "swav") / "classifier.safetensors")
     features = encoders.load(layout.out("pretrain", "swav"))(images("train"))
-    linear, labels = made("linear"), torch.from_numpy(np.load(layout.split("train") / "labels.npy"))
-    logits = linear(images("train"))
+    linear, labels = build("linear"), torch.from_numpy(np.load(layout.split("train") / "labels.npy"))
+    logits = linear.model(images("train"))
     torch.testing.assert_close(logits, features @ weights["weight"].T + weights["bias"])
-    assert build("linear").names == ["a", "b", "c"]
-    assert not any(module.training for module in linear.modules())
-    both = (logits, made("fine_tuned")(images("train")))
+    assert linear.names == ["a", "b", "c"]
+    assert not any(module.training for module in linear.model.modules())
+    both = (logits, build("fine_tuned").model(images("train")))
     error, tuned = (float((found.argmax(1) != labels).double().mean()) for found in both)
-    assert error > 0.05
-    assert tuned < error / 2
+    assert error > max(0.05, 2 * tuned)
 
 
 def test_fine_tuning_is_the_same_twice_with_dropout_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = encoders.load
-
-    def with_dropout(folder: Path) -> encoders.Encoder:
-        encoder = loaded(folder)
+    def dropout(encoder: encoders.Encoder) -> None:
         encoder.backbone = torch.nn.Sequential(encoder.backbone, torch.nn.Dropout())
-        return encoder
 
-    monkeypatch.setattr(encoders, "load", with_dropout)
-    one, two = (made("fine_tuned").state_dict() for _ in range(2))
+    change(monkeypatch, dropout)
+    one, two = (build("fine_tuned").model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_where_there_is_no_classifier_the_reason_is_said() -> None:
+def test_where_there_is_no_classifier_the_reason_is_said_and_missing_outputs_name_the_stage_to_run() -> None:
     assert build("fine_tuned", "pixels") == classifiers.Found(None, [], "the encoder has no parameters to fine-tune")
-    folder = layout.out("linear", "swav")
-    (folder / "classifier.safetensors").unlink()
-    (folder / "classifier.json").write_text(json.dumps({"classes": []}))
+    shift_workspace.unlabel()
     assert build("fine_tuned").reason == "no labelled training images, so there is no classifier"
-
-
-def test_missing_outputs_name_the_stage_to_run() -> None:
     for kind, stage in (("clusters", "cluster"), ("fine_tuned", "linear")):
         for file in layout.out(stage, "swav").iterdir():
             file.unlink()

@@ -14,45 +14,23 @@ from tasks.shared.outputs import layout
 from tests.tasks import small_run
 
 
-def test_weights_of_a_file_give_their_own_features_and_run_through_to_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_of_a_file_run_through_to_the_report_and_another_hash_is_refused_with_the_right_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    small_run.build(tmp_path)
-    small_run.run("prepare", monkeypatch)
-    small_run.run("pretrain", monkeypatch, "simsiam")
-    weights = layout.out("pretrain", "simsiam") / encoders.WEIGHTS
-    (tmp_path / "weights.safetensors").write_bytes(weights.read_bytes())
-    small_run.overrides.apply(
-        [
-            "encoders=[simsiam, pretrained]",
-            "pretrain.pretrained.backbone=small",
-            f"pretrain.pretrained.sha256='{hashlib.sha256(weights.read_bytes()).hexdigest()}'",
-        ]
-    )
-    for encoder in ("simsiam", "pretrained"):
-        for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
-            if (stage, encoder) != ("pretrain", "simsiam"):
-                small_run.run(stage, monkeypatch, encoder)
+    weights = (layout.out("pretrain", "swav") / encoders.WEIGHTS).read_bytes()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    Path("weights.safetensors").write_bytes(weights)
+    edits = ["encoders=[swav, pretrained]", "pretrain.pretrained.backbone=small"]
+    small_run.overrides.apply([*edits, f"pretrain.pretrained.sha256='{'0' * 64}'"])
+    with pytest.raises(SystemExit, match="2"):
+        small_run.run("pretrain", monkeypatch, "pretrained")
+    assert sha256 in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not layout.out("pretrain", "pretrained").exists()
+    small_run.overrides.apply([f"pretrain.pretrained.sha256='{sha256}'"])
+    for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
+        small_run.run(stage, monkeypatch, "pretrained")
     small_run.run("report", monkeypatch)
-    own, original = (np.load(layout.embeddings(encoder, "test")) for encoder in ("pretrained", "simsiam"))
+    own, original = (np.load(layout.embeddings(encoder, "test")) for encoder in ("pretrained", "swav"))
     np.testing.assert_allclose(own, original, atol=1e-6)
     with layout.COMPARISON.open() as file:
-        assert {row["encoder"] for row in csv.DictReader(file)} == {"simsiam", "pretrained"}
-
-
-def test_a_file_with_another_hash_is_refused_with_the_right_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    small_run.build(tmp_path)
-    small_run.run("prepare", monkeypatch)
-    (tmp_path / "weights.safetensors").write_bytes(b"something")
-    small_run.overrides.apply([f"pretrain.pretrained.sha256='{'0' * 64}'"])
-    with pytest.raises(SystemExit) as stopped:
-        small_run.run("pretrain", monkeypatch, "pretrained")
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert hashlib.sha256(b"something").hexdigest() in error
-    assert not layout.out("pretrain", "pretrained").exists()
+        assert {row["encoder"] for row in csv.DictReader(file)} == {"swav", "pretrained"}

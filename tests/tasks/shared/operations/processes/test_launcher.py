@@ -169,7 +169,7 @@ with preemption.deferred() as told:
         time.sleep(0.05)
 """
     killed, told = (_start(body, processes=1) for _ in range(2))
-    assert eventually(lambda: len(_started()) == 3)
+    assert eventually(lambda: len(_started()) == 3, 60)
     (worker,) = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     assert eventually(lambda: not worker.is_running(), 5)
