@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,18 +30,12 @@ from tests.paths import ROOT
 from tests.pipelines import eventually, within
 
 
-def _task_runs(state: State) -> dict[str, str]:
-    """Names and states of a flow run's task runs, as the server knows them a moment later."""
-    run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
-    found: dict[str, str] = {}
-
-    def settled() -> bool:
-        with get_client(sync_client=True) as client:
-            found.update({run.name: run.state_name or "" for run in client.read_task_runs(flow_run_filter=run)})
-        return bool(found) and not {"Pending", "Running"}.intersection(found.values())
-
-    eventually(settled, 20)
-    return found
+def _ended_as(state: State, **expected: str) -> bool:
+    """Whether a flow run's task runs are these, as the server knows them a moment later."""
+    flow = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        runs = partial(client.read_task_runs, flow_run_filter=flow)
+        return eventually(lambda: {run.name: run.state_name for run in runs()} == expected, 20)
 
 
 def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_second_run_starts_no_process(
@@ -56,7 +50,7 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     (root / "stage.sh").write_text(lines + (root / "stage.sh").read_text())
     state = pretrain_and_eval(return_state=True)
     assert state.is_completed()
-    assert _task_runs(state) == dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed")
+    assert _ended_as(state, **dict.fromkeys(["prepare", "embed@pixels", "embed@random", "report"], "Completed"))
     assert not (root / "crowded").exists()
     assert (root / "parents").read_text() == "parent\n" * 4
     assert (opened, closed) == ([True], [("parent", "FINISHED")])
@@ -77,10 +71,9 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     (root / "broken").touch()
     preempt(root, times=0)
     state = pretrain_and_eval(return_state=True)
-    assert state.is_failed()
-    assert state.message == "failed: embed@random"
+    assert (state.is_failed(), state.message) == (True, "failed: embed@random")
     states = {"prepare": "Completed", "embed@pixels": "Completed", "embed@random": "Failed", "report": "NotReady"}
-    assert _task_runs(state) == states
+    assert _ended_as(state, **states)
     assert sorted(pipelines.ran(root)) == ["pixels", "prepare", "random"], "what fails is not tried again"
     summary_text = next(record.message for record in caplog.records if record.message.startswith("\nstage"))
     assert "embed@random failed: expected a whole, got a hole; mend it\n  | " in summary_text
@@ -121,21 +114,19 @@ def test_an_ended_flow_leaves_no_process_behind_and_a_second_one_is_refused_in_o
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     (root / "slow").touch()
-    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
+    monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "flows.pipeline", "--targets", "prepare"]
-    flow = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert eventually((root / "state/asleep").exists, 60)
     assert _main(monkeypatch)[0] == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"one already runs there (process {flow.pid})" in error
+    assert re.match(rf".*one already runs there \(process {flow.pid}\).*\n$", capsys.readouterr().err)
     (root / "state/prepare").mkdir()
     (root / "state/prepare/preempted").touch()  # as a stage does that the flow ends: it is not tried again
     flow.send_signal(number)
     flow.wait(30)
     assert eventually(lambda: not within(root), 10)
-    assert flow.returncode == status
-    assert pipelines.ran(root) == ["prepare"]
+    assert (flow.returncode, pipelines.ran(root)) == (status, ["prepare"])
     assert not (root / "artifacts/prepare").exists()
 
 
@@ -152,8 +143,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, Moc
 def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
     status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
-    assert status == 0
-    assert called.call_args.kwargs["targets"] == ["embed@swav"]
+    assert (status, called.call_args.kwargs["targets"]) == (0, ["embed@swav"])
 
 
 def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(

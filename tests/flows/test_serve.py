@@ -47,39 +47,31 @@ def test_a_process_in_the_background_is_started_once_replaced_for_another_server
 
 
 class _Api(http.server.BaseHTTPRequestHandler):
-    """Answers with the status that the path ends with."""
+    """Answers with the status in the path."""
 
     def do_GET(self) -> None:
         self.send_response(int(self.path.split("/")[1]))
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        pass
 
-
-def test_the_pool_is_looked_up_past_the_proxy_and_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_is_looked_up_past_the_proxy_and_failures_are_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("http_proxy", URL)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with http.server.HTTPServer(("127.0.0.1", 0), _Api) as api:
         threading.Thread(target=api.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{api.server_port}"
+        url, free = (f"http://127.0.0.1:{api.server_port + more}" for more in (0, 1))
         assert serve._has_pool(f"{url}/200")
         assert not serve._has_pool(f"{url}/404")
         with pytest.raises(StageError, match="got status 500; mend"):
             serve._has_pool(f"{url}/500")
+        with pytest.raises(StageError, match=f"choose another: PREFECT_API_URL={free}/api make serve"):
+            serve._server(f"{url}/404")
         api.shutdown()
     with pytest.raises(StageError, match="Connection refused"):
         serve._has_pool(url)
-
-
-def test_a_port_that_is_not_prefects_or_a_server_elsewhere_is_refused_with_the_remedy() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        url, free = (f"http://127.0.0.1:{other.server_port + more}/api" for more in (0, 1))
-        with pytest.raises(StageError, match=f"choose another: PREFECT_API_URL={free} make serve"):
-            serve._server(url)
-        other.shutdown()
     with pytest.raises(StageError, match=r"none answers; start it, or unset PREFECT_API_URL$"):
         serve._server("http://server.invalid:4200/api")
 
@@ -87,5 +79,4 @@ def test_a_port_that_is_not_prefects_or_a_server_elsewhere_is_refused_with_the_r
 def test_the_deployment_names_no_folder_of_this_machine() -> None:
     text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
     assert serve.POOL in text
-    assert "$PWD" in text
     assert str(ROOT) not in text

@@ -66,9 +66,10 @@ def killed_after(step: int, encoder: str, monkeypatch: pytest.MonkeyPatch) -> No
         if done == step:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(resume.Keeper, "after", die)
-        small_run.run("pretrain", monkeypatch, encoder)
+        with pytest.raises(Killed):
+            small_run.run("pretrain", patch, encoder)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +109,10 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
             os.kill(os.getpid(), signal.SIGTERM)
         check(self, *values, where=where, rate=rate)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+    with monkeypatch.context() as patch:
         patch.setattr(loop._Update, "check", tell)
-        small_run.run("pretrain", monkeypatch, "pcl")
+        with pytest.raises(SystemExit, match="143"):
+            small_run.run("pretrain", patch, "pcl")
     assert capsys.readouterr().err.splitlines()[-1].startswith("preempted: stopped after update ")
     assert layout.preempted("pretrain", "pcl").exists()
     small_run.run("pretrain", monkeypatch, "pcl")

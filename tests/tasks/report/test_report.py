@@ -122,10 +122,7 @@ def test_a_wide_comparison_goes_on_below_with_the_errors_together(here: Path) ->
     rows = comparison.collect(NAMES)
     text = comparison.comparison_text(rows)
     assert max(map(len, text.splitlines())) <= 120
-    first, second = text.split("\n\n")
-    assert [part.split()[0] for part in second.splitlines()[2:]] == ["pixels", "random", "swav", "deepcluster_v2"]
-    assert "RankMe" in first
-    assert re.split(r"\s{2,}", second.splitlines()[0])[1:3] == ["clean error", "source error"]
+    assert re.split(r"\s{2,}", text.split("\n\n")[1])[1:3] == ["clean error", "source error"]
     narrow = comparison.comparison_text(rows, width=40).split("\n\n")
     found = [heading for part in narrow for heading in re.split(r"\s{2,}", part.splitlines()[0])[1:]]
     assert found == [comparison.title(name) for name in comparison.columns(rows)[1:]], "each column once, in order"
@@ -163,8 +160,7 @@ def test_without_labels_accuracies_are_absent_and_everything_else_is_there(
 
 def test_each_score_is_judged_by_itself() -> None:
     def row(name: str, knn: float | None, linear: float | None, acc: float | None = None) -> comparison.Row:
-        spread = None if acc is None else 0.02
-        return {"encoder": name, "method": name, "acc": acc, "acc_std": spread, "knn20": knn, "linear": linear}
+        return {"encoder": name, "method": name, "acc": acc, "acc_std": acc and 0.02, "knn20": knn, "linear": linear}
 
     rows = [row("pixels", 0.8, 0.8, 0.5), row("random", 0.7, 0.7, 0.3), row("moco", 0.75, 0.8, 0.4)]
     rows += [row("swav", 0.8, 0.9, 0.6), row("pcl", 0.9, 0.9, 0.51), row("simsiam", 0.6, 0.9, 0.2)]

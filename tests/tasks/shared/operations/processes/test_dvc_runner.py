@@ -38,7 +38,7 @@ def _run(workspace: Workspace, *stages: str, force: bool = False) -> list[str]:
     return [workspace.run_stage(stage, on_line=lambda _: None, force=force).what for stage in stages]
 
 
-def test_the_graph_is_dvcs_targets_bring_their_ancestors_and_a_change_what_needs_it(workspace: Workspace) -> None:
+def test_the_graph_and_what_is_run_restored_unchanged_or_changed_are_dvcs(workspace: Workspace, root: Path) -> None:
     embeds = dict.fromkeys(("embed@pixels", "embed@random"), ("prepare",))
     assert workspace.graph == {"prepare": (), **embeds, "report": tuple(embeds)}
     assert workspace.select() == ["prepare", *embeds, "report"]
@@ -47,7 +47,18 @@ def test_the_graph_is_dvcs_targets_bring_their_ancestors_and_a_change_what_needs
         workspace.select(["embed@pixel"])
     with pytest.raises(StageError, match="expected a single stage, got 'embed'; name one of"):
         workspace.one("embed")
-    _run(workspace, *workspace.graph)
+    seen: list[str] = []
+    assert workspace.run_stage("prepare", on_line=seen.append).what == "run"
+    assert seen == ["Running stage 'prepare':", "> sh stage.sh prepare artifacts/prepare"]
+    assert workspace.run_stage("embed@pixels", on_line=seen.append).metrics == {"dim": 3}
+    assert _run(workspace, "embed@random", "report") == ["run", "run"]
+    lock = (root / "dvc.lock").read_bytes()
+    assert _run(workspace, "prepare") == ["unchanged"]
+    assert _run(workspace, "prepare", force=True) == ["run"]
+    assert (root / "dvc.lock").read_bytes() == lock
+    (root / "artifacts/embed/pixels").unlink()
+    assert _run(workspace, "embed@pixels") == ["restored"]
+    assert pipelines.ran(root) == ["prepare", "pixels", "random", "report", "prepare"]
     for file, content, changed in (
         ("artifacts/prepare", "whole\n", []),
         ("metrics/embed/pixels.json", "{}", ["embed@pixels", "report"]),
@@ -55,21 +66,8 @@ def test_the_graph_is_dvcs_targets_bring_their_ancestors_and_a_change_what_needs
     ):
         Path(file).unlink()  # what DVC linked is not written through
         Path(file).write_text(content)
-        assert [stage for stage in workspace.graph if stage not in workspace.unchanged()] == changed
-
-
-def test_a_stage_is_run_left_unchanged_or_restored_as_dvc_finds(workspace: Workspace, root: Path) -> None:
-    seen: list[str] = []
-    assert workspace.run_stage("prepare", on_line=seen.append).what == "run"
-    assert seen == ["Running stage 'prepare':", "> sh stage.sh prepare artifacts/prepare"]
-    assert workspace.run_stage("embed@pixels", on_line=seen.append).metrics == {"dim": 3}
-    lock = (root / "dvc.lock").read_bytes()
-    assert _run(workspace, "prepare") == ["unchanged"]
-    assert _run(workspace, "prepare", force=True) == ["run"]
-    assert (root / "dvc.lock").read_bytes() == lock
-    (root / "artifacts/embed/pixels").unlink()
-    assert _run(workspace, "embed@pixels") == ["restored"]
-    assert pipelines.ran(root) == ["prepare", "pixels", "prepare"]
+        unchanged = workspace.unchanged()
+        assert [stage for stage in workspace.graph if stage not in unchanged] == changed
 
 
 def test_a_failure_carries_the_stages_own_error_and_its_tail_and_is_preemption_where_it_has_just_left_its_marker(

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import psutil
 import pytest
@@ -56,10 +57,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _start(body: str, *, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
     Path("body.py").write_text(_HEAD + textwrap.indent(body.strip(), "    "), encoding="utf-8")
-    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}", "PET_NPROC_PER_NODE": str(processes)}
-    ours |= {"DEEPCLUST_TRACKING": "off", "DEEPCLUST_COLLECTIVE_SECONDS": "20", "CUDA_VISIBLE_DEVICES": ""}
-    command, every = [sys.executable, "body.py", "swav"], {**os.environ, **ours, **variables}
-    return subprocess.Popen(command, env=every, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}", "PET_NPROC_PER_NODE": str(processes)}
+    variables |= {"DEEPCLUST_TRACKING": "off", "DEEPCLUST_COLLECTIVE_SECONDS": "20", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "body.py", "swav"]
+    return subprocess.Popen(command, env=os.environ | variables, stdout=PIPE, stderr=PIPE, text=True)
 
 
 def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -44,18 +44,18 @@ def test_a_signal_is_noted_and_a_second_one_ends_the_process_unless_it_is_torchr
         assert told() == signal.SIGTERM
 
 
-def test_a_preempted_stage_is_one_line_the_signals_status_and_a_marker(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_told_to_stop_is_one_line_the_signals_status_and_a_marker_unless_torchrun_ends_it(
+    patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="130"), stage.running("pretrain"), preemption.deferred():
         raise signal.raise_signal(signal.SIGINT) or PreemptedError("saved at step 7")
     assert capsys.readouterr().err == "preempted: saved at step 7\n"
     assert MARKER.exists()
     assert not list(Path("artifacts/pretrain").iterdir())
-
-
-def test_a_stage_told_to_stop_before_it_can_save_is_marked_unless_torchrun_ends_it(patch: pytest.MonkeyPatch) -> None:
+    MARKER.unlink()
     with pytest.raises(SystemExit, match="143"), stage.running("pretrain"):
         signal.raise_signal(signal.SIGTERM)
-    assert MARKER.exists()
+    assert MARKER.exists(), "though it could not save"
     with pytest.raises(SystemExit, match="2"), stage.running("pretrain"):
         raise DataError("expected images, got none; add some")
     assert not MARKER.exists(), "an old one is removed too"
