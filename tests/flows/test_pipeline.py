@@ -46,7 +46,7 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
     monkeypatch.setenv("DEEPCLUST_PARALLEL", "1")
     lines = "echo $DEEPCLUST_PARENT_RUN >>parents; [ ! -e busy ] || : >crowded\n"
-    lines += "case $1 in pixels|random) : >busy; sleep 2; rm busy; esac\n"
+    lines += "case $1 in pixels|random) : >busy; sleep 1; rm busy; esac\n"
     (root / "stage.sh").write_text(lines + (root / "stage.sh").read_text())
     state = pretrain_and_eval(return_state=True)
     assert state.is_completed()
@@ -140,17 +140,15 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, Moc
     return stop.value.code, called
 
 
-def test_a_target_may_be_an_encoder_that_an_override_adds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_may_be_an_encoder_that_an_override_adds_and_a_folder_that_dvc_can_not_follow_is_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
     status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
     assert (status, called.call_args.kwargs["targets"]) == (0, ["embed@swav"])
-
-
-def test_a_folder_that_dvc_can_not_follow_is_one_line_before_the_server_starts(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    capsys.readouterr()
     for folder, remedy in (("~/x", "write it out, without `~`: data.folder=/"), ("nowhere", "create it, or name")):
         overrides.apply(["data.source=folder", f"data.folder={folder}"])
         status, called = _main(monkeypatch)
-        assert (status, called.called) == (2, False)
+        assert (status, called.called) == (2, False), "before the server starts"
         assert re.match(rf"error: data.folder: expected a .*{remedy}.*\n$", capsys.readouterr().err)

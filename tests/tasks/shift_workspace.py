@@ -93,9 +93,8 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
 
 def cluster(name: str, *, normalise: bool) -> None:
     """Write the stage `cluster`'s output."""
-    features = encoders.load(layout.out("pretrain", name))(
-        to_float(torch.from_numpy(np.load(layout.split("train") / "images.npy")))
-    )
+    images = to_float(torch.from_numpy(np.load(layout.split("train") / "images.npy")))
+    features = encoders.load(layout.out("pretrain", name))(images)
     points = F.normalize(features, dim=1) if normalise else features
     folder = layout.out("cluster", name)
     np.save(folder / "centroids.npy", kmeans.fit(points, CLUSTERS, seed=0, iterations=20).centroids.numpy())

@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (tmp_path / "artifacts" / stage).mkdir(parents=True)
     pixels = encoder.Encoder(backbone="pixels", image_size=SIDE, channels=1, mean=[MEAN], std=[STD])
     encoder.save(pixels, Path("artifacts/pretrain/pixels"))
-    clusters(np.array([[-1.0] * SIDE**2, [1.0] * SIDE**2]), normalise=False)
+    clusters(SIDE**2)
     Path("artifacts/prepare/statistics.json").write_text(json.dumps({"resize": "stretch"}))
     for name, value in BRIGHTNESS.items():
         (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return main
 
 
-def clusters(centroids: np.ndarray, *, normalise: bool) -> None:
-    np.save("artifacts/cluster/pixels/centroids.npy", centroids.astype(np.float32))
-    description = {"k": len(centroids), "normalise": normalise}
-    Path("artifacts/cluster/pixels/cluster.json").write_text(json.dumps(description))
+def clusters(dim: int, side: float = 1, *, normalise: bool = False) -> None:
+    """Two, dark and light."""
+    np.save("artifacts/cluster/pixels/centroids.npy", np.array([[-side] * dim, [side] * dim], np.float32))
+    Path("artifacts/cluster/pixels/cluster.json").write_text(json.dumps({"k": 2, "normalise": normalise}))
 
 
 def rows(text: str) -> dict[str, dict[str, Any]]:
@@ -80,8 +80,7 @@ def test_each_image_goes_to_its_nearest_centroid_and_a_classifier_adds_class_and
         day = 1 / (1 + np.exp(-0.01 * feature(value).sum() - 0.1))
         assert row["class"] == ("day" if day > 0.5 else "night")
         assert float(row["probability"]) == pytest.approx(max(day, 1 - day), rel=1e-4)
-    ones = np.ones(SIDE**2) / SIDE
-    clusters(np.array([-ones, ones]), normalise=True)
+    clusters(SIDE**2, 1 / SIDE, normalise=True)
     row = run("new/dark.png")["dark.png"]
     assert (row["cluster"], float(row["distance"])) == ("0", pytest.approx(0, abs=1e-6))
 
@@ -91,7 +90,7 @@ def test_grey_images_reach_a_larger_network_of_three_channels(run: Run) -> None:
     wide = encoder.Encoder(backbone="pixels", mean=[MEAN] * 3, std=[STD] * 3, **shape)
     encoder.save(wide, Path("artifacts/pretrain/pixels"))
     dim = 3 * (2 * SIDE) ** 2
-    clusters(np.array([[-1.0] * dim, [1.0] * dim]), normalise=False)
+    clusters(dim)
     for name, row in run("new").items():
         assert list(row) == ["path", "cluster", "distance"]
         value = feature(BRIGHTNESS[name])[0]
