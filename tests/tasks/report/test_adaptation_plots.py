@@ -23,21 +23,17 @@ def row(shift: str, adapter: str, error: float | None, *, guarded: int = 0, **ot
 def table(**other: Any) -> Rows:
     errors = {"sketch": (0.5, 0.55, 0.5), "fog 5": (0.4, 0.1, 0.39), "clean": (0.1, 0.9, 0.2)}
     errors |= {"snow 5": (0.3, 0.3, 0.2)}
-    return [
-        row(shift, adapter, error, guarded=guarded, **other)
-        for shift, found in errors.items()
-        for (adapter, guarded), error in zip((("tent", 1), ("tent", 0), ("source", 0)), found, strict=True)
-    ]
+    who = (("tent", 1), ("tent", 0), ("source", 0))
+    every = [(shift, *each) for shift, found in errors.items() for each in zip(who, found, strict=True)]
+    return [row(shift, adapter, error, guarded=guarded, **other) for shift, (adapter, guarded), error in every]
 
 
 def heat_map(rows: Rows) -> Any:
-    (group,) = adaptation.groups(rows, ["snow", "fog"])
-    return adaptation.heat_map(group)
+    return adaptation.heat_map(*adaptation.groups(rows, ["snow", "fog"]))
 
 
 def curve_of(stream: Rows) -> Any:
-    (group,) = adaptation.groups(stream, [])
-    return adaptation.curve(group, stream)
+    return adaptation.curve(*adaptation.groups(stream, []), stream)
 
 
 def batches(setting: str, *shifts: tuple[str, int]) -> list[tuple[str, bool, int, list[int]]]:
