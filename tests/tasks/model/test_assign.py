@@ -139,5 +139,7 @@ def test_what_is_missing_is_one_line_that_says_what_to_run(run: Run, capsys: pyt
     fails("got none of 1; see the reasons above", "empty")
     fails("expected a new or empty folder for the export, got empty", "new", "--export", "empty")
     assert [path.name for path in Path("empty").iterdir()] == ["broken.png"]
+    clusters(3)
+    fails("they belong to another encoder", "new")
     Path("artifacts/cluster/pixels/centroids.npy").unlink()
     fails("expected clusters in artifacts/cluster/pixels, found none; run its cluster stage", "new")
