@@ -231,10 +231,10 @@ def test_only_those_that_wait_in_vain_are_stopped_after_an_outcome(
     here: Path, monkeypatch: pytest.MonkeyPatch, status: int, told: bool, children: int, stopped: bool
 ) -> None:
     monkeypatch.setenv("DEEPCLUST_LAUNCHER", str(here))
-    worker._add_outcome(status, "")
     pauses, sent = iter(range(4)), []
     monkeypatch.setattr(signals, "came", [signal.SIGTERM] * told)
     monkeypatch.setattr(psutil.Process, "children", lambda _: [None] * children)
+    worker._add_outcome(status, "")
     monkeypatch.setattr(time, "sleep", lambda _: next(pauses))
     monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
     with contextlib.nullcontext() if stopped else pytest.raises(StopIteration):
