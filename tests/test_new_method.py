@@ -36,6 +36,12 @@ class Pull(base.Method):
         first, second = (self.backbone(view) for view in views)
         return ((first - second).abs().mean() - self.config.margin).relu(), {}
 '''
+RUN = """
+import runpy, sys
+for words in ("tasks.prepare", "tasks.pretrain pull", "tasks.params show pull"):
+    sys.argv = words.split()
+    runpy.run_module(sys.argv[0], run_name="__main__")
+"""
 SECTION = "  pull: {epochs: 1, batch_size: 16, hidden_dim: 0, dim: 8, margin: 0.5}\n"
 
 
@@ -51,14 +57,9 @@ def test_a_new_method_is_a_file_a_line_and_a_section(tmp_path: Path) -> None:
     text = params.read_text().replace("  pixels: {}\n", f"  pixels: {{}}\n{SECTION}")
     params.write_text(text.replace("encoders: {", "encoders: {pull: pull, ", 1))
 
-    def run(*words: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DEEPCLUST_TRACKING": "off"}
-        command = [sys.executable, "-m", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("tasks.prepare")
-    run("tasks.pretrain", "pull")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DEEPCLUST_TRACKING": "off"}
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "artifacts/pretrain/pull/encoder.json").read_text())["method"] == "pull"
-    assert "    margin: 0.5  # How far apart two views may be.\n" in run("tasks.params", "show", "pull")
+    assert "    margin: 0.5  # How far apart two views may be.\n" in done.stdout
