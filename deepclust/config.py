@@ -87,7 +87,7 @@ class Config:
         for name in given:
             if name not in known:
                 which = f" of {given['name']}" if "name" in given else ""
-                raise PydanticCustomError("unknown", f"unknown parameter{which}{hint(name, known)}", {"key": name})
+                raise PydanticCustomError("unknown", f"unknown parameter{which}{hint(name, known)}", {"key": str(name)})
         missing = [name for name in known if name not in {*given, *cls.may_be_left_out}]
         if info.context == _FILE and missing:
             others = f", as are {', '.join(missing[1:])}" if missing[1:] else ""
@@ -184,7 +184,7 @@ def _plain(value: Any) -> Any:
     return as_dict(value) if isinstance(value, Config) else value
 
 
-def hint(word: str, known: Iterable[str]) -> str:
+def hint(word: object, known: Iterable[str]) -> str:
     """The nearest known word, as the end of a message; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""

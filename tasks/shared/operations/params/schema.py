@@ -104,6 +104,8 @@ class _WithSections(Config):
     def section(self, name: str, kind: type[_C], path: str) -> _C:
         """A section, with what it does not state from `shared`. Raises: ConfigError."""
         stated, shared = self.sections.get(name, {}), self.sections.get("shared", {})
+        if isinstance(stated, dict):  # an encoder's method is no option of it; `Params.method` reads it
+            stated = {key: value for key, value in stated.items() if (path, key) != ("pretrain", "method")}
         blocks = kind.inherits
         return parse(kind, merged({key: shared[key] for key in blocks if key in shared}, stated), f"{path}.{name}")
 
@@ -332,7 +334,7 @@ class Params(Config):
         from deepclust.methods import METHODS, config_class
 
         method = self.method(encoder)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             where = f"encoders.{encoder}" if encoder in self.encoders else f"pretrain.{encoder}"
             raise ConfigError(
                 f"{where}: expected a method ({', '.join(METHODS)}), got {method!r}{hint(method, METHODS)}"

@@ -25,10 +25,10 @@ def whole() -> dict[str, Any]:
 _GONE = object()
 
 
-def _with(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+def _with(raw: dict[str, Any], dotted: str | int, value: Any) -> dict[str, Any]:
     raw = copy.deepcopy(raw)
     here: Any = raw
-    *parents, last = dotted.split(".")
+    *parents, last = dotted.split(".") if isinstance(dotted, str) else (dotted,)
     for part in parents:
         here = here[int(part) if part.isdigit() else part]
     here[last] = here[last] | value if isinstance(value, dict) and last in ("tsd", "lame") else value
@@ -49,6 +49,13 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
     [
         ("cluster.seeds", _GONE, r"^cluster\.seeds: missing; every parameter is stated in params\.yaml$"),
         ("pretrain.swav.crops.0.ratio", _GONE, r"^pretrain\.swav\.crops\.0\.ratio: missing; every parameter is stated"),
+        (1, 2, r"^1: unknown parameter$"),
+        ("pretrain.wide", {"method": ["swav"]}, r"^pretrain\.wide: expected a method .*, got \['swav'\]"),
+        (
+            "pretrain.swav.method",
+            "pcl",
+            r"^pretrain\.swav\.method: expected 'swav', as encoders says, got 'pcl'; leave",
+        ),
         ("sead", 1, r"^sead: unknown parameter; did you mean seed\?$"),
         ("seed", "zero", r"^seed: .*integer.*, got 'zero'$"),
         ("data.source", "FashionMIST", r"^data\.source: .*'FashionMNIST'.*, got 'FashionMIST'$"),
@@ -86,11 +93,17 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("pretrain.pcl.warmup_epochs", 4, r"^pretrain\.pcl: warmup_epochs 4 must be below epochs 3"),
     ],
 )
-def test_a_mistake_is_one_line(whole: dict[str, Any], dotted: str, value: Any, message: str) -> None:
+def test_a_mistake_is_one_line(whole: dict[str, Any], dotted: str | int, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         params.parse(_with(whole, dotted, value))
     assert "\n" not in str(caught.value)
     assert "constrained" not in str(caught.value)
+
+
+def test_a_section_may_state_its_method_whether_its_encoder_runs_or_not(whole: dict[str, Any]) -> None:
+    wide = whole["pretrain"]["swav"] | {"method": "swav"}
+    values = params.parse(_with(_with(whole, "pretrain.wide", wide), "pretrain.swav.method", "swav"))
+    assert (values.method("wide"), values.options("wide")) == ("swav", values.options("swav"))
 
 
 def test_a_value_is_what_dvc_reads(tmp_path: Path) -> None:
