@@ -155,7 +155,8 @@ class Workspace:
         lines: list[str] = []
         if self._children.stream(_STATUS, lines.append):
             raise StageError(f"`dvc status` failed: {' '.join(' '.join(lines).split())}")
-        changed = set(json.loads(lines[-1]))
+        # Warnings may come before and after it.
+        changed = set(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
         for stage, upstream in self.graph.items():
             if changed.intersection(upstream):
                 changed.add(stage)
