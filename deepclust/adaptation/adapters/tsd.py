@@ -109,6 +109,10 @@ class Deviations(configs.Config):
     seed: Natural = 0
     """Of train_mode's random numbers."""
 
+    def _check(self) -> None:
+        if self.seed and not self.train_mode:
+            raise ValueError(f"seed {self.seed} without effect: nothing is random but in train_mode; leave it out")
+
 
 PAPER = Deviations()
 ORIGINAL = Deviations(
@@ -216,6 +220,13 @@ class TSD(Learner):
         compat = config is not None and config.compat
         if compat and deviations is not None:
             raise ConfigError(f"compat {compat!r} says all deviations; leave out one of the two")
+        local = ("local_compares", "local_itself", "local_repels")
+        idle = [name for name in local if deviations and getattr(deviations, name) != getattr(PAPER, name)]
+        if idle and config is not None and config.local_weight == 0:
+            raise ConfigError(
+                f"{', '.join(idle)} without effect: local_weight is 0, so there is no local term; raise local_weight, "
+                "or leave these out"
+            )
         self.deviations = ORIGINAL if compat else deviations or PAPER
         super().__init__(model, config)
 

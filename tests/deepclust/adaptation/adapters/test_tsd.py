@@ -271,6 +271,10 @@ def test_options_against_each_other_are_errors(options, message):
 def test_what_tsd_can_not_do_is_an_error_and_batch_norm_is_not_needed():
     with pytest.raises(ConfigError, match="compat 'original' says all deviations; leave out one of the two"):
         TSD(classifier(), Config(compat="original"), deviations=PAPER)
+    with pytest.raises(ConfigError, match="local_itself, local_repels without effect: local_weight is 0"):
+        TSD(classifier(), Config(local_weight=0.0), deviations=Deviations(local_itself=True, local_repels=True))
+    with pytest.raises(ConfigError, match="seed 3 without effect: nothing is random but in train_mode"):
+        Deviations(seed=3)
     with pytest.raises(AdaptationError, match=r"this featurizer has no parameters; use the source adapter"):
         TSD(Classifier(nn.Flatten(), nn.Linear(12, 3)))
     model = layer_normed()
