@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepclust.errors import CheckpointError
-from deepclust.images.decode import Resize
+from deepclust.config import as_dict
+from deepclust.errors import CheckpointError, ConfigError
+from deepclust.images.decode import Reading
 from deepclust.models import encoder, features
 from deepclust.models.devices import default_device
 
@@ -82,13 +83,13 @@ class Bundle:
         encoder: In eval mode, on its device.
         clusters: Of the encoder's features.
         classifier: Of the encoder's features, or None.
-        resize: How the training images were made square.
+        reading: How the training images' files became pixels.
     """
 
     encoder: encoder.Encoder
     clusters: Clusters
     classifier: Classifier | None
-    resize: Resize
+    reading: Reading
 
     @property
     def image_size(self) -> int:
@@ -130,7 +131,7 @@ class Bundle:
         _write(folder / CLASSIFIER, {"classes": self.classes})
         if self.classifier:
             save_file({"weight": self.classifier.weight, "bias": self.classifier.bias}, folder / WEIGHTS)
-        _write(folder / STATISTICS, {"resize": self.resize})
+        _write(folder / STATISTICS, as_dict(self.reading))
 
 
 def load(
@@ -159,7 +160,7 @@ def load(
         encoder=trained.to(device or default_device()),
         clusters=found,
         classifier=load_classifier(classifier or folder, trained.feature_dim),
-        resize=_resize((statistics or folder) / STATISTICS),
+        reading=_reading((statistics or folder) / STATISTICS),
     )
 
 
@@ -207,17 +208,15 @@ def load_classifier(folder: Path, feature_dim: int) -> Classifier | None:
     return Classifier(classes, weight, bias)
 
 
-def _resize(path: Path) -> Resize:
+def _reading(path: Path) -> Reading:
     try:
-        found = _read(path)["resize"]
+        return Reading.of(_read(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"expected a description of the images in {path}, found none; run prepare") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the description of the images in {path} is damaged; run prepare again") from error
-    if found not in get_args(Resize):
-        raise CheckpointError(f"expected resize in {path} to be one of {', '.join(get_args(Resize))}, got {found!r}")
-    resize: Resize = found
-    return resize
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"the description of the images in {path} is damaged ({error}); run prepare again"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

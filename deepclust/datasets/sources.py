@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust.datasets import download, fashion_mnist, idx
-from deepclust.images import decode
+from deepclust.images import decode, depth
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}
@@ -52,19 +52,19 @@ class Named:
     skipped: list[dict[str, str]] = field(default_factory=list)
     ignored: int = 0
 
-    def own_size(self) -> int:
-        """The data set's own side, in pixels."""
-        return int(self.images["train"].shape[1])
+    def inspect(self, reading: decode.Reading) -> tuple[int, list[depth.Measured]]:
+        """The data set's own side, in pixels; no image has more than 8 bits."""
+        return int(self.images["train"].shape[1]), []
 
     def read(
-        self, split: str, index: int, *, image_size: int, channels: int, resize: decode.Resize
+        self, split: str, index: int, reading: decode.Reading, *, image_size: int, channels: int
     ) -> NDArray[np.uint8]:
         """One image as (image_size, image_size, channels) uint8."""
         pixels: NDArray[np.uint8] = self.images[split][index]
         if pixels.shape == (image_size, image_size, channels):
             return pixels
         image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
-        return decode.square(image, image_size=image_size, channels=channels, resize=resize)
+        return decode.square(image, image_size=image_size, channels=channels, resize=reading.resize)
 
 
 def load(name: str) -> Named:

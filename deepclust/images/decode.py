@@ -1,22 +1,27 @@
 """One image file to pixels: any mode and size to a square of 8-bit grey or RGB.
 
-Transparent pixels become black, as the border of `pad` does. 16-bit grey is scaled as a whole (65535 is white), so that
-brightness stays comparable between images. EXIF rotation is applied. Of an animation the first picture is taken.
+How that is done is a `Reading`, which is settled once for a data set and stored with it, so that new images are read as
+the training images were. EXIF rotation is applied.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deepclust.config import Config, Natural, config
 from deepclust.errors import DataError
+from deepclust.images import depth
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -34,14 +39,74 @@ def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in EXTENSIONS
 
 
-def read_image(path: Path, *, image_size: int, channels: int, resize: Resize, max_pixels: int) -> NDArray[np.uint8]:
+@config
+class Reading(Config):
+    """How files become pixels, apart from size and channels."""
+
+    resize: Resize = "crop"
+    """crop: shorter side to image_size, then the centre; pad: the whole image on black; stretch."""
+    background: Literal["auto", "black", "white"] = "auto"
+    """What shows through transparent pixels; auto: black, or white behind a dark drawing."""
+    pages: Literal["first", "middle", "max", "mean"] | Natural = "first"
+    """Of a file with several pages: one of them, a number from 0, or the maximum or mean of all."""
+    bands: tuple[Natural, ...] = ()
+    """Of a file with many bands: one (grey) or three (RGB), numbers from 0; none: the first three, or the first."""
+    white: Mapping[str, depth.Range] = field(default_factory=dict)
+    """Black and white of each depth above 8 bits; see `depth`."""
+
+    def _check(self) -> None:
+        if len(self.bands) not in (0, 1, 3):
+            raise ValueError(f"bands: expected one band (grey) or three (RGB), got {len(self.bands)}; mend the list")
+
+    @classmethod
+    def of(cls, statistics: Mapping[str, Any]) -> Reading:
+        """The part of a description of images that is a reading. Raises: ConfigError."""
+        return cls(**{own.name: statistics[own.name] for own in fields(cls) if own.name in statistics})
+
+
+class Inspected(NamedTuple):
+    """What is known of a file without its pixels.
+
+    Attributes:
+        sha256: Of the file's bytes, in hexadecimal: the image's id.
+        width: In pixels.
+        height: In pixels.
+        measured: The values of its pixels if they have more than 8 bits, else None.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    measured: depth.Measured | None
+
+
+def inspect(path: Path, reading: Reading, *, max_pixels: int) -> Inspected:
+    """Read what a data set's `Reading` is settled by; pixels are decoded only where they have more than 8 bits.
+
+    Args:
+        path: The file.
+        reading: Its pages and bands count.
+        max_pixels: See `read_image`.
+
+    Raises:
+        DataError: As `read_image`.
+    """
+    content = _content(path)
+    with _opened(content, max_pixels) as image:
+        measured = None
+        if _is_deep(image):
+            measured = depth.measure(depth.raw(_values(image)))
+        return Inspected(hashlib.sha256(content).hexdigest(), *image.size, measured)
+
+
+def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, max_pixels: int) -> NDArray[np.uint8]:
     """Read one image file.
 
     Args:
         path: The file.
+        reading: How.
         image_size: Side of the result, in pixels.
         channels: 1 for grey, 3 for RGB.
-        resize: `crop` (shorter side to image_size, then the centre), `pad` (the whole image on black) or `stretch`.
         max_pixels: A file whose header says more is not decoded.
 
     Returns:
@@ -50,18 +115,21 @@ def read_image(path: Path, *, image_size: int, channels: int, resize: Resize, ma
     Raises:
         DataError: If it can not be read; the message is the reason alone, without the path.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(_content(path), max_pixels) as image:
         image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes large photographs several times faster
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
-        return square(_plain(image), image_size=image_size, channels=channels, resize=resize)
+        return square(_plain(image, reading), image_size=image_size, channels=channels, resize=reading.resize)
 
 
-def shorter_side(path: Path, *, max_pixels: int) -> int:
-    """Shorter side in pixels, from the header. Raises: DataError as `read_image`."""
-    with _opened(path, max_pixels) as image:
-        return min(image.size)
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError("not a regular file")  # a pipe would be waited for
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(_reason(error)) from error
 
 
 def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
@@ -86,13 +154,11 @@ def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize
 
 
 @contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """A file's image, of which only the header is read; what fails within the block is a DataError too."""
-    if not path.is_file():
-        raise DataError("not a regular file")  # a pipe would be waited for
     Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
             yield image
@@ -102,23 +168,22 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         raise DataError(_reason(error)) from error
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _plain(image: Image.Image, reading: Reading) -> Image.Image:
     """Any mode to L or RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_deep(image)
+    if _is_deep(image):
+        return Image.fromarray(depth.to_8_bits(depth.raw(_values(image)), reading.white))
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits: integers from 0 to 65535 or floats from 0 to 1."""
-    white = 1.0 if image.mode == "F" else 65535.0
-    values = np.asarray(image, dtype=np.float64)
-    if not (values.min() >= 0 and values.max() <= white):  # written so that NaN fails too
-        raise DataError(f"grey values outside 0 to {white:g}; scale them")
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _values(image: Image.Image) -> NDArray[np.generic]:
+    return np.asarray(image)
 
 
 def _reason(error: Exception) -> str:

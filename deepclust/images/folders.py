@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from deepclust.images import decode, find, sampling
+from deepclust.images import decode, depth, find, sampling
 
 LABELS = "labels.csv"
 TRAIN = ("train",)
@@ -44,25 +44,26 @@ class Folder:
     ignored: int = 0
     channels: int | None = None  # only known when all images are read
 
-    def own_size(self) -> int:
-        """The median shorter side of the training images, at most 64 pixels, from their headers."""
-        sides = []
-        for path in self.paths["train"]:
-            try:
-                sides.append(decode.shorter_side(self.root / path, max_pixels=self.max_pixels))
-            except DataError:
-                continue  # read() will give the reason
+    def inspect(self, reading: decode.Reading) -> tuple[int, list[depth.Measured]]:
+        """The median shorter side of the training images, at most 64 pixels, and the values of deep images."""
+        sides, measured = [], []
+        for split, paths in self.paths.items():
+            for path in paths:
+                try:
+                    seen = decode.inspect(self.root / path, reading, max_pixels=self.max_pixels)
+                except DataError:
+                    continue  # read() will give the reason
+                sides += [min(seen.width, seen.height)] if split == "train" else []
+                measured += [seen.measured] if seen.measured else []
         low, high = AUTO_SIZES
-        return min(max(median_low(sides), low), high) if sides else high
+        return min(max(median_low(sides), low), high) if sides else high, measured
 
     def read(
-        self, split: str, index: int, *, image_size: int, channels: int, resize: decode.Resize
+        self, split: str, index: int, reading: decode.Reading, *, image_size: int, channels: int
     ) -> NDArray[np.uint8]:
         """One image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
         path = self.root / self.paths[split][index]
-        return decode.read_image(
-            path, image_size=image_size, channels=channels, resize=resize, max_pixels=self.max_pixels
-        )
+        return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
 
 
 def load(path: str, *, test_fraction: float, seed: int, max_pixels: int) -> Folder:

@@ -53,7 +53,8 @@ def load(
         )
     for item in files.skipped:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
-    shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels", "resize")}
+    reading = decode.Reading.of(statistics)
+    shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels")}
 
     def read(name: str, paths: list[str]) -> shifts.Shift:
         known = classes or _folders(name, paths)
@@ -63,7 +64,7 @@ def load(
         def readable() -> Iterator[NDArray[np.uint8]]:
             for row in shifts.choose(labels, count=count, seed=seed).tolist():
                 try:
-                    image = decode.read_image(root / paths[row], max_pixels=max_pixels, **shape)
+                    image = decode.read_image(root / paths[row], reading, max_pixels=max_pixels, **shape)
                 except DataError as error:
                     print(f"skipped {paths[row]}: {error}", flush=True)
                 else:

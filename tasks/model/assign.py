@@ -143,11 +143,11 @@ def read(
 ) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
     """Chunks of names and images (n, H, W, C) of the files that can be read; the others are named on stderr."""
 
-    shape: Any = {"image_size": model.image_size, "channels": model.channels, "resize": model.resize}
+    shape: Any = {"image_size": model.image_size, "channels": model.channels, "max_pixels": max_pixels}
 
     def attempt(name: str) -> NDArray[np.uint8] | str:
         try:
-            return decode.read_image(root / name, max_pixels=max_pixels, **shape)
+            return decode.read_image(root / name, model.reading, **shape)
         except DataError as error:
             return str(error)
 

@@ -63,7 +63,7 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
     def _prepared(self, images: Any) -> NDArray[np.uint8]:
         """(N, size, size, channels) uint8, unchanged if the images have that shape already."""
-        size, channels, resize = self._bundle.image_size, self._bundle.channels, self._bundle.resize
+        size, channels, resize = self._bundle.image_size, self._bundle.channels, self._bundle.reading.resize
         if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels) and images.dtype == np.uint8:
             return images
         how: Any = {"image_size": size, "channels": channels, "resize": resize}

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust.config import as_dict
 from deepclust.datasets import sources
 from deepclust.errors import DataError
-from deepclust.images import folders, sampling
+from deepclust.images import decode, depth, folders, sampling
 from tasks.prepare import arrays
 from tasks.shared.operations.params.schema import Data
 from tasks.shared.outputs import layout, stage
@@ -29,8 +30,13 @@ def main() -> None:
     with stage.running("prepare") as here:
         data, seed = here.params.data, here.params.seed
         source = find(data, seed)
-        image_size = source.own_size() if data.image_size == "auto" else data.image_size
-        kept, skipped = write_images(here.folder, source, data, image_size)
+        how = {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
+        own_size, measured = source.inspect(decode.Reading(**how))
+        image_size = own_size if data.image_size == "auto" else data.image_size
+        reading = decode.Reading(**how, white=depth.settle(measured, data.white))
+        for name, (black, white) in reading.white.items():
+            print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white", flush=True)
+        kept, skipped = write_images(here.folder, source, reading, data, image_size)
         check(source, kept, skipped, data.max_skipped)
         channels = settle_channels(here.folder, source, data)
         labels = {split: source.labels[split][kept[split]] for split in layout.SPLITS}
@@ -41,7 +47,7 @@ def main() -> None:
         drawn = np.random.default_rng([seed, 1])
         heldout = labelled_rows[sampling.stratified(labels["train"][labelled_rows], data.heldout_fraction, drawn)]
         np.save(here.folder / "train" / "heldout.npy", heldout)
-        shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "resize": data.resize}
+        shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(reading)
         mean, std = arrays.mean_and_std(here.folder / "train" / "images.npy")
         # What an encoder has to know of its images: all that decides pretraining besides the images themselves.
         statistics = stage.json_text(shape | {"mean": mean, "std": std})
@@ -82,7 +88,7 @@ def find(data: Data, seed: int) -> Source:
 
 
 def write_images(
-    folder: Path, source: Source, data: Data, image_size: int
+    folder: Path, source: Source, reading: decode.Reading, data: Data, image_size: int
 ) -> tuple[dict[str, NDArray[np.int64]], list[dict[str, str]]]:
     """Write each split's images.npy, with three channels if it is not yet known whether a folder has colour.
 
@@ -94,7 +100,7 @@ def write_images(
     skipped = list(source.skipped)
     for split in layout.SPLITS:
         (folder / split).mkdir()
-        read = partial(source.read, split, image_size=image_size, channels=channels, resize=data.resize)
+        read = partial(source.read, split, reading=reading, image_size=image_size, channels=channels)
         shape = (image_size, image_size, channels)
         target = folder / split / "images.npy"
         written, failed = arrays.write(target, read, count=len(source.paths[split]), shape=shape, what=split)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from deepclust import bundle
 from deepclust.errors import CheckpointError
+from deepclust.images.decode import Reading
 from deepclust.methods.pixels import pixels
 from deepclust.models import encoder
 
@@ -26,7 +27,7 @@ def made(request: pytest.FixtureRequest) -> bundle.Bundle:
         classifier=bundle.Classifier(
             ["a", "b", "ü"], torch.randn((3, 64), generator=random), torch.randn(3, generator=random)
         ),
-        resize="pad",
+        reading=Reading(resize="pad"),
     )
 
 
@@ -48,7 +49,7 @@ def test_images_go_to_the_nearest_centroid_and_class_in_float64(made: bundle.Bun
 def test_what_was_saved_assigns_alike_to_the_bit(made: bundle.Bundle, tmp_path: Path) -> None:
     made.save(tmp_path)
     again = bundle.load(tmp_path)
-    assert (again.classes, again.resize, again.image_size, again.channels) == (["a", "b", "ü"], "pad", 8, 1)
+    assert (again.classes, again.reading.resize, again.image_size, again.channels) == (["a", "b", "ü"], "pad", 8, 1)
     for before, after in zip(made.assign(IMAGES), again.assign(IMAGES), strict=True):
         np.testing.assert_array_equal(before, after)
     # The parts may lie in folders of their own, and a classifier may be missing.
@@ -71,5 +72,5 @@ def test_parts_of_another_encoder_or_without_a_description_are_refused(made: bun
     with pytest.raises(CheckpointError, match=r"found none; run prepare$"):
         bundle.load(tmp_path)
     path.write_text('{"resize": "zoom"}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"'zoom'$"):
+    with pytest.raises(CheckpointError, match=r"got 'zoom'.*run prepare again$"):
         bundle.load(tmp_path)

@@ -19,6 +19,7 @@ from torchvision import datasets
 from deepclust.datasets import download, fashion_mnist, idx, sources
 from deepclust.errors import DataError
 from deepclust.images import sampling
+from deepclust.images.decode import Reading
 
 RNG = np.random.default_rng(0)
 NOWHERE = "http://127.0.0.1:1"
@@ -188,8 +189,8 @@ def test_cifar_is_read_from_its_binary_files_with_its_fine_labels(unverified: Pa
     assert np.array_equal(found.images["test"], images[10:].transpose(0, 2, 3, 1))
     assert (found.labels["train"].tolist(), found.classes[3]) == (list(range(10)), "class3")
     assert found.paths["test"] == ["test/000000", "test/000001"]
-    assert np.array_equal(found.read("train", 4, image_size=32, channels=3, resize="crop"), found.images["train"][4])
-    assert found.read("test", 1, image_size=14, channels=1, resize="crop").shape == (14, 14, 1)
+    assert np.array_equal(found.read("train", 4, Reading(), image_size=32, channels=3), found.images["train"][4])
+    assert found.read("test", 1, Reading(), image_size=14, channels=1).shape == (14, 14, 1)
     hundred = {name: bytes([7, label]) + images[0].tobytes() for name, label in (("train.bin", 42), ("test.bin", 99))}
     hundred |= {"fine_label_names.txt": "\n".join(f"fine{n}" for n in range(100)).encode()}
     archive(unverified, "cifar-100-binary", "cifar-100-binary", hundred)

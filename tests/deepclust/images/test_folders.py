@@ -12,6 +12,7 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import find, folders
+from deepclust.images.decode import Reading
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -148,4 +149,4 @@ def test_the_automatic_size_is_the_median_shorter_side_within_bounds(
     touch(tmp_path, "train/a/broken.png", "test/a/1.png")
     for index, side in enumerate(sides):
         Image.new("L", (side, 2 * side)).save(tmp_path / f"train/a/{index}.png")
-    assert folders.load(str(tmp_path), test_fraction=0.2, seed=0, max_pixels=10**6).own_size() == expected
+    assert folders.load(str(tmp_path), test_fraction=0.2, seed=0, max_pixels=10**6).inspect(Reading())[0] == expected

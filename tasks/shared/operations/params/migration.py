@@ -10,6 +10,11 @@ from tasks.shared.operations.params import overrides
 
 # Keys that are new, with the value that comes nearest to what was done before.
 _NEW: dict[str, Any] = {
+    "data.white": "file",
+    "data.background": "black",
+    "data.pages": "first",
+    "data.bands": [],
+    "data.follow_links": False,
     "cluster.engine": "faiss",
     "pretrain.pcl.kmeans_engine": "faiss",
     "pretrain.deepcluster_v2.kmeans_engine": "faiss",

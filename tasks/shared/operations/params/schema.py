@@ -56,10 +56,20 @@ class Data(Config):
     """Pixels of a side; auto: the data set's own, for a folder the median shorter side, at most 64."""
     resize: Literal["crop", "pad", "stretch"]
     """crop: shorter side to image_size, then the centre; pad: the whole image on black; stretch."""
+    white: Positive | Literal["auto", "file"]
+    """Of pixels of more than 8 bits: a value; file: as the format states it; auto: as measured over all images."""
+    background: Literal["auto", "black", "white"]
+    """What shows through transparent pixels; auto: black, or white behind a dark drawing."""
+    pages: Literal["first", "middle", "max", "mean"] | Natural
+    """Of a file with several pages: one of them, a number from 0, or the maximum or mean of all."""
+    bands: tuple[Natural, ...]
+    """Of a file with many bands: one (grey) or three (RGB), numbers from 0; none: the first three, or the first."""
     colour: Literal["grey", "rgb", "auto"]
     """grey, rgb, or auto: rgb as soon as one image has colour."""
+    follow_links: Flag
+    """Whether to take what symbolic links point to outside of the folder."""
     test_fraction: SetShare
-    """Share of a folder without a test folder that is drawn, per class, for test."""
+    """Share of a folder without a test folder that is drawn for test."""
     heldout_fraction: SetShare
     """Share of the labelled training images that recipes and champions are chosen on."""
     max_skipped: Share
