@@ -26,7 +26,7 @@ from deepclust.images import find as finding
 from tasks.model import export
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.outputs import environment, layout
+from tasks.shared.outputs import environment, layout, lineage
 
 if TYPE_CHECKING:
     from deepclust import bundle
@@ -46,6 +46,8 @@ def main() -> None:
         file: TextIO = sys.stdout
         if arguments.export:
             add = stack.enter_context(export.sorted_folder(arguments.export, link=arguments.link))
+        parts = [layout.out(stage, arguments.encoder) for stage in ("pretrain", "cluster", "linear")]
+        lineage.check([layout.STATISTICS, *parts])
         from deepclust import bundle  # imports torch, which takes seconds: mistakes in the arguments come first
 
         model = bundle.load(

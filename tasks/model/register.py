@@ -25,7 +25,7 @@ from deepclust.models import backbones
 from tasks.shared.operations import params, provenance, store, tracking
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.outputs import layout, prepared
+from tasks.shared.outputs import layout, lineage, prepared
 
 ALIAS = "champion"
 _CONTENT, _DATA = "content", "data.hash"
@@ -68,11 +68,13 @@ def register(encoder: str, run_id: str | None = None) -> str:
         One line for the log.
 
     Raises:
+        CheckpointError: If their artifacts do not belong together.
         DataError: If the stages before have not run.
         TrackingError: If the store can not be reached or refuses the model.
     """
     name = f"deepclust-{encoder}"
     files = _files(encoder)
+    lineage.check([layout.PREPARED, *(layout.out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))])
     data = provenance.data_hash() or ""
     content = _content(files, data)
     client, experiment = tracking.connect()

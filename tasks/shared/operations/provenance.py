@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,21 @@ def code_deps(stage: str, method: str) -> list[str]:
         stage: Name without its encoder.
         method: Of the encoder; replaces `${item}`.
     """
-    stated = read(ROOT / "dvc.yaml")["stages"][stage]
-    deps = stated.get("do", stated)["deps"]
-    return sorted(dep.replace("${item}", method) for dep in deps if dep.startswith(("tasks/", "deepclust/")))
+    code = [dep for dep in deps(stage) if dep.startswith(("tasks/", "deepclust/"))]
+    return sorted(dep.replace("${item}", method) for dep in code)
+
+
+def deps(stage: str) -> list[str]:
+    """What a stage depends on in dvc.yaml, with `${key}` for its encoder and `${item}` for the encoder's method."""
+    stated = _stages(ROOT / "dvc.yaml")[stage]
+    found: list[str] = stated.get("do", stated)["deps"]
+    return found
+
+
+@cache
+def _stages(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read(file)["stages"]
+    return found
 
 
 def code_hash(*paths: str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 STAGES = ("prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report")
+ONCE = ("prepare", "report")  # the others run once an encoder
 SPLITS = ("train", "test")
 
 PARAMS = Path("params.yaml")

@@ -27,7 +27,7 @@ from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import launcher, signals
-from tasks.shared.outputs import environment, layout
+from tasks.shared.outputs import environment, layout, lineage
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Here:
     params: schema.Params
     folder: Path
     run: tracking.Run
+    _made_from: dict[str, str]
     _files: dict[Path, str] = field(default_factory=dict)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
@@ -67,6 +68,7 @@ class Here:
             for path, text in self._files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partials[path].write_text(text, encoding="utf-8")
+            lineage.write(self.folder, self._made_from)
             shutil.rmtree(target, ignore_errors=True)
             self.folder.replace(target)
             for path, partial in partials.items():
@@ -131,7 +133,7 @@ def running(stage: str) -> Iterator[Here]:
     with one line and status 143 or 130. The old outputs are then still there. Any other exception is a bug and keeps
     its traceback.
     """
-    per_encoder = stage not in ("prepare", "report")
+    per_encoder = stage not in layout.ONCE
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
     if per_encoder:
         parser.add_argument("encoder", help="an encoder of params.yaml")
@@ -148,13 +150,15 @@ def running(stage: str) -> Iterator[Here]:
             if encoder is not None:
                 values.method(encoder)
             partial = _partial(layout.out(stage, encoder))
+            sources = lineage.inputs(stage, *([encoder] if encoder else values.encoders))
             with launcher.together():
                 if launcher.is_main():
+                    lineage.check(sources)
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
                     stack.callback(shutil.rmtree, partial, ignore_errors=True)
                 run = stack.enter_context(tracking.stage_run(stage, encoder, values))
-            here = Here(stage, encoder, values, partial, run)
+            here = Here(stage, encoder, values, partial, run, lineage.hashes(sources))
             yield here
             with launcher.together():
                 if launcher.is_main():

@@ -91,7 +91,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_files_have_their_columns_and_a_row_for_each_adapter_and_shift(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == sorted(FILES), "the folder of shifts is gone"
+    found = sorted(path.name for path in whole.iterdir())
+    assert found == sorted([*FILES, "lineage.json"]), "the folder of shifts is gone"
     columns = (measuring.COLUMNS, measuring.CURVE, adapt.PREDICTIONS, adapt.SECONDS)
     assert [(whole / name).read_text().splitlines()[0].split(",") for name in FILES] == list(columns)
     rows = table(whole)

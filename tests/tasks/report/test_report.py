@@ -48,7 +48,7 @@ def here(reported: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_report_is_whole_and_needs_nothing_from_outside(here: Path) -> None:
     assert set(digest()) == {
-        *("comparison.csv", "evaluation.png", "report.html", "scores.png", "training.png"),
+        *("comparison.csv", "evaluation.png", "lineage.json", "report.html", "scores.png", "training.png"),
         *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in NAMES),
         *(f"stream-{name}-{index}.png" for index in (0, 1) for name in NAMES),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.shared.outputs import layout, stage
+from tasks.shared.outputs import layout, lineage, stage
 from tests.paths import ROOT
 from tests.pipelines import eventually
 
@@ -35,7 +35,7 @@ def _write(content: str) -> dict[str, str]:
 
 def _files() -> dict[str, str]:
     tops = (layout.ARTIFACTS, layout.METRICS, layout.PLOTS)
-    files = [(top, path) for top in tops for path in top.rglob("*") if path.is_file()]
+    files = [(top, path) for top in tops for path in top.rglob("*") if path.is_file() and path.name != lineage.FILE]
     return {path.relative_to(top).as_posix(): path.read_text() for top, path in files}
 
 
