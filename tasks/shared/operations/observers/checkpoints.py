@@ -21,6 +21,7 @@ from deepclust import distributed
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.training import checkpoint, resume
 from tasks.shared.operations import provenance
+from tasks.shared.operations.observers import earlier_run
 from tasks.shared.operations.processes import launcher
 from tasks.shared.outputs import layout, prepared, stage
 
@@ -62,8 +63,11 @@ class Run:
         if mode == "require" and self._found is None:
             found = self._misfit(parts) or f"expected a state to go on from in {self._folder}, found none"
             raise CheckpointError(f"{found}; or set pretrain.resume to auto to begin anew")
-        if mode == "auto" and self._found is None and launcher.is_main() and (misfit := self._misfit(parts)):
-            print(f"{here.encoder}: begins anew, beside an unfinished run: {misfit}", flush=True)
+        if self._found is None and launcher.is_main():
+            if line := earlier_run.difference(here.encoder):
+                print(line, flush=True)
+            if mode == "auto" and (misfit := self._misfit(parts)):
+                print(f"{here.encoder}: begins anew, beside an unfinished run: {misfit}", flush=True)
         self.step = self._found.step if self._found else 0
         """Updates made so far."""
 
