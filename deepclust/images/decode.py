@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -91,12 +91,13 @@ def inspect(path: Path, reading: Reading, *, max_pixels: int) -> Inspected:
     Raises:
         DataError: As `read_image`.
     """
-    content = _content(path)
-    with _opened(content, max_pixels) as image:
-        measured = None
-        if _is_deep(image):
-            measured = depth.measure(depth.raw(_values(image)))
-        return Inspected(hashlib.sha256(content).hexdigest(), *image.size, measured)
+    with _opened(path) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        picture = _picture(file, reading, max_pixels)
+        if isinstance(picture, Image.Image):
+            return Inspected(sha256, *picture.size, None)
+        height, width = picture.values.shape[:2]
+        return Inspected(sha256, width, height, depth.measure(picture))
 
 
 def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, max_pixels: int) -> NDArray[np.uint8]:
@@ -115,21 +116,13 @@ def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, 
     Raises:
         DataError: If it can not be read; the message is the reason alone, without the path.
     """
-    with _opened(_content(path), max_pixels) as image:
-        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes large photographs several times faster
-        image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return square(_plain(image, reading), image_size=image_size, channels=channels, resize=reading.resize)
-
-
-def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise DataError("not a regular file")  # a pipe would be waited for
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(_reason(error)) from error
+    with _opened(path) as file:
+        picture = _picture(file, reading, max_pixels)
+        if isinstance(picture, Image.Image):
+            picture.draft(None, (2 * image_size, 2 * image_size))  # JPEG: large photographs decode several times faster
+            _turn_upright(picture)
+        image = _plain(picture, reading)
+        return square(image, image_size=image_size, channels=channels, resize=reading.resize)
 
 
 def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
@@ -154,36 +147,47 @@ def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize
 
 
 @contextlib.contextmanager
-def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """A file's image, of which only the header is read; what fails within the block is a DataError too."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read an image from; whatever fails within the block is a DataError."""
+    if not path.is_file():
+        raise DataError("not a regular file")  # a pipe would be waited for
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
-            yield image
+        with path.open("rb") as file:
+            yield file
     except DataError:
         raise
     except Exception as error:  # decoders raise undocumented types on damaged files
         raise DataError(_reason(error)) from error
 
 
-def _plain(image: Image.Image, reading: Reading) -> Image.Image:
-    """Any mode to L or RGB."""
-    if _is_deep(image):
-        return Image.fromarray(depth.to_8_bits(depth.raw(_values(image)), reading.white))
-    if image.has_transparency_data:
-        over = image.convert("RGBA")
+def _picture(file: BufferedReader, reading: Reading, max_pixels: int) -> Image.Image | depth.Raw:
+    """What the reader of the file's format makes of it: of 8 bits an image of Pillow, of which only the header is read
+    yet and which may not be upright; else decoded pixels."""
+    file.seek(0)
+    Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
+    image = Image.open(file, formats=_FORMATS)
+    if image.width * image.height > max_pixels:
+        raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        _turn_upright(image)
+        return depth.raw(np.asarray(image))
+    return image
+
+
+def _turn_upright(image: Image.Image) -> None:
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _plain(picture: Image.Image | depth.Raw, reading: Reading) -> Image.Image:
+    """Any mode or depth to L or RGB."""
+    if isinstance(picture, depth.Raw):
+        return Image.fromarray(depth.to_8_bits(picture, reading.white))
+    if picture.has_transparency_data:
+        over = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
-
-
-def _values(image: Image.Image) -> NDArray[np.generic]:
-    return np.asarray(image)
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 def _reason(error: Exception) -> str:
