@@ -20,6 +20,7 @@ from deepclust.errors import DataError
 Range = tuple[float, float]
 """The values that become black (0) and white (255)."""
 White = float | Literal["auto", "file"]
+_LARGEST = 1e30  # what is beyond it marks pixels without a value
 
 
 class Raw(NamedTuple):
@@ -30,12 +31,19 @@ class Raw(NamedTuple):
         depth: Name of its depth.
         stated: Black and white as the file's format states them.
         inverted: Whether its black is white, as in negatives.
+        alpha: (H, W) uint8, 255 opaque, if it has transparency.
     """
 
     values: NDArray[Any]
     depth: str
     stated: Range
     inverted: bool = False
+    alpha: NDArray[np.uint8] | None = None
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether it has more than 256 values; others are black and white as stated."""
+        return self.depth.startswith("float") or self.stated[1] - self.stated[0] > 255
 
 
 class Measured(NamedTuple):
@@ -43,8 +51,8 @@ class Measured(NamedTuple):
 
     Attributes:
         depth: Name of its depth.
-        low: Its least value.
-        high: Its greatest value.
+        low: Its least value, at most 0.
+        high: Its greatest value, at least 0.
         stated: See `Raw`.
     """
 
@@ -54,22 +62,36 @@ class Measured(NamedTuple):
     stated: Range
 
 
-def raw(values: NDArray[Any], *, bits: int | None = None, inverted: bool = False) -> Raw:
-    """A picture whose depth is its type's, or the `bits` that its file states: 12 bits in uint16 are `uint12`."""
-    kind = values.dtype
+def raw(
+    values: NDArray[Any], *, kind: np.dtype[Any] | None = None, bits: int | None = None, inverted: bool = False
+) -> Raw:
+    """A picture whose depth is its type's, or the `bits` that its file states: 12 bits in uint16 are `uint12`.
+
+    Args:
+        values: See `Raw`.
+        kind: The file's type, where the values are no longer of it, such as means.
+        bits: Of whole numbers, if the file states fewer than the type has.
+        inverted: See `Raw`.
+    """
+    kind = kind or values.dtype
     if kind.kind == "f":
         return Raw(values, kind.name, (0.0, 1.0), inverted)
-    name = f"{'u' if kind.kind == 'u' else ''}int{bits}" if bits else kind.name
     size = bits or 8 * kind.itemsize
+    name = f"{'u' if kind.kind == 'u' else ''}int{size}"
     low = 0 if kind.kind == "u" else -(2 ** (size - 1))
     return Raw(values, name, (float(low), float(low + 2**size - 1)), inverted)
 
 
 def measure(found: Raw) -> Measured:
-    """A picture's least and greatest value. Raises: DataError if one is not finite."""
-    low, high = float(found.values.min()), float(found.values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError("it has values that are not finite; replace them")
+    """A picture's least and greatest value, and zero, of the pixels that are not wholly transparent.
+
+    Raises:
+        DataError: If one is not finite, or is so large that it marks missing pixels.
+    """
+    seen = found.values if found.alpha is None else found.values[found.alpha > 0]
+    low, high = float(seen.min(initial=0)), float(seen.max(initial=0))
+    if not (abs(low) <= _LARGEST and abs(high) <= _LARGEST):  # as nothing that is compared with NaN is true
+        raise DataError(f"it has values from {low:g} to {high:g}, which stand for missing pixels; replace them")
     return Measured(found.depth, low, high, found.stated)
 
 
@@ -93,28 +115,37 @@ def settle(measured: Iterable[Measured], white: White) -> dict[str, Range]:
         return stated
     if white != "auto":
         return dict.fromkeys(stated, (0.0, float(white)))
-    return {name: (_whole_bits(lows[name], name), _whole_bits(highs[name], name)) for name in stated}
+    return {name: (_black(lows[name]), _white(highs[name], name)) for name in sorted(stated)}
 
 
-def _whole_bits(value: float, depth: str) -> float:
-    """A bound of the values up to this one: 2ⁿ - 1 for whole numbers, 2ⁿ for fractions, -2ⁿ for negative ones."""
-    if value < 0:
-        return -(2.0 ** math.ceil(math.log2(-value)))
+def _black(low: float) -> float:
+    """0, or -2ⁿ where there are negative values."""
+    return -(2.0 ** math.ceil(math.log2(-low))) if low < 0 else 0.0
+
+
+def _white(high: float, depth: str) -> float:
+    """2ⁿ - 1 for whole numbers, 2ⁿ for floats; any white for what has no light."""
     if depth.startswith("float"):
-        return 2.0 ** math.ceil(math.log2(value)) if value else 1.0
-    return 2.0 ** max(1, int(value).bit_length()) - 1
+        return 2.0 ** math.ceil(math.log2(high)) if high else 1.0
+    return 2.0 ** max(1, int(high).bit_length()) - 1
 
 
 def to_8_bits(found: Raw, ranges: Mapping[str, Range]) -> NDArray[np.uint8]:
     """Pixels from 0 to 255, rounded; what lies outside of black and white becomes black and white.
 
     Raises:
-        DataError: If values are not finite, or `ranges` has no such depth: then no picture of the training images had
-            it, and nobody knows its white.
+        DataError: As `measure`, or if `ranges` has no such depth: then no training image had it, and nobody knows its
+            white.
     """
-    if found.depth not in ranges:
-        raise DataError(f"its pixels are {found.depth}, those of no training image; convert it to 8 bits")
-    measure(found)
-    black, white = ranges[found.depth]
-    levels = np.rint((found.values.astype(np.float64) - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
-    return 255 - levels if found.inverted else levels
+    black, white = found.stated
+    if found.is_deep:
+        measure(found)
+        if found.depth not in ranges:
+            raise DataError(f"its pixels are {found.depth}, those of no training image; convert it to 8 bits")
+        black, white = ranges[found.depth]
+    # float32 holds 16 bits exactly, in half the memory.
+    levels: NDArray[Any] = found.values.astype(np.float32 if found.values.dtype.itemsize <= 2 else np.float64)
+    levels -= black
+    levels *= 255 / (white - black)
+    pixels: NDArray[np.uint8] = np.rint(levels, out=levels).clip(0, 255, out=levels).astype(np.uint8)
+    return 255 - pixels if found.inverted else pixels
