@@ -21,14 +21,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepclust.config import Config, Natural, config
 from deepclust.errors import DataError
-from deepclust.images import depth
+from deepclust.images import deep, depth, planes
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin, with 32-bit and 64-bit offsets
 Resize = Literal["crop", "pad", "stretch"]
+_DARK = 64  # mean luminance of what would hardly be seen on black
 
 # Pillow warns of files that it still reads. One that it can not read is skipped with a reason, so no warning is needed.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -97,7 +99,7 @@ def inspect(path: Path, reading: Reading, *, max_pixels: int) -> Inspected:
         if isinstance(picture, Image.Image):
             return Inspected(sha256, *picture.size, None)
         height, width = picture.values.shape[:2]
-        return Inspected(sha256, width, height, depth.measure(picture))
+        return Inspected(sha256, width, height, depth.measure(picture) if picture.is_deep else None)
 
 
 def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, max_pixels: int) -> NDArray[np.uint8]:
@@ -161,17 +163,46 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def _picture(file: BufferedReader, reading: Reading, max_pixels: int) -> Image.Image | depth.Raw:
-    """What the reader of the file's format makes of it: of 8 bits an image of Pillow, of which only the header is read
-    yet and which may not be upright; else decoded pixels."""
+    """What the reader of the file's format makes of it: an image of Pillow, of which only the header is read yet and
+    which may not be upright, or decoded pixels."""
     file.seek(0)
+    pages = None
+    if file.peek(4)[:4] in _TIFF:
+        from deepclust.images import tiff  # whose libraries take long to import
+
+        found = tiff.read(file, pages=reading.pages, bands=reading.bands, max_pixels=max_pixels)
+        if isinstance(found, depth.Raw):
+            return found
+        pages = found
+        file.seek(0)
     Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
     image = Image.open(file, formats=_FORMATS)
     if image.width * image.height > max_pixels:
         raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
+    if picture := deep.read(file, image, reading.bands):
+        return picture
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         _turn_upright(image)
-        return depth.raw(np.asarray(image))
-    return image
+        return depth.raw(planes.chosen(np.asarray(image), reading.bands))
+    return image if reading.pages in ("first", 0) else _page(image, pages, reading)
+
+
+def _page(image: Image.Image, count: int | None, reading: Reading) -> Image.Image:
+    """The chosen page of a file, or what its pages make together."""
+    if count is None:  # a JPEG's further pictures are previews and maps of depth
+        count = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    numbers = planes.page_numbers(reading.pages, count)
+    if len(numbers) == 1:
+        image.seek(numbers[0])
+        return image
+
+    def frame(number: int) -> NDArray[np.uint8]:
+        image.seek(number)
+        single = image.copy()
+        _turn_upright(single)
+        return np.asarray(_plain(single, reading))
+
+    return Image.fromarray(np.rint(planes.combined(map(frame, numbers), reading.pages)).astype(np.uint8))
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -183,11 +214,26 @@ def _turn_upright(image: Image.Image) -> None:
 def _plain(picture: Image.Image | depth.Raw, reading: Reading) -> Image.Image:
     """Any mode or depth to L or RGB."""
     if isinstance(picture, depth.Raw):
-        return Image.fromarray(depth.to_8_bits(picture, reading.white))
+        image = Image.fromarray(np.ascontiguousarray(depth.to_8_bits(picture, reading.white)))
+        if picture.alpha is None:
+            return image
+        image.putalpha(Image.fromarray(np.ascontiguousarray(picture.alpha)))
+        return _opaque(image, reading.background)
     if picture.has_transparency_data:
-        over = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over).convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        image = _opaque(picture, reading.background)
+    else:
+        image = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    return Image.fromarray(planes.chosen(np.asarray(image), reading.bands)) if reading.bands else image
+
+
+def _opaque(image: Image.Image, background: Literal["auto", "black", "white"]) -> Image.Image:
+    """An image with transparency on its background, as RGB."""
+    over = image.convert("RGBA")
+    if background == "auto":
+        alpha = np.asarray(over.getchannel("A"), np.float64)
+        light = (np.asarray(over.convert("L")) * alpha).sum() / max(alpha.sum(), 1)
+        background = "white" if light < _DARK and alpha.any() else "black"
+    return Image.alpha_composite(Image.new("RGBA", over.size, background), over).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

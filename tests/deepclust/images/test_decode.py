@@ -70,12 +70,14 @@ def test_cmyk_is_read_as_the_colour_it_prints(tmp_path: Path) -> None:
     assert (red > 240, green < 15, blue < 15) == (True, True, True)
 
 
-# From the EXIF standard: where the stored image's row 0 and column 0 are to be seen.
+# From the EXIF standard, and TIFF's: where the stored image's row 0 and column 0 are to be seen.
 UPRIGHT = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
     5: lambda a: a.swapaxes(0, 1),
     6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: a[:, ::-1].swapaxes(0, 1),
 }
 

@@ -1,0 +1,177 @@
+"""TIFFs as science writes them: many pages and bands, planes one after the other, any depth, ImageJ's and OME's axes.
+
+The axes C and S of a file's first series are its bands; all others beside Y and X are its pages, in the file's order.
+Bands beyond the colour never multiply it, tagged as transparency or not: instruments write infrared there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from io import BufferedReader
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import TiffImagePlugin
+from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT, TiffFile
+
+from deepclust.errors import DataError
+from deepclust.images import depth, planes
+
+_BYTES_A_PIXEL = 64  # of a page, at most
+_ALONE: Any = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}  # read no other files that a file names
+# What Pillow reads as well, with how many samples.
+_PLAIN = {
+    PHOTOMETRIC.MINISWHITE: 1,
+    PHOTOMETRIC.MINISBLACK: 1,
+    PHOTOMETRIC.PALETTE: 1,
+    PHOTOMETRIC.RGB: 3,
+    PHOTOMETRIC.SEPARATED: 4,
+    PHOTOMETRIC.YCBCR: 3,
+    PHOTOMETRIC.CIELAB: 3,
+}
+_AS_THEY_ARE = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
+_JPEG = (COMPRESSION.OJPEG, COMPRESSION.JPEG)
+
+logging.getLogger("tifffile").disabled = True  # it tells of faults of files that it reads nevertheless
+
+
+def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw | int:
+    """Decode a TIFF, a page at a time, or leave it to Pillow: plain pictures of 8 bits or fewer.
+
+    Args:
+        file: At its start.
+        pages: See `planes.page_numbers`.
+        bands: See `planes.band_numbers`.
+        max_pixels: Of a page.
+
+    Returns:
+        The picture, upright; or the number of its pages, all of which Pillow reads.
+
+    Raises:
+        DataError: If it is of a kind that is not read, has no such page or band, or is too large.
+    """
+    with TiffFile(file, **_ALONE) as tiff:
+        if not tiff.series:
+            raise DataError("a TIFF without a picture")
+        stack = _Stack(tiff.series[0])
+        first = stack.first
+        if stack.is_plain and first.index == 0 and stack.count in (1, len(tiff.pages)):
+            return int(stack.count)
+        size = f"{first.imagewidth} x {first.imagelength} pixels of {first.samplesperpixel} bands"
+        if first.imagewidth * first.imagelength > max_pixels or first.nbytes > _BYTES_A_PIXEL * max_pixels:
+            raise DataError(f"{size}, more than data.max_pixels ({max_pixels})")
+        inverted = first.photometric == PHOTOMETRIC.MINISWHITE
+        numbers = planes.page_numbers(pages, stack.count)
+        brightest = "min" if inverted else "max"
+        values = planes.combined(
+            (stack.page(number, bands) for number in numbers), brightest if pages == "max" else pages
+        )
+        values = planes.upright(values, first.tags.valueof("Orientation", 1))
+        return depth.raw(values, kind=stack.kind, bits=stack.bits, inverted=inverted)
+
+
+class _Stack:
+    """A series as pages of (H, W, B), each made of one or several of the file's own pages.
+
+    Attributes:
+        first: The file's first page of it, which tells how all are stored.
+        count: Number of pages.
+        bands: B, in RGB where the file has a palette or inks.
+    """
+
+    def __init__(self, series: Any) -> None:
+        self._series, self.first = series, series.keyframe
+        shape, axes = series.get_shape(squeeze=False), series.get_axes(squeeze=False)
+        inside = next(at for at in range(len(shape) + 1) if math.prod(shape[at:]) == math.prod(self.first.shape))
+        self._shape, self._axes = shape[inside:], axes[inside:]
+        if not {"Y", "X"} <= set(self._axes):
+            raise DataError(f"a TIFF of the axes {axes}, expected each page to have Y and X; write it with these last")
+        # (pages, bands) of the file's pages; each may have pages and bands inside again.
+        self._numbers = _pages_first(np.arange(math.prod(shape[:inside])).reshape(shape[:inside]), axes[:inside])
+        sizes = list(zip(self._axes, self._shape, strict=True))
+        self._pages_inside = math.prod(size for axis, size in sizes if axis not in "YXCS")
+        self._bands_inside = math.prod(size for axis, size in sizes if axis in "CS")
+        if self.first.photometric in (PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED):
+            self._bands_inside = 3
+        self.count = len(self._numbers) * self._pages_inside
+        self.bands = self._numbers.shape[1] * self._bands_inside
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether Pillow reads each page well."""
+        first = self.first
+        samples = _PLAIN.get(first.photometric)
+        return bool(
+            first.samplesperpixel == samples
+            and (first.bitspersample == 8 or (samples == 1 and first.bitspersample in (1, 2, 4)))
+            and first.sampleformat == SAMPLEFORMAT.UINT
+            and (samples == 1 or first.planarconfig == PLANARCONFIG.CONTIG)
+            and first.compression in TiffImagePlugin.COMPRESSION_INFO
+            and first.compression != COMPRESSION.WEBP  # which Pillow's wheels leave out
+            and self._numbers.shape[1] == self._pages_inside == 1
+        )
+
+    @property
+    def kind(self) -> np.dtype[Any]:
+        """Type of the values of `page`. Raises: DataError."""
+        kind, bits = self.first.dtype, self.first.bitspersample
+        if kind is None or kind.kind not in "buif" or not isinstance(bits, int):
+            raise DataError(f"a TIFF whose pixels are of {bits} bits, SampleFormat {self.first.sampleformat:d}")
+        if kind.kind == "b" or self.first.photometric == PHOTOMETRIC.PALETTE:
+            return np.dtype(np.uint8)
+        found: np.dtype[Any] = kind
+        return found
+
+    @property
+    def bits(self) -> int | None:
+        """As the file states them, of the values of `page`."""
+        return None if self.first.photometric == PHOTOMETRIC.PALETTE else int(self.first.bitspersample)
+
+    def page(self, number: int, bands: tuple[int, ...]) -> NDArray[Any]:
+        """One page, (H, W) or (H, W, 3); only those of the file's pages are read that have its bands.
+
+        Raises:
+            DataError: If it has no such band, or the file lacks the page or is of a kind that is not read.
+        """
+        outside, inside = divmod(number, self._pages_inside)
+        places = [divmod(band, self._bands_inside) for band in planes.band_numbers(bands, self.bands)]
+        read = {at: self._read(self._numbers[outside, at]) for at in {at for at, _ in places}}
+        found = [read[at][inside, :, :, band] for at, band in places]
+        return found[0] if len(found) == 1 else np.stack(found, axis=2)
+
+    def _read(self, number: int) -> NDArray[Any]:
+        """One of the file's pages as (pages, H, W, bands) of type `kind`."""
+        series, first, kind = self._series, self.first, self.kind
+        stored: NDArray[Any]
+        if len(series) < self._numbers.size:  # one header stands for a run of pages, as ImageJ writes large ones
+            start = series.dataoffset + number * first.nbytes
+            stored = series.parent.filehandle.read_array(series.parent.byteorder + kind.char, first.size, start)
+        elif (page := series[number]) is None:
+            raise DataError(f"its page {number} is missing")
+        else:
+            stored = page.asarray(maxworkers=1)
+        values = _pages_first(stored.reshape(self._shape), self._axes)
+        if first.photometric == PHOTOMETRIC.PALETTE:
+            colours: NDArray[np.uint8] = (first.colormap >> 8).astype(np.uint8).T
+            values = colours[values[..., 0]]
+        elif first.photometric == PHOTOMETRIC.SEPARATED:
+            most = 2.0**first.bitspersample - 1
+            light = most - values[..., :4]
+            values = np.rint(light[..., :3] * light[..., 3:] / most)
+        elif first.photometric not in _AS_THEY_ARE and not (
+            first.photometric == PHOTOMETRIC.YCBCR and first.compression in _JPEG  # which tifffile makes RGB
+        ):
+            name = getattr(first.photometric, "name", first.photometric)
+            raise DataError(f"a TIFF of photometric interpretation {name}; convert it to RGB or grey")
+        return values.astype(kind, copy=False)
+
+
+def _pages_first(values: NDArray[Any], axes: str) -> NDArray[Any]:
+    """Bring axes into the order pages, Y, X, bands, with one axis of pages and one of bands."""
+    pages = [at for at, axis in enumerate(axes) if axis not in "YXCS"]
+    picture = [axes.index(axis) for axis in "YX" if axis in axes]
+    bands = [at for at, axis in enumerate(axes) if axis in "CS"]
+    size = [math.prod(values.shape[at] for at in pages), *(values.shape[at] for at in picture)]
+    return values.transpose(pages + picture + bands).reshape(*size, math.prod(values.shape[at] for at in bands))

@@ -1,0 +1,225 @@
+"""Deep pixels, transparency and stacks, on what cameras, microscopes and scanners write."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from deepclust.errors import DataError
+from deepclust.images import depth
+from deepclust.images.decode import Reading, inspect, read_image
+
+SIDE = 16
+RNG = np.random.default_rng(0)
+
+
+def settled(paths: list[Path], white: depth.White = "auto", **options: object) -> Reading:
+    """How these images are read together."""
+    how = Reading(**options)
+    seen = [inspect(path, how, max_pixels=1000).measured for path in paths]
+    return how.replaced(white=depth.settle([one for one in seen if one], white))
+
+
+def read(path: Path, reading: Reading, channels: int = 1) -> np.ndarray:
+    return read_image(path, reading, image_size=SIDE, channels=channels, max_pixels=1000)
+
+
+def frames(folder: Path, values: np.ndarray) -> list[Path]:
+    paths = [folder / f"{index:02}.tif" for index in range(len(values))]
+    for path, value in zip(paths, values, strict=True):
+        tifffile.imwrite(path, value)
+    return paths
+
+
+def camera(count: int) -> np.ndarray:
+    """Frames of a scientific camera: 100 is its offset, and few photons come."""
+    values = RNG.integers(100, 500, (count, SIDE, SIDE)).astype(np.uint16)
+    values[0, 0, 0] = 610
+    return values
+
+
+def test_a_cameras_frames_keep_their_levels_and_their_brightness_to_each_other(tmp_path: Path) -> None:
+    values = camera(12)
+    paths = frames(tmp_path, values)
+    reading = settled(paths)
+    assert reading.white == {"uint16": (0, 1023)}
+    found = np.stack([read(path, reading)[..., 0] for path in paths])
+    assert np.array_equal(found, np.rint(values / 1023 * 255))
+
+
+def test_a_further_image_changes_the_scale_only_if_it_needs_a_bit_more(tmp_path: Path) -> None:
+    values = np.concatenate([camera(3), np.full((3, SIDE, SIDE), 1023, np.uint16)])
+    paths = frames(tmp_path, values)
+    assert settled(paths[:3]).white == settled(paths).white == {"uint16": (0, 1023)}
+    tifffile.imwrite(paths[5], np.full((SIDE, SIDE), 1024, np.uint16))
+    assert settled(paths).white == {"uint16": (0, 2047)}
+    assert read(paths[5], settled(paths[:5])).min() == 255  # later, when the scale is settled
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_12_bits_in_a_png_of_16_keep_all_the_levels_that_8_bits_have(channels: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 4095, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    values = ramp if channels == 1 else np.stack([ramp, ramp.T, ramp[::-1]], axis=2)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(np.ascontiguousarray(values)))
+    found = read(tmp_path / "a.png", settled([tmp_path / "a.png"]), channels)
+    assert np.array_equal(found.squeeze(), np.rint(values / 4095 * 255))
+    assert len(np.unique(found)) == 256
+
+
+def test_white_may_be_stated_or_the_formats_own(tmp_path: Path) -> None:
+    paths = frames(tmp_path, camera(2))
+    assert settled(paths, 800.0).white == {"uint16": (0, 800)}
+    assert settled(paths, "file").white == {"uint16": (0, 65535)}
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        (np.array([-1024, -1000, 3071], np.int16), {"int16": (-1024, 4095)}),  # computed tomography
+        (np.array([-1025, 0, 0], np.int16), {"int16": (-2048, 1)}),
+        (np.array([-7, -6, -5], np.int32), {"int32": (-8, 1)}),
+        (np.array([0, 0, 0], np.uint16), {"uint16": (0, 1)}),
+        (np.array([0, 0, 0], np.float32), {"float32": (0, 1)}),
+        (np.array([0, 0.2, 1], np.float32), {"float32": (0, 1)}),
+        (np.array([0, 0.2, 0.3], np.float64), {"float64": (0, 0.5)}),
+        (np.array([0, 7, 255], np.float32), {"float32": (0, 256)}),
+        (np.array([0, 7, 200], np.uint8), {}),
+        (np.array([-100, 7, 100], np.int8), {}),
+    ],
+)
+def test_black_is_zero_or_below_all_values_and_white_above_them(
+    values: np.ndarray, scale: dict[str, tuple[float, float]], tmp_path: Path
+) -> None:
+    (path,) = frames(tmp_path, np.resize(values, (1, SIDE, SIDE)))
+    reading = settled([path])
+    assert reading.white == scale
+    stated = () if scale else (np.iinfo(values.dtype).min, np.iinfo(values.dtype).max)
+    black, white = next(iter(scale.values()), stated)
+    expected = np.rint((values.astype(float) - black) / (white - black) * 255)
+    assert read(path, reading).ravel()[:3].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("mark", [np.nan, np.inf, np.finfo(np.float32).min, np.finfo(np.float64).min])
+def test_marks_of_missing_pixels_are_refused_and_do_not_scale_the_others(mark: float, tmp_path: Path) -> None:
+    values = np.ones((1, SIDE, SIDE))
+    values[0, 0, 0] = mark
+    (path,) = frames(tmp_path, values)
+    for refused in (lambda: settled([path]), lambda: read(path, Reading())):
+        with pytest.raises(DataError, match="missing pixels"):
+            refused()
+
+
+def test_a_depth_that_no_training_image_had_is_refused(tmp_path: Path) -> None:
+    (path,) = frames(tmp_path, camera(1))
+    with pytest.raises(DataError, match="uint16, those of no training image"):
+        read(path, Reading())
+
+
+def test_opposite_to_white_the_maximum_of_pages_is_the_brightest(tmp_path: Path) -> None:
+    stack = RNG.integers(0, 1024, (3, SIDE, SIDE)).astype(np.uint16)
+    stack[:, 0, 0] = 1023
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="miniswhite")
+    found = read(tmp_path / "a.tif", settled([tmp_path / "a.tif"], pages="max"))[..., 0]
+    assert np.array_equal(found, 255 - np.rint(stack.min(axis=0) / 1023 * 255))
+
+
+def drawing(path: Path, kind: str, light: int) -> Path:
+    """A disc of one luminance on nothing: where there is nothing, the hidden colour is another."""
+    y, x = np.ogrid[:SIDE, :SIDE]
+    disc = ((y - 8) ** 2 + (x - 8) ** 2 < 25).astype(np.uint8)
+    values = np.where(disc, light, 90).astype(np.uint8)
+    if kind == "palette":
+        image = Image.fromarray(disc, "P")
+        image.putpalette([90, 90, 90, light, light, light])
+        image.save(path, transparency=0)
+    elif kind == "RGBA of 16 bits":
+        pixels = np.dstack([values] * 3 + [disc * 255]).astype(np.uint16) * 257
+        path.write_bytes(imagecodecs.png_encode(pixels))
+    else:
+        bands = [values] * (len(kind) - 1) + [disc * 255]
+        Image.fromarray(np.dstack(bands), kind).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "palette", "RGBA of 16 bits"])
+@pytest.mark.parametrize(("light", "background"), [(0, 255), (30, 255), (120, 0), (255, 0)])
+def test_a_drawing_on_transparency_stays_visible(kind: str, light: int, background: int, tmp_path: Path) -> None:
+    path = drawing(tmp_path / "a.png", kind, light)
+    whole = {"uint16": (0, 65535)}
+    found = read(path, Reading(white=whole))[..., 0]
+    assert (found[8, 8], found[0, 0]) == (light, background)
+    for name, level in (("black", 0), ("white", 255)):
+        stated = read(path, Reading(background=name, white=whole))[..., 0]
+        assert (stated[8, 8], stated[0, 0]) == (light, level)
+
+
+def test_what_is_wholly_transparent_is_black_and_half_of_it_is_half_seen(tmp_path: Path) -> None:
+    pixels = np.full((SIDE, SIDE, 4), 200, np.uint8)
+    for alpha, expected in ((0, 0), (128, 100)):
+        pixels[..., 3] = alpha
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        assert np.unique(read(tmp_path / "a.png", Reading())).tolist() == [expected]
+
+
+def test_an_opaque_image_is_the_same_to_the_bit_on_any_background(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 60, (SIDE, SIDE, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for background in ("auto", "black", "white"):
+        assert np.array_equal(read(tmp_path / "a.png", Reading(background=background), 3), pixels[..., :3])
+
+
+def test_hidden_colours_do_not_count_as_white(tmp_path: Path) -> None:
+    pixels = np.full((SIDE, SIDE, 4), 65535, np.uint16)
+    pixels[..., 3] = 0
+    pixels[4:, 4:] = 500, 400, 300, 65535
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    assert settled([tmp_path / "a.png"]).white == {"uint16": (0, 511)}
+    pixels[..., 3] = 0
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    assert settled([tmp_path / "a.png"]).white == {"uint16": (0, 1)}
+    assert not read(tmp_path / "a.png", settled([tmp_path / "a.png"])).any()
+
+
+@pytest.mark.parametrize("how", ["max", "mean", 30])
+def test_a_stack_of_pages_is_never_in_memory_as_a_whole(how: str | int, tmp_path: Path) -> None:
+    stack = np.zeros((60, 200, 200), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", stack, compression="zlib")
+    read_ = {"image_size": SIDE, "channels": 1, "max_pixels": 40_000}
+    read_image(tmp_path / "a.tif", Reading(pages=how, white={"uint16": (0, 1)}), **read_)  # libraries are loaded
+    tracemalloc.start()
+    read_image(tmp_path / "a.tif", Reading(pages=how, white={"uint16": (0, 1)}), **read_)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < stack.nbytes / 3
+    with pytest.raises(DataError, match="200 x 200 pixels"):
+        inspect(tmp_path / "a.tif", Reading(), max_pixels=39_999)
+
+
+def test_a_file_that_names_another_is_read_alone(tmp_path: Path) -> None:
+    xml = """<?xml version="1.0" encoding="UTF-8"?>
+    <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:a"><Image ID="Image:0"><Pixels
+    ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="16" SizeY="16" SizeC="2" SizeT="1" SizeZ="1">
+    <TiffData FirstC="0" IFD="0" PlaneCount="1"><UUID FileName="a.ome.tif">urn:uuid:a</UUID></TiffData>
+    <TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="../secret.tif">urn:uuid:b</UUID></TiffData>
+    </Pixels></Image></OME>"""
+    (tmp_path / "images").mkdir()
+    for name in ("images/a.ome.tif", "secret.tif"):
+        tifffile.imwrite(tmp_path / name, camera(1)[0], description=xml.replace("\n", " "), metadata=None)
+    with pytest.raises(DataError, match="no band 1"):
+        inspect(tmp_path / "images" / "a.ome.tif", Reading(bands=(1,)), max_pixels=1000)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+def test_a_deep_file_that_is_cut_off_is_refused(compression: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, camera(1)[0], compression=compression)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError):
+        settled([path])
