@@ -64,10 +64,8 @@ def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_
             raise DataError(f"{size}, more than data.max_pixels ({max_pixels})")
         inverted = first.photometric == PHOTOMETRIC.MINISWHITE
         numbers = planes.page_numbers(pages, stack.count)
-        brightest = "min" if inverted else "max"
-        values = planes.combined(
-            (stack.page(number, bands) for number in numbers), brightest if pages == "max" else pages
-        )
+        how = "min" if inverted and pages == "max" else pages
+        values = planes.combined((stack.page(number, bands) for number in numbers), how)
         values = planes.upright(values, first.tags.valueof("Orientation", 1))
         return depth.raw(values, kind=stack.kind, bits=stack.bits, inverted=inverted)
 
@@ -84,19 +82,19 @@ class _Stack:
     def __init__(self, series: Any) -> None:
         self._series, self.first = series, series.keyframe
         shape, axes = series.get_shape(squeeze=False), series.get_axes(squeeze=False)
-        inside = next(at for at in range(len(shape) + 1) if math.prod(shape[at:]) == math.prod(self.first.shape))
+        own = math.prod(self.first.shape)
+        inside = next((at for at in range(len(shape)) if math.prod(shape[at:]) == own), len(shape))
+        self._outside = list(zip(axes[:inside], shape[:inside], strict=True))
         self._shape, self._axes = shape[inside:], axes[inside:]
         if not {"Y", "X"} <= set(self._axes):
             raise DataError(f"a TIFF of the axes {axes}, expected each page to have Y and X; write it with these last")
-        # (pages, bands) of the file's pages; each may have pages and bands inside again.
-        self._numbers = _pages_first(np.arange(math.prod(shape[:inside])).reshape(shape[:inside]), axes[:inside])
         sizes = list(zip(self._axes, self._shape, strict=True))
         self._pages_inside = math.prod(size for axis, size in sizes if axis not in "YXCS")
         self._bands_inside = math.prod(size for axis, size in sizes if axis in "CS")
         if self.first.photometric in (PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED):
             self._bands_inside = 3
-        self.count = len(self._numbers) * self._pages_inside
-        self.bands = self._numbers.shape[1] * self._bands_inside
+        self.count = self._pages_inside * math.prod(size for axis, size in self._outside if axis not in "CS")
+        self.bands = self._bands_inside * math.prod(size for axis, size in self._outside if axis in "CS")
 
     @property
     def is_plain(self) -> bool:
@@ -110,7 +108,8 @@ class _Stack:
             and (samples == 1 or first.planarconfig == PLANARCONFIG.CONTIG)
             and first.compression in TiffImagePlugin.COMPRESSION_INFO
             and first.compression != COMPRESSION.WEBP  # which Pillow's wheels leave out
-            and self._numbers.shape[1] == self._pages_inside == 1
+            and self._pages_inside == 1
+            and self.bands == self._bands_inside
         )
 
     @property
@@ -137,15 +136,29 @@ class _Stack:
         """
         outside, inside = divmod(number, self._pages_inside)
         places = [divmod(band, self._bands_inside) for band in planes.band_numbers(bands, self.bands)]
-        read = {at: self._read(self._numbers[outside, at]) for at in {at for at, _ in places}}
+        read = {at: self._read(self._number(outside, at)) for at in {at for at, _ in places}}
         found = [read[at][inside, :, :, band] for at, band in places]
         return found[0] if len(found) == 1 else np.stack(found, axis=2)
+
+    def _number(self, page: int, band: int) -> int:
+        """Which of the file's own pages that is, of those in the order of the axes."""
+        number, step = 0, 1
+        for axis, size in reversed(self._outside):
+            if axis in "CS":
+                band, at = divmod(band, size)
+            else:
+                page, at = divmod(page, size)
+            number += at * step
+            step *= size
+        return number
 
     def _read(self, number: int) -> NDArray[Any]:
         """One of the file's pages as (pages, H, W, bands) of type `kind`."""
         series, first, kind = self._series, self.first, self.kind
         stored: NDArray[Any]
-        if len(series) < self._numbers.size:  # one header stands for a run of pages, as ImageJ writes large ones
+        if len(series) < math.prod(
+            size for _, size in self._outside
+        ):  # one header stands for a run of pages, as ImageJ writes large ones
             start = series.dataoffset + number * first.nbytes
             stored = series.parent.filehandle.read_array(series.parent.byteorder + kind.char, first.size, start)
         elif (page := series[number]) is None:
