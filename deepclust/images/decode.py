@@ -179,11 +179,8 @@ def _picture(file: BufferedReader, reading: Reading, max_pixels: int) -> Image.I
     image = Image.open(file, formats=_FORMATS)
     if image.width * image.height > max_pixels:
         raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
-    if picture := deep.read(file, image, reading.bands):
+    if picture := deep.read(file, image, pages=reading.pages, bands=reading.bands):
         return picture
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        _turn_upright(image)
-        return depth.raw(planes.chosen(np.asarray(image), reading.bands))
     return image if reading.pages in ("first", 0) else _page(image, pages, reading)
 
 
@@ -244,4 +241,4 @@ def _reason(error: Exception) -> str:
         return "more pixels than data.max_pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return f"can not be decoded: {' '.join(str(error).split())[:200] or type(error).__name__}"

@@ -20,39 +20,43 @@ _COLOURS = re.compile(rb"colr\x01..(....)", re.DOTALL)
 _RGB_OR_GREY = (16, 17)
 
 
-def read(file: BufferedReader, image: Image.Image, bands: tuple[int, ...]) -> depth.Raw | None:
+def read(file: BufferedReader, image: Image.Image, *, pages: str | int, bands: tuple[int, ...]) -> depth.Raw | None:
     """Decode a file, or leave it to Pillow, which does well with 8 bits.
 
     Args:
         file: Its position stays as it is.
         image: What Pillow made of its header.
+        pages: See `planes.page_numbers`; there is one.
         bands: See `planes.band_numbers`.
 
     Returns:
         The picture, upright, or None.
 
     Raises:
-        DataError: If it is of a kind that is not read, or has no such band.
+        DataError: If it is of a kind that is not read, or has no such page or band.
     """
-    reader = {"PNG": _png, "PPM": _pnm, "JPEG2000": _jpeg_2000}.get(image.format or "")
-    if reader is None:
-        return None
     position = file.tell()
-    file.seek(0)
-    found = reader(file, image)
+    reader = {"PNG": _png, "PPM": _pnm, "JPEG2000": _jpeg_2000}.get(image.format or "")
+    found = reader(file, image) if reader else None
     file.seek(position)
-    return found._replace(values=planes.chosen(found.values, bands)) if found else None
+    if found is None and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        found = depth.raw(np.asarray(image))
+    if found is None:
+        return None
+    planes.page_numbers(pages, 1)
+    return found._replace(values=planes.chosen(found.values, bands))
 
 
 def _png(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
-    if file.read(25)[24] != 16:
+    file.seek(0)
+    content = file.read(25)
+    if content[24] != 16:
         return None
     if getattr(image, "is_animated", False):
         raise DataError("an animated PNG of 16 bits; convert it to 8 bits")
     import imagecodecs  # which a registered model does without
 
-    file.seek(0)
-    content = file.read()
+    content += file.read()
     values: NDArray[Any] = imagecodecs.png_decode(content)
     alpha = None
     if values.shape[2:] in ((2,), (4,)):
@@ -68,6 +72,7 @@ def _png(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
 
 
 def _pnm(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
+    file.seek(0)
     content = file.read()
     header = _PNM.match(content)
     if header is None or (most := int(header[4])) <= 255:
@@ -77,20 +82,22 @@ def _pnm(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
     count = int(np.prod(shape))
     values: NDArray[Any]
     if kind in (2, 3):
-        values = np.fromstring(re.sub(rb"#[^\r\n]*", b"", body).decode("ascii"), np.int64, count, sep=" ").astype(
-            np.uint16
-        )
+        text = re.sub(rb"#[^\r\n]*", b"", body).decode("ascii")
+        values = np.fromstring(text, np.int64, sep=" ")[:count]
     else:
-        values = np.frombuffer(body[: 2 * count], ">u2").astype(np.uint16)
+        values = np.frombuffer(body[: min(len(body) // 2, count) * 2], ">u2")
     if len(values) < count:
         raise DataError(f"cut off: {len(values)} of {count} values")
-    values = values.reshape(shape)
+    if values.min() < 0 or values.max() > most:
+        raise DataError(f"values up to {values.max()}, more than the {most} that it states")
+    values = values.astype(np.uint16).reshape(shape)
     if most & (most + 1):  # no power of two less one
         return depth.Raw(values, f"maxval{most}", (0.0, float(most)))
     return depth.raw(values, bits=most.bit_length())
 
 
 def _jpeg_2000(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
+    file.seek(0)
     content = file.read()
     start = content.index(_JPEG2000)
     bits = (content[start + 42] & 0x7F) + 1  # of the first component; the top bit says whether it is signed

@@ -113,6 +113,13 @@ class _Stack:
         )
 
     @property
+    def _is_made_rgb(self) -> bool:
+        """Whether tifffile converts it to RGB, as it does YCbCr of JPEG."""
+        first = self.first
+        contiguous = first.planarconfig == PLANARCONFIG.CONTIG
+        return bool(first.photometric == PHOTOMETRIC.YCBCR and first.compression in _JPEG and contiguous)
+
+    @property
     def kind(self) -> np.dtype[Any]:
         """Type of the values of `page`. Raises: DataError."""
         kind, bits = self.first.dtype, self.first.bitspersample
@@ -156,9 +163,7 @@ class _Stack:
         """One of the file's pages as (pages, H, W, bands) of type `kind`."""
         series, first, kind = self._series, self.first, self.kind
         stored: NDArray[Any]
-        if len(series) < math.prod(
-            size for _, size in self._outside
-        ):  # one header stands for a run of pages, as ImageJ writes large ones
+        if len(series) < math.prod(size for _, size in self._outside):  # one header for a run of pages, as in ImageJ's
             start = series.dataoffset + number * first.nbytes
             stored = series.parent.filehandle.read_array(series.parent.byteorder + kind.char, first.size, start)
         elif (page := series[number]) is None:
@@ -173,9 +178,7 @@ class _Stack:
             most = 2.0**first.bitspersample - 1
             light = most - values[..., :4]
             values = np.rint(light[..., :3] * light[..., 3:] / most)
-        elif first.photometric not in _AS_THEY_ARE and not (
-            first.photometric == PHOTOMETRIC.YCBCR and first.compression in _JPEG  # which tifffile makes RGB
-        ):
+        elif first.photometric not in _AS_THEY_ARE and not self._is_made_rgb:
             name = getattr(first.photometric, "name", first.photometric)
             raise DataError(f"a TIFF of photometric interpretation {name}; convert it to RGB or grey")
         return values.astype(kind, copy=False)

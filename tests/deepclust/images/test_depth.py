@@ -223,3 +223,20 @@ def test_a_deep_file_that_is_cut_off_is_refused(compression: str | None, tmp_pat
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError):
         settled([path])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"P2 2 2 4095 1 2 3", "cut off: 3 of 4"),
+        (b"P5 2 2 4095\n\1\2\3\4\5", "cut off: 2 of 4"),
+        (b"P2 2 2 4095 1 2 3 70000", "up to 70000, more than the 4095"),
+        (b"P5 2 2 4095\n\1\2\3\4\5\6\xff\xff", "up to 65535, more than the 4095"),
+    ],
+)
+def test_values_that_are_missing_or_above_what_a_pnm_states_are_refused(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.pgm").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        settled([tmp_path / "a.pgm"])

@@ -303,6 +303,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"pnm-12-P{kind}", ".pnm", pnm(kind, 4095), TWELVE, bands=bands)
         thousand = Kind("uint16", 0, 1000, (0, 1023), (0, 1000))
         yield Case(f"pnm-1000-P{kind}", ".pnm", pnm(kind, 1000), thousand, bands=bands)
+    yield Case("pfm", ".pfm", pillow(), f32)
     for bits, bands in itertools.product((8, 12, 16), (1, 3, 4)):
         kind = {8: u8, 12: TWELVE, 16: u16}[bits]
         yield Case(f"jpeg2000-{bits}-{bands}", ".jp2", jpeg_2000(bits), kind, bands=bands)
@@ -332,6 +333,7 @@ REFUSED = {
     "complex": (tiff(), Kind("complex64", 0, 1, (0, 1), (0, 1)), 1, {}, "SampleFormat"),
     "no such page": (tiff_pages(), KINDS["uint16"], 1, {"pages": 1}, "no page 1"),
     "no such frame": (pillow(), KINDS["uint8"], 1, {"pages": 1}, "no page 1"),
+    "no such page of 16 bits": (png_16(), KINDS["uint16"], 1, {"pages": 1}, "no page 1"),
     "no such band": (tiff(), KINDS["uint16"], 3, {"bands": (3,)}, "no band 3"),
     "no such colour": (pillow(), KINDS["uint8"], 1, {"bands": (0, 1, 2)}, "no band 2"),
     "lab of 16 bits": (tiff(photometric="cielab"), KINDS["uint16"], 3, {}, "CIELAB"),
