@@ -7,11 +7,12 @@ memory.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +20,40 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust.datasets import download, fashion_mnist, idx
-from deepclust.images import decode, depth
+from deepclust.images import decode
+from deepclust.images.source import Source
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}
 DIGITS = [str(digit) for digit in range(10)]
 
 
-@dataclass(frozen=True)
-class Named:
-    """A data set by name; what `tasks.prepare` needs of a source.
+@dataclass(frozen=True, kw_only=True)
+class Named(Source):
+    """A data set by name.
 
     Attributes:
-        name: As in params.yaml.
-        classes: Names of the labels.
-        images: (N, H, W, C) uint8 of `train` and `test`.
-        labels: (N,) int64 of each, -1 unknown.
-        paths: `train/000017` and so on.
-        channels: The data set's own.
-        warnings: What the user should know of it.
-        skipped: `path` and `reason` of what is left out.
-        ignored: Number of files that are no images.
+        images: (N, H, W, C) uint8 of `train` and `test`, in this order.
     """
 
-    name: str
-    classes: list[str]
     images: dict[str, NDArray[np.uint8]]
-    labels: dict[str, NDArray[np.int64]]
-    paths: dict[str, list[str]]
-    channels: int
-    warnings: list[str] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    ignored: int = 0
 
-    def inspect(self, reading: decode.Reading) -> tuple[int, list[depth.Measured]]:
-        """The data set's own side, in pixels; no image has more than 8 bits."""
-        return int(self.images["train"].shape[1]), []
+    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+        """The id of an image that is no file is that of its pixels; none has more than 8 bits."""
+        pixels = self._pixels(index)
+        return decode.Inspected(hashlib.sha256(pixels.data).hexdigest(), pixels.shape[1], pixels.shape[0], None)
 
-    def read(
-        self, split: str, index: int, reading: decode.Reading, *, image_size: int, channels: int
-    ) -> NDArray[np.uint8]:
-        """One image as (image_size, image_size, channels) uint8."""
-        pixels: NDArray[np.uint8] = self.images[split][index]
+    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+        """An image as (image_size, image_size, channels) uint8."""
+        pixels = self._pixels(index)
         if pixels.shape == (image_size, image_size, channels):
             return pixels
-        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         return decode.square(image, image_size=image_size, channels=channels, resize=reading.resize)
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        train, test = self.images["train"], self.images["test"]
+        return np.ascontiguousarray(train[index] if index < len(train) else test[index - len(train)])
 
 
 def load(name: str) -> Named:
@@ -78,10 +67,13 @@ def load(name: str) -> Named:
     return Named(
         name=name,
         classes=classes,
-        images={split: images for split, (images, _) in parts.items()},
-        labels={split: labels for split, (_, labels) in parts.items()},
-        paths={split: [f"{split}/{index:06d}" for index in range(len(images))] for split, (images, _) in parts.items()},
+        paths=[f"{split}/{index:06d}" for split, (images, _) in parts.items() for index in range(len(images))],
+        labels=np.concatenate([labels for _, labels in parts.values()]),
+        sides=[split for split, (_, labels) in parts.items() for _ in labels],
+        published=True,
+        image_size=train[0].shape[1],
         channels=train[0].shape[3],
+        images={split: images for split, (images, _) in parts.items()},
     )
 
 

@@ -10,69 +10,51 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from statistics import median_low
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from deepclust.images import decode, depth, find, sampling
+from deepclust.images import decode, find
+from deepclust.images.source import Source
 
 LABELS = "labels.csv"
 TRAIN = ("train",)
 TEST = ("test", "val", "valid", "validation")
 UNLABELLED = ("unlabelled", "unlabeled")
-AUTO_SIZES = (8, 64)  # pixels: from and to
 
 Side = dict[str, str]  # path: the same within its side, where its first folder is its class
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder of images; what `tasks.prepare` needs of a source, see `tasks.sources.Named`."""
+@dataclass(frozen=True, kw_only=True)
+class Folder(Source):
+    """A folder of image files.
+
+    Attributes:
+        root: The folder.
+        max_pixels: See `decode.read_image`.
+    """
 
     root: Path
-    name: str
-    classes: list[str]
-    labels: dict[str, NDArray[np.int64]]
-    paths: dict[str, list[str]]
     max_pixels: int
-    warnings: list[str] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    ignored: int = 0
-    channels: int | None = None  # only known when all images are read
 
-    def inspect(self, reading: decode.Reading) -> tuple[int, list[depth.Measured]]:
-        """The median shorter side of the training images, at most 64 pixels, and the values of deep images."""
-        sides, measured = [], []
-        for split, paths in self.paths.items():
-            for path in paths:
-                try:
-                    seen = decode.inspect(self.root / path, reading, max_pixels=self.max_pixels)
-                except DataError:
-                    continue  # read() will give the reason
-                sides += [min(seen.width, seen.height)] if split == "train" else []
-                measured += [seen.measured] if seen.measured else []
-        low, high = AUTO_SIZES
-        return min(max(median_low(sides), low), high) if sides else high, measured
+    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+        """What is known of a file without its pixels. Raises: DataError with the reason."""
+        return decode.inspect(self.root / self.paths[index], reading, max_pixels=self.max_pixels)
 
-    def read(
-        self, split: str, index: int, reading: decode.Reading, *, image_size: int, channels: int
-    ) -> NDArray[np.uint8]:
-        """One image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
-        path = self.root / self.paths[split][index]
+    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+        """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
+        path = self.root / self.paths[index]
         return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
 
 
-def load(path: str, *, test_fraction: float, seed: int, max_pixels: int) -> Folder:
-    """List a folder's images with their labels and splits. No image is opened yet.
+def load(path: str, *, max_pixels: int) -> Folder:
+    """List a folder's images with their labels and, if it states them, their sides. No image is opened yet.
 
     Args:
         path: As in params.yaml.
-        test_fraction: Share of each class, and of the unlabelled images, to test on if there is no test folder.
-        seed: Draws that share.
         max_pixels: See `decode.read_image`.
 
     Raises:
@@ -97,18 +79,13 @@ def load(path: str, *, test_fraction: float, seed: int, max_pixels: int) -> Fold
     _drop_single(found, warnings)
     classes = sorted({label for labels in found.values() for label in labels if label is not None})
     numbers: dict[str | None, int] = {None: -1} | {name: number for number, name in enumerate(classes)}
-    paths = {split: list(side) for split, side in sides.items()}
-    labels = {split: np.array([numbers[name] for name in names], np.int64) for split, names in found.items()}
-    if "test" not in paths:
-        paths, labels = _drawn(paths["train"], labels["train"], test_fraction, seed)
-    if unknown := sorted(set(labels["test"].tolist()) - set(labels["train"].tolist()) - {-1}):
-        warnings.append(f"classes without a training image: {', '.join(classes[number] for number in unknown)}")
     return Folder(
         root=root,
         name=root.name if root.is_absolute() else PurePosixPath(path).as_posix(),
         classes=classes,
-        labels=labels,
-        paths=paths,
+        paths=[image for side in sides.values() for image in side],
+        labels=np.array([numbers[label] for labels in found.values() for label in labels], np.int64),
+        sides=[split for split, side in sides.items() for _ in side] if "test" in sides else None,
         max_pixels=max_pixels,
         warnings=warnings,
         skipped=files.skipped,
@@ -184,21 +161,6 @@ def _drop_single(found: dict[str, list[str | None]], warnings: list[str]) -> Non
         if len(known[split]) == 1 and not (known[split] < others):
             warnings.append(f"taken as unlabelled: all labelled {split} images are of one class, {known[split].pop()}")
             found[split] = [None] * len(labels)
-
-
-def _drawn(
-    paths: list[str], labels: NDArray[np.int64], fraction: float, seed: int
-) -> tuple[dict[str, list[str]], dict[str, NDArray[np.int64]]]:
-    """Both sides of a folder that has no test folder."""
-    rng = np.random.default_rng([seed, 0])
-    chosen = sampling.stratified(labels, fraction, rng)
-    if not len(chosen):  # each class has one image only
-        chosen = sampling.stratified(np.zeros_like(labels), fraction, rng)
-    sides = {"train": np.setdiff1d(np.arange(len(paths)), chosen), "test": chosen}
-    return (
-        {split: [paths[index] for index in indices] for split, indices in sides.items()},
-        {split: labels[indices] for split, indices in sides.items()},
-    )
 
 
 def _read_labels(root: Path, top: str, files: find.Files) -> dict[str, str | None]:

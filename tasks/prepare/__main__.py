@@ -9,7 +9,8 @@ import hashlib
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median_low
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,38 +18,52 @@ from numpy.typing import NDArray
 from deepclust.config import as_dict
 from deepclust.datasets import sources
 from deepclust.errors import DataError
-from deepclust.images import decode, depth, folders, sampling
-from tasks.prepare import arrays
+from deepclust.images import decode, depth, folders, npy
+from deepclust.images.source import Source
+from tasks.prepare import arrays, sides
 from tasks.shared.operations.params.schema import Data
 from tasks.shared.outputs import layout, stage
 
-Source = sources.Named | folders.Folder
+AUTO_SIZES = (8, 64)  # pixels: from and to
+_INSPECTED_AT_ONCE = 64
+
+
+class Decoded(NamedTuple):
+    """All images of a source that can be read.
+
+    Attributes:
+        file: (M, H, W, C) uint8, with three channels if it was not known whether they have colour.
+        indices: (M,) their numbers in the source.
+        ids: M.
+        sums: A hash of each one's pixels.
+        reading: How they were read.
+        skipped: `path` and `reason` of all others.
+    """
+
+    file: Path
+    indices: NDArray[np.int64]
+    ids: list[str]
+    sums: list[bytes]
+    reading: decode.Reading
+    skipped: list[dict[str, str]]
 
 
 def main() -> None:
     """Run the stage."""
     with stage.running("prepare") as here:
         data, seed = here.params.data, here.params.seed
-        source = find(data, seed)
-        how = {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
-        own_size, measured = source.inspect(decode.Reading(**how))
-        image_size = own_size if data.image_size == "auto" else data.image_size
-        reading = decode.Reading(**how, white=depth.settle(measured, data.white))
-        for name, (black, white) in reading.white.items():
-            print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white", flush=True)
-        kept, skipped = write_images(here.folder, source, reading, data, image_size)
-        check(source, kept, skipped, data.max_skipped)
-        channels = settle_channels(here.folder, source, data)
-        labels = {split: source.labels[split][kept[split]] for split in layout.SPLITS}
-        for split in layout.SPLITS:
-            write_items(here.folder / split, source, split, kept[split], labels[split])
-        # A share of each class's labelled training images; none of a class with one image.
-        labelled_rows = np.flatnonzero(labels["train"] >= 0)
-        drawn = np.random.default_rng([seed, 1])
-        heldout = labelled_rows[sampling.stratified(labels["train"][labelled_rows], data.heldout_fraction, drawn)]
-        np.save(here.folder / "train" / "heldout.npy", heldout)
-        shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(reading)
-        mean, std = arrays.mean_and_std(here.folder / "train" / "images.npy")
+        source = find(data)
+        decoded = read(here.folder, source, data)
+        check(source, decoded, data.max_skipped)
+        settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
+        for warning in settled.warnings:
+            print(f"warning: {warning}", flush=True)
+        labels = write(here.folder, source, decoded, settled, data)
+        np.save(here.folder / "train" / "heldout.npy", settled.heldout)
+        train = here.folder / "train" / "images.npy"
+        _, image_size, _, channels = np.load(train, mmap_mode="r", allow_pickle=False).shape
+        shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(decoded.reading)
+        mean, std = arrays.mean_and_std(train)
         # What an encoder has to know of its images: all that decides pretraining besides the images themselves.
         statistics = stage.json_text(shape | {"mean": mean, "std": std})
         stage.write_text(here.folder / layout.STATISTICS.name, statistics)
@@ -58,97 +73,132 @@ def main() -> None:
         meta: dict[str, Any] = {"source": source.name, "classes": source.classes, **shape}
         meta |= {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
         meta["content_hash"] = content_hash(here.folder, source.classes)
-        meta |= {"skipped": skipped, "ignored": source.ignored, "warnings": source.warnings}
+        meta |= {"skipped": decoded.skipped, "ignored": source.ignored}
+        meta |= {"left_out": settled.left_out, "warnings": source.warnings + settled.warnings}
         stage.write_text(here.folder / layout.META.name, stage.json_text(meta))
         here.metrics(
             {f"{split}_images": count for split, count in images.items()}
             | {f"{split}_labelled": count for split, count in labelled.items()}
-            | {"classes": len(source.classes), "skipped": len(skipped)}
+            | {"classes": len(source.classes), "skipped": len(decoded.skipped)}
         )
         print(
-            f"{source.name}: {len(labels['train'])} training and {len(labels['test'])} test images of {image_size} x "
-            f"{image_size} x {channels}, {len(source.classes)} classes, {len(heldout)} labelled images held out; "
-            f"{len(skipped)} skipped, {source.ignored} other files ignored",
+            f"{source.name}: {images['train']} training and {images['test']} test images of {image_size} x "
+            f"{image_size} x {channels}, {len(source.classes)} classes, {len(settled.heldout)} labelled images held "
+            f"out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored",
             flush=True,
         )
 
 
-def find(data: Data, seed: int) -> Source:
+def find(data: Data) -> Source:
     """The source that the parameters name, with its warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
-        source = folders.load(data.folder, test_fraction=data.test_fraction, seed=seed, max_pixels=data.max_pixels)
+        source = folders.load(data.folder, max_pixels=data.max_pixels)
     else:
         source = sources.load(data.source)
     for warning in source.warnings:
         print(f"warning: {warning}", flush=True)
-    for split in layout.SPLITS:
-        print(f"{source.name}: {len(source.paths[split])} {split} images", flush=True)
+    print(f"{source.name}: {len(source.paths)} images", flush=True)
     return source
 
 
-def write_images(
-    folder: Path, source: Source, reading: decode.Reading, data: Data, image_size: int
-) -> tuple[dict[str, NDArray[np.int64]], list[dict[str, str]]]:
-    """Write each split's images.npy, with three channels if it is not yet known whether a folder has colour.
-
-    Returns:
-        The indices of each split's images that were written, and path and reason of all others.
-    """
+def read(folder: Path, source: Source, data: Data) -> Decoded:
+    """Inspect all images, settle how they are read, and decode each once into a file in `folder`."""
+    how: dict[str, Any] = {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
+    inspect = partial(source.inspect, reading=decode.Reading(**how))
+    seen: dict[int, decode.Inspected] = {}
+    failed: dict[int, str] = {}
+    everything = range(len(source.paths))
+    for index, found in arrays.each(inspect, everything, step=_INSPECTED_AT_ONCE, what="inspected"):
+        if isinstance(found, str):
+            failed[index] = found
+        else:
+            seen[index] = found
+    image_size = own_size(source, seen) if data.image_size == "auto" else data.image_size
+    measured = (one.measured for one in seen.values() if one.measured)
+    reading = decode.Reading(**how, white=depth.settle(measured, data.white))
+    for name, (black, white) in reading.white.items():
+        print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white", flush=True)
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
-    kept = {}
-    skipped = list(source.skipped)
-    for split in layout.SPLITS:
-        (folder / split).mkdir()
-        read = partial(source.read, split, reading=reading, image_size=image_size, channels=channels)
-        shape = (image_size, image_size, channels)
-        target = folder / split / "images.npy"
-        written, failed = arrays.write(target, read, count=len(source.paths[split]), shape=shape, what=split)
-        kept[split] = np.array(written, np.int64)
-        skipped += [{"path": source.paths[split][index], "reason": reason} for index, reason in failed]
+    shape = (image_size, image_size, channels)
+
+    def pixels(index: int) -> tuple[NDArray[np.uint8], bytes]:
+        image = source.read(index, reading, image_size=image_size, channels=channels)
+        return image, hashlib.sha256(np.ascontiguousarray(image).data).digest()
+
+    file = folder / ".decoded.npy"
+    sums: dict[int, bytes] = {}
+    with npy.RowFile(file, shape, np.uint8) as rows:
+        for index, result in arrays.each(pixels, list(seen), step=arrays.chunk(shape), what="decoded"):
+            if isinstance(result, str):
+                failed[index] = result
+            else:
+                rows.append(result[0][None])
+                sums[index] = result[1]
+    skipped = [*source.skipped, *({"path": source.paths[index], "reason": failed[index]} for index in sorted(failed))]
     for item in skipped[:20]:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
-    return kept, skipped
+    ids = [seen[index].sha256 for index in sums]
+    return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped)
 
 
-def check(
-    source: Source, kept: dict[str, NDArray[np.int64]], skipped: list[dict[str, str]], max_skipped: float
-) -> None:
+def own_size(source: Source, seen: dict[int, decode.Inspected]) -> int:
+    """The source's own side in pixels: the median shorter one within bounds, where its images differ.
+
+    Images that the source states to be test images do not count.
+    """
+    if source.image_size is not None:
+        return source.image_size
+    lengths = [
+        min(one.width, one.height)
+        for index, one in seen.items()
+        if source.sides is None or source.sides[index] == "train"
+    ]
+    low, high = AUTO_SIZES
+    return min(max(median_low(lengths), low), high) if lengths else high
+
+
+def check(source: Source, decoded: Decoded, max_skipped: float) -> None:
     """Raise DataError if too few images could be read."""
-    total = sum(len(indices) for indices in kept.values()) + len(skipped)
+    skipped = decoded.skipped
+    total = len(decoded.indices) + len(skipped)
     if len(skipped) > max_skipped * total:
         raise DataError(
             f"expected at most {max_skipped:g} of the files to be unreadable (data.max_skipped), got {len(skipped)} of "
             f"{total} in {source.name}, first {skipped[0]['path']}: {skipped[0]['reason']}; mend or remove them, or "
             f"raise data.max_skipped"
         )
-    for split, indices in kept.items():
-        if not len(indices):
-            raise DataError(
-                f"expected {split} images in {source.name}, got none, of {total} images in all; add some to the folder"
-            )
 
 
-def settle_channels(folder: Path, source: Source, data: Data) -> int:
-    """The number of channels; where `auto` finds no colour in a folder's images, two of three channels are removed."""
-    files = [folder / split / "images.npy" for split in layout.SPLITS]
-    if data.colour == "auto" and source.channels is None and not any(arrays.has_colour(path) for path in files):
-        for path in files:
-            arrays.keep_first_channel(path)
-    channels: int = np.load(files[0], mmap_mode="r", allow_pickle=False).shape[3]
-    return channels
+def write(
+    folder: Path, source: Source, decoded: Decoded, settled: sides.Sides, data: Data
+) -> dict[str, NDArray[np.int64]]:
+    """Write images, labels and items of each split; its labels.
 
-
-def write_items(
-    folder: Path, source: Source, split: str, indices: NDArray[np.int64], labels: NDArray[np.int64]
-) -> None:
-    """Write labels.npy and items.csv."""
-    np.save(folder / "labels.npy", labels)
-    rows = (
-        {"index": row, "path": source.paths[split][index], "label": source.classes[label] if label >= 0 else ""}
-        for row, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True))
-    )
-    stage.write_text(folder / "items.csv", stage.table(rows, ["index", "path", "label"]))
+    Where `auto` finds no colour in a source that might have some, one of its three equal channels is kept.
+    """
+    channels: int = np.load(decoded.file, mmap_mode="r", allow_pickle=False).shape[3]
+    if data.colour == "auto" and source.channels is None and not arrays.has_colour(decoded.file):
+        channels = 1
+    labels = {}
+    for split, rows in settled.rows.items():
+        place = folder / split
+        place.mkdir()
+        arrays.copy(decoded.file, rows, place / "images.npy", channels=channels)
+        numbers = labels[split] = source.labels[decoded.indices[rows]]
+        np.save(place / "labels.npy", numbers)
+        items = (
+            {
+                "index": index,
+                "path": source.paths[decoded.indices[row]],
+                "label": source.classes[number] if number >= 0 else "",
+                "id": decoded.ids[row],
+            }
+            for index, (row, number) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True))
+        )
+        stage.write_text(place / "items.csv", stage.table(items, ["index", "path", "label", "id"]))
+    decoded.file.unlink()
+    return labels
 
 
 def content_hash(folder: Path, classes: list[str]) -> str:

@@ -1,12 +1,13 @@
-"""Images in one .npy file that may be larger than memory: writing it, and statistics over it."""
+"""Images on several threads, and in .npy files that may be larger than memory: writing them, statistics over them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,78 +20,66 @@ _CHUNK_BYTES = 1 << 22
 _REPORT_SECONDS = 10.0
 
 Pixels = NDArray[np.uint8]
+T = TypeVar("T")
 
 
-def write(
-    path: Path, read: Callable[[int], Pixels], *, count: int, shape: tuple[int, int, int], what: str
-) -> tuple[list[int], list[tuple[int, str]]]:
-    """Read images on several threads and write them one after the other.
+def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str) -> Iterator[tuple[int, T | str]]:
+    """Do something to each image, on several threads.
 
     Args:
-        path: The .npy file to make.
-        read: Gives image i as uint8 of the shape, or raises DataError with the reason why it can not be read.
-        count: Number of images to read.
-        shape: (H, W, C) of each.
+        do: Gives something for image i, or raises DataError with the reason why it can not.
+        indices: The images.
+        step: So many go to a thread at once.
         what: A name for the lines of progress.
 
-    Returns:
-        Indices of the images written, in order, and index and reason of those that could not be read.
+    Yields:
+        Each index, in order, and what came of it: a string is the reason of a DataError.
     """
 
-    def attempt(indices: range) -> list[Pixels | str]:
-        results: list[Pixels | str] = []
-        for index in indices:
+    def attempt(part: Sequence[int]) -> list[T | str]:
+        results: list[T | str] = []
+        for index in part:
             try:
-                results.append(read(index))
+                results.append(do(index))
             except DataError as error:
                 results.append(str(error))
         return results
 
-    kept: list[int] = []
-    failed: list[tuple[int, str]] = []
     workers = environment.cores()
-    step = _step(shape)
     due = time.monotonic() + _REPORT_SECONDS
-    with npy.RowFile(path, shape, np.uint8) as target, ThreadPoolExecutor(workers) as pool:
-        for start in range(0, count, 4 * workers * step):
-            stop = min(count, start + 4 * workers * step)
-            chunks = [range(begin, min(stop, begin + step)) for begin in range(start, stop, step)]
-            for chunk, results in zip(chunks, pool.map(attempt, chunks), strict=True):
-                for index, result in zip(chunk, results, strict=True):
-                    if isinstance(result, str):
-                        failed.append((index, result))
-                    else:
-                        target.append(result[None])
-                        kept.append(index)
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(indices), 4 * workers * step):  # so that few results wait at once
+            some = indices[start : start + 4 * workers * step]
+            parts = [some[begin : begin + step] for begin in range(0, len(some), step)]
+            for part, results in zip(parts, pool.map(attempt, parts), strict=True):
+                yield from zip(part, results, strict=True)
             if time.monotonic() > due:
-                print(f"{what}: {stop} of {count} images", flush=True)
+                print(f"{what}: {start + len(some)} of {len(indices)} images", flush=True)
                 due = time.monotonic() + _REPORT_SECONDS
-    return kept, failed
 
 
-def keep_first_channel(path: Path) -> None:
-    """Turn (N, H, W, C) into (N, H, W, 1)."""
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
-    partial = path.with_name(f".{path.name}.partial")
-    with npy.RowFile(partial, (*images.shape[1:3], 1), np.uint8) as target:
-        for chunk in _chunks(images):
-            target.append(chunk[..., :1])
-    partial.replace(path)
+def copy(source: Path, rows: NDArray[np.int64], target: Path, *, channels: int) -> None:
+    """Write some rows of (N, H, W, C), in this order, with so many of their channels, as another file."""
+    images = np.load(source, mmap_mode="r", allow_pickle=False)
+    step = chunk(images.shape[1:])
+    with npy.RowFile(target, (*images.shape[1:3], channels), np.uint8) as file:
+        for start in range(0, len(rows), step):
+            file.append(images[rows[start : start + step], ..., :channels])
 
 
 def has_colour(path: Path) -> bool:
     """Whether any of the images, (N, H, W, 3), has unequal red, green and blue."""
     images = np.load(path, mmap_mode="r", allow_pickle=False)
-    return any(bool((chunk != chunk[..., :1]).any()) for chunk in _chunks(images))
+    return any(bool((part != part[..., :1]).any()) for part in _chunks(images))
 
 
 def mean_and_std(path: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in [0, 1], from exact counts of the 256 values."""
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     counts = np.zeros((images.shape[3], 256), np.int64)
-    for chunk in _chunks(images):
+    for part in _chunks(images):
         for channel in range(images.shape[3]):
-            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
     values = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
@@ -103,16 +92,16 @@ def add_to_hash(sum_: hashlib._Hash, path: Path) -> None:
     """Add the type, shape and bytes of a .npy file's array, but not its header."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     sum_.update(repr((array.dtype.str, array.shape)).encode())
-    for chunk in _chunks(array):
-        sum_.update(np.ascontiguousarray(chunk).data)
+    for part in _chunks(array):
+        sum_.update(np.ascontiguousarray(part).data)
 
 
-def _step(shape: tuple[int, ...]) -> int:
-    """Items of this shape in a chunk."""
+def chunk(shape: tuple[int, ...]) -> int:
+    """How many items of this shape are held at once."""
     return max(1, _CHUNK_BYTES // max(1, int(np.prod(shape))))
 
 
 def _chunks(array: Pixels) -> Iterator[Pixels]:
-    step = _step(array.shape[1:])
+    step = chunk(array.shape[1:])
     for start in range(0, len(array), step):
         yield array[start : start + step]

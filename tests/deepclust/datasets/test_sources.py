@@ -18,7 +18,6 @@ from torchvision import datasets
 
 from deepclust.datasets import download, fashion_mnist, idx, sources
 from deepclust.errors import DataError
-from deepclust.images import sampling
 from deepclust.images.decode import Reading
 
 RNG = np.random.default_rng(0)
@@ -187,15 +186,18 @@ def test_cifar_is_read_from_its_binary_files_with_its_fine_labels(unverified: Pa
     found = sources.load("CIFAR10")
     assert np.array_equal(found.images["train"], images[:10].transpose(0, 2, 3, 1))
     assert np.array_equal(found.images["test"], images[10:].transpose(0, 2, 3, 1))
-    assert (found.labels["train"].tolist(), found.classes[3]) == (list(range(10)), "class3")
-    assert found.paths["test"] == ["test/000000", "test/000001"]
-    assert np.array_equal(found.read("train", 4, Reading(), image_size=32, channels=3), found.images["train"][4])
-    assert found.read("test", 1, Reading(), image_size=14, channels=1).shape == (14, 14, 1)
+    assert (found.labels.tolist(), found.classes[3]) == ([*range(10), 0, 1], "class3")
+    assert found.paths[9:] == ["train/000009", "test/000000", "test/000001"]
+    assert (found.sides, found.image_size, found.channels) == (["train"] * 10 + ["test"] * 2, 32, 3)
+    for index, image in enumerate(images.transpose(0, 2, 3, 1)):
+        assert np.array_equal(found.read(index, Reading(), image_size=32, channels=3), image)
+        assert found.inspect(index, Reading()).sha256 == hashlib.sha256(image.tobytes()).hexdigest()
+    assert found.read(11, Reading(), image_size=14, channels=1).shape == (14, 14, 1)
     hundred = {name: bytes([7, label]) + images[0].tobytes() for name, label in (("train.bin", 42), ("test.bin", 99))}
     hundred |= {"fine_label_names.txt": "\n".join(f"fine{n}" for n in range(100)).encode()}
     archive(unverified, "cifar-100-binary", "cifar-100-binary", hundred)
     found = sources.load("CIFAR100")
-    assert (found.labels["train"].tolist(), found.labels["test"].tolist()) == ([42], [99])
+    assert (found.labels.tolist(), found.sides) == ([42, 99], ["train", "test"])
 
 
 def test_svhn_is_torchvisions_and_calls_its_tenth_digit_zero(unverified: Path) -> None:
@@ -203,7 +205,7 @@ def test_svhn_is_torchvisions_and_calls_its_tenth_digit_zero(unverified: Path) -
     for split in ("train", "test"):
         savemat(unverified / "svhn" / f"{split}_32x32.mat", {"X": images, "y": np.array([[10], [1], [9]], np.uint8)})
     found = sources.load("SVHN")
-    assert found.labels["train"].tolist() == [0, 1, 9]
+    assert found.labels.tolist() == [0, 1, 9, 0, 1, 9]
     theirs = datasets.SVHN(unverified / "svhn", "test")
     assert np.array_equal(found.images["test"], theirs.data.transpose(0, 2, 3, 1))
 
@@ -221,13 +223,5 @@ def test_stl10_is_torchvisions_with_its_unlabelled_images_in_train(
     for split, name in (("train", "train+unlabeled"), ("test", "test")):
         theirs = datasets.STL10(unverified, name)
         assert np.array_equal(found.images[split], theirs.data.transpose(0, 2, 3, 1))
-        assert np.array_equal(found.labels[split], theirs.labels)
+        assert np.array_equal(found.labels[np.array(found.sides) == split], theirs.labels)
     assert found.classes == theirs.classes
-
-
-@pytest.mark.parametrize(("share", "count", "expected"), [(0.1, 1, 0), (0.1, 2, 1), (0.1, 96, 10), (0.99, 4, 3)])
-def test_a_draw_takes_the_share_but_never_all_or_none_of_a_class(share: float, count: int, expected: int) -> None:
-    labels = np.array([3] * count + [5] * 30)
-    drawn = sampling.stratified(labels, share, np.random.default_rng(0))
-    assert np.count_nonzero(labels[drawn] == 3) == expected
-    assert (np.diff(drawn) > 0).all()

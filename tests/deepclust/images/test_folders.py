@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import find, folders
-from deepclust.images.decode import Reading
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -27,13 +25,15 @@ def numbered(pattern: str, count: int) -> list[str]:
     return [pattern.format(index) for index in range(count)]
 
 
-def load(root: Path, seed: int = 0) -> folders.Folder:
-    return folders.load(str(root), test_fraction=0.2, seed=seed, max_pixels=1000)
+def load(root: Path) -> folders.Folder:
+    return folders.load(str(root), max_pixels=1000)
 
 
-def labelled(folder: folders.Folder, split: str) -> dict[str, str | None]:
+def labelled(folder: folders.Folder, side: str | None = None) -> dict[str, str | None]:
+    """The class of each image, or of each image of a side."""
     names = [*folder.classes, None]
-    return {path: names[label] for path, label in zip(folder.paths[split], folder.labels[split], strict=True)}
+    found = zip(folder.paths, folder.labels, folder.sides or [None] * len(folder.paths), strict=True)
+    return {path: names[label] for path, label, own in found if own == side}
 
 
 def test_train_and_test_folders_are_the_splits_and_their_folders_the_classes(tmp_path: Path) -> None:
@@ -49,38 +49,34 @@ WHOLE = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"]
 
 
 @pytest.mark.parametrize(
-    ("names", "classes", "test", "warning"),
+    ("names", "classes", "labels", "warning"),
     [
         ([*WHOLE, "val/a/1.png"], ["a", "b"], [0, 1], "not used beside train/ and test/: val"),
         ([*WHOLE[:2], "val/b/1.png"], ["a", "b"], [1], None),
         ([*WHOLE[:2], "val/x/1.png", "val/x/2.png"], ["a", "b"], [-1, -1], "all labelled test images are of one"),
-        ([*WHOLE, "test/new/1.png"], ["a", "b", "new"], [0, 1, 2], "classes without a training image: new"),
-        ([*numbered("train/{}.png", 5), *numbered("car/{}.png", 5)], ["car", "train"], [0, 1], None),
-        ([*numbered("train/a/{}.png", 9), *numbered("train/b/{}.png", 9)], ["a", "b"], [0, 0, 1, 1], None),
-        (numbered("{}.png", 5), [], [-1], None),
-        (numbered("images/{}.png", 5), [], [-1], "of one class, images"),
-        (["0.png", "2021/1.png", "2022/deep/2.png"], [], [-1], "1 images lie beside 2 folders"),
+        ([*WHOLE, "test/new/1.png"], ["a", "b", "new"], [0, 1, 2], None),
+        ([*numbered("train/{}.png", 5), *numbered("car/{}.png", 5)], ["car", "train"], [0] * 5 + [1] * 5, None),
+        ([*numbered("train/a/{}.png", 2), *numbered("train/b/{}.png", 2)], ["a", "b"], [0, 0, 1, 1], None),
+        (
+            [*numbered("a/{}.png", 2), "b/2.png", *numbered("Unlabeled/x/{}.png", 2)],
+            ["a", "b"],
+            [-1, -1, 0, 0, 1],
+            None,
+        ),
+        (numbered("{}.png", 2), [], [-1, -1], None),
+        (numbered("images/{}.png", 2), [], [-1, -1], "of one class, images"),
+        (["0.png", "2021/1.png", "2022/deep/2.png"], [], [-1] * 3, "1 images lie beside 2 folders"),
     ],
 )
 def test_a_folders_shape_decides_on_classes_and_splits_and_what_is_odd_is_said(
-    tmp_path: Path, names: list[str], classes: list[str], test: list[int], warning: str | None
+    tmp_path: Path, names: list[str], classes: list[str], labels: list[int], warning: str | None
 ) -> None:
+    """The labels are those of the test images, or of all where the folder states no sides."""
     found = load(touch(tmp_path, *names))
-    assert (found.classes, found.labels["test"].tolist()) == (classes, test)
+    tested = np.array([side != "train" for side in found.sides or ["drawn"] * len(found.paths)])
+    assert (found.classes, found.labels[tested].tolist()) == (classes, labels)
     assert len(found.warnings) == (warning is not None)
     assert not warning or warning in found.warnings[0]
-
-
-@pytest.mark.parametrize("word", ["unlabeled", "Unlabelled"])
-def test_one_tree_is_split_per_class_and_by_the_seed_alone(tmp_path: Path, word: str) -> None:
-    touch(tmp_path, *numbered("a/{}.png", 50), *numbered("b/{}.png", 10), *numbered(f"{word}/sub/{{}}.png", 20))
-    found, again, other = load(tmp_path), load(tmp_path), load(tmp_path, seed=1)
-    assert found.classes == ["a", "b"]
-    assert np.bincount(found.labels["test"] + 1).tolist() == [4, 10, 2]
-    assert np.bincount(found.labels["train"] + 1).tolist() == [16, 40, 8]
-    assert found.paths == again.paths != other.paths
-    assert not set(found.paths["train"]) & set(found.paths["test"])
-    assert found.paths["test"] == sorted(found.paths["test"])
 
 
 def test_labels_csv_decides_and_what_it_leaves_open_is_unlabelled(tmp_path: Path) -> None:
@@ -89,7 +85,7 @@ def test_labels_csv_decides_and_what_it_leaves_open_is_unlabelled(tmp_path: Path
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
     found = load(tmp_path)
     expected = {"x/1.png": "cat", "x/2.png": "dog", "y/ü, 3.png": "cat", "y/4.png": None, "5.png": None}
-    assert labelled(found, "train") | labelled(found, "test") == expected
+    assert labelled(found) == expected
 
 
 @pytest.mark.parametrize(
@@ -140,13 +136,3 @@ def test_nothing_outside_of_the_folder_is_ever_listed_and_hidden_files_are_not_s
         "up": "a link to a folder",
         **{ascii(name)[1:-1]: "its name is not UTF-8" for name in not_utf8},
     }
-
-
-@pytest.mark.parametrize(("sides", "expected"), [((9, 20, 31), 20), ((4, 4, 4), 8), ((100, 200, 300), 64)])
-def test_the_automatic_size_is_the_median_shorter_side_within_bounds(
-    tmp_path: Path, sides: tuple[int, ...], expected: int
-) -> None:
-    touch(tmp_path, "train/a/broken.png", "test/a/1.png")
-    for index, side in enumerate(sides):
-        Image.new("L", (side, 2 * side)).save(tmp_path / f"train/a/{index}.png")
-    assert folders.load(str(tmp_path), test_fraction=0.2, seed=0, max_pixels=10**6).inspect(Reading())[0] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepclust.datasets import sources
 from tasks.prepare import __main__ as prepare
 from tasks.prepare import arrays
 from tasks.shared.operations import params
@@ -41,6 +43,21 @@ def run(**data: Any) -> dict[str, Any]:
 def picture(path: str, colour: int | tuple[int, ...] = 100, side: int = 8) -> None:
     Path("data", path).parent.mkdir(parents=True, exist_ok=True)
     Image.new("L" if isinstance(colour, int) else "RGB", (side, side), colour).save(Path("data", path))
+
+
+def noise(*paths: str) -> None:
+    """One picture of its own, with many pixels' worth of noise, under each of these names."""
+    pixels = np.random.default_rng(list(paths[0].encode())).integers(0, 256, (8, 8), dtype=np.uint8)
+    for path in paths:
+        Path("data", path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(Path("data", path))
+
+
+def sides() -> dict[str, str]:
+    """Where each image is: train, heldout or test."""
+    heldout = set(array("train", "heldout").tolist())
+    train = {row["path"]: "heldout" if int(row["index"]) in heldout else "train" for row in items("train")}
+    return train | {row["path"]: "test" for row in items("test")}
 
 
 def classes(count: int = 10) -> None:
@@ -77,13 +94,107 @@ def digest() -> dict[str, bytes]:
 
 def test_images_labels_and_items_are_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "_CHUNK_BYTES", 3 * 8 * 8)  # several chunks
+    monkeypatch.setattr(prepare, "_INSPECTED_AT_ONCE", 3)
     classes(40)
     meta = run()
-    for split, count in (("train", 64), ("test", 16)):
+    counts = {split: len(items(split)) for split in ("train", "test")}
+    assert sum(counts.values()) == 80
+    for split, count in counts.items():
         images, labels = array(split, "images"), array(split, "labels")
         assert (images.shape, images.dtype, labels.dtype) == ((count, 8, 8, 1), np.uint8, np.int64)
         assert meta[split] == {"images": count, "labelled": count}
         assert in_one_order(split)
+        assert [row["path"] for row in items(split)] == sorted(row["path"] for row in items(split))
+        for row in items(split):
+            assert row["id"] == hashlib.sha256(Path("data", row["path"]).read_bytes()).hexdigest()
+    assert {path.name for path in Path("artifacts/prepare").rglob("*")} == {
+        *("train", "test", "images.npy", "labels.npy", "items.csv", "heldout.npy", "statistics.json", "meta.json")
+    }
+
+
+@pytest.mark.parametrize("more", [1, 10])
+def test_no_new_image_moves_another_one_to_another_side(more: int) -> None:
+    for index in range(120):
+        noise(f"{'abc'[index % 3]}/{index}.png")
+    run()
+    before = sides()
+    assert 12 <= list(before.values()).count("test") <= 36, "24 are expected, four standard deviations are 18"
+    for index in range(more):
+        noise(f"a/0{index}.png")
+    Path("data/b/1.png").rename("data/b/renamed.png")
+    Path("data/c/2.png").unlink()
+    run()
+    after = sides()
+    after["b/1.png"] = after.pop("b/renamed.png")
+    assert {path: after[path] for path in before if path != "c/2.png"} == {
+        path: side for path, side in before.items() if path != "c/2.png"
+    }
+    assert len(after) == 119 + more
+
+
+def test_copies_of_an_image_are_on_one_side_and_counted() -> None:
+    for index in range(20):
+        noise(*(f"{'ab'[index % 2]}/{index}-{copy}.png" for copy in range(5)))
+    Image.open("data/a/0-1.png").save("data/a/0-2.bmp")  # other bytes, the same pixels
+    shutil.copy("data/a/0-1.png", "data/b/0-3.png")  # another label
+    meta = run(test_fraction=0.4, heldout_fraction=0.4)
+    (warning,) = meta["warnings"]
+    assert "82 of 102 images are copies of others" in warning
+    assert "1 image has copies with different labels" in warning
+    found = sides()
+    by_picture: dict[str, set[str]] = {}
+    for path, side in found.items():
+        by_picture.setdefault(path.split("/")[1].split("-")[0], set()).add(side)
+    assert all(len(on) == 1 for on in by_picture.values())
+    assert {side for on in by_picture.values() for side in on} == {"train", "heldout", "test"}
+
+
+def test_a_test_folder_stays_and_training_images_that_are_in_it_are_left_out() -> None:
+    for side in ("train", "test"):
+        for index in range(6):
+            noise(f"{side}/{'ab'[index % 2]}/{index}.png")
+    shutil.copy("data/test/a/2.png", "data/train/a/copied.png")
+    Image.open("data/test/b/3.png").save("data/train/b/other.bmp")
+    shutil.copy("data/test/a/2.png", "data/test/a/again.png")
+    meta = run()
+    assert (meta["train"]["images"], meta["test"]["images"]) == (6, 7)
+    assert not {"train/a/copied.png", "train/b/other.bmp"} & set(sides())
+    assert "2 training images are test images too, and are left out" in meta["warnings"][0]
+    assert meta["left_out"] == [
+        {"path": "train/a/copied.png", "reason": "identical to the test image test/a/2.png"},
+        {"path": "train/b/other.bmp", "reason": "identical to the test image test/b/3.png"},
+    ]
+
+
+def test_a_published_data_set_is_only_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    images[11] = images[3]
+    labels = np.arange(12) % 2
+    parts = ["0", "1"], (images[:8], labels[:8]), (images[8:], labels[8:])
+    monkeypatch.setitem(sources.LOADERS, "MNIST", lambda: parts)
+    meta = run(source="MNIST")
+    assert (array("train", "images") == images[:8]).all()
+    assert (array("test", "images") == images[8:]).all()
+    assert [row["path"] for row in items("test")] == [f"test/{index:06d}" for index in range(4)]
+    assert "1 training image is a test image too, and stays as published" in meta["warnings"][0]
+
+
+def test_a_class_without_a_drawn_test_image_is_named_with_the_remedy() -> None:
+    for index in range(40):
+        noise(f"often/{index}.png")
+    noise("single/0.png")
+    (warning,) = run()["warnings"]
+    side = sides()["single/0.png"].replace("heldout", "train")
+    other = {"train": "test", "test": "train"}[side]
+    assert f"1 of 2 classes has no {other} image, but {side} images: single (1); add images" in warning
+    assert "data.test_fraction, or make a test folder" in warning
+
+
+def test_nothing_is_written_into_the_folder_of_images() -> None:
+    classes()
+    listing = {path: path.stat().st_mtime_ns for path in [Path("data"), *Path("data").rglob("*")]}
+    run()
+    assert {path: path.stat().st_mtime_ns for path in [Path("data"), *Path("data").rglob("*")]} == listing
 
 
 def test_statistics_are_those_of_the_training_images() -> None:
@@ -101,7 +212,7 @@ def test_statistics_are_those_of_the_training_images() -> None:
 
 def test_automatic_colour_is_rgb_as_soon_as_one_image_has_colour_and_a_stated_one_is_kept_to() -> None:
     picture("train/1.png", 90)
-    picture("test/1.png", 90)
+    picture("test/1.png", 91)
     for colour, channels in (((5, 5, 5), 1), ((5, 5, 6), 3)):
         picture("test/2.png", colour)
         assert run()["channels"] == channels
@@ -111,17 +222,31 @@ def test_automatic_colour_is_rgb_as_soon_as_one_image_has_colour_and_a_stated_on
     assert array("test", "images").shape == (2, 16, 16, 1)
 
 
-def test_held_out_images_are_a_labelled_share_of_each_class() -> None:
-    for index in range(30):
-        picture(f"train/a/{index}.png")
-        picture(f"train/unlabelled/{index}.png")
-    for path in ("train/b/0", "train/b/1", "train/b/2", "train/b/3", "train/single/0", "test/a/0", "test/b/0"):
-        picture(f"{path}.png")
-    meta = run()
+@pytest.mark.parametrize(("lengths", "expected"), [((9, 20, 31), 20), ((4, 4, 4), 8), ((100, 200, 300), 64)])
+def test_the_automatic_size_is_the_median_shorter_side_of_training_images_within_bounds(
+    lengths: tuple[int, ...], expected: int
+) -> None:
+    Path("data/train/a").mkdir(parents=True)
+    for index, length in enumerate(lengths):
+        Image.new("L", (length, 2 * length), index).save(f"data/train/a/{index}.png")
+    Path("data/train/a/broken.png").write_bytes(b"no image")
+    for index in range(5):
+        noise(f"test/a/{index}.png")
+    assert run(max_skipped=0.5)["image_size"] == expected
+
+
+def test_held_out_images_are_labelled_training_images() -> None:
+    for index in range(60):
+        noise(f"train/a/{index}.png")
+        noise(f"train/unlabelled/{index}.png")
+    for path in ("test/a/0", "test/b/0", "train/b/0"):
+        noise(f"{path}.png")
+    meta = run(heldout_fraction=0.3)
     heldout = array("train", "heldout")
-    assert meta["train"] == {"images": 65, "labelled": 35}
-    assert np.bincount(array("train", "labels")[heldout], minlength=3).tolist() == [3, 1, 0]
-    assert (heldout.dtype, heldout.tolist()) == (np.int64, sorted(heldout.tolist()))
+    assert meta["train"] == {"images": 121, "labelled": 61}
+    assert 8 <= len(heldout) <= 29, "18 are expected, three standard deviations are 11"
+    assert (array("train", "labels")[heldout] >= 0).all()
+    assert (heldout.dtype, heldout.tolist()) == (np.int64, sorted(set(heldout.tolist())))
 
 
 def test_without_labels_everything_else_is_there() -> None:
