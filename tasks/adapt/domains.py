@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deepclust.adaptation import shifts
 from deepclust.errors import DataError
 from deepclust.images import decode, find
-from deepclust.images.folders import UNLABELLED
+from deepclust.images.labels import UNLABELLED
 
 
 def load(

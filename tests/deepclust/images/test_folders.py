@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -79,31 +78,103 @@ def test_a_folders_shape_decides_on_classes_and_splits_and_what_is_odd_is_said(
     assert not warning or warning in found.warnings[0]
 
 
-def test_labels_csv_decides_and_what_it_leaves_open_is_unlabelled(tmp_path: Path) -> None:
-    touch(tmp_path, "x/1.png", "x/2.png", "y/ü, 3.png", "y/4.png", "5.png")
-    text = 'label,path,note\ncat,x/1.png,\n dog ,./x/2.png,\ncat,"y/ü, 3.png",\n,y/4.png,\n'
-    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
-    found = load(tmp_path)
-    expected = {"x/1.png": "cat", "x/2.png": "dog", "y/ü, 3.png": "cat", "y/4.png": None, "5.png": None}
-    assert labelled(found) == expected
+SPLITS = [
+    ("training_set", "test_set"),
+    ("training", "testing"),
+    ("train2017", "val2017"),
+    ("seg_train", "seg_test"),
+    ("Flowers Train", "Flowers Test"),
+    ("trainset", "testset"),
+    ("trainingImages", "validationImages"),
+    ("imgs-trn", "imgs-tst"),
+    ("train", "dev"),
+]
+
+
+@pytest.mark.parametrize(("train", "test"), SPLITS)
+@pytest.mark.parametrize("wrapping", ["", "archive/", "data/raw/"])
+def test_usual_names_of_split_folders_are_sides_also_below_folders_that_wrap_them(
+    tmp_path: Path, train: str, test: str, wrapping: str
+) -> None:
+    names = [f"{wrapping}{side}/{kind}/1.png" for side in (train, test) for kind in ("cat", "dog")]
+    found = load(touch(tmp_path, *names))
+    assert (found.classes, found.sides, found.warnings) == (["cat", "dog"], ["train"] * 2 + ["test"] * 2, [])
+    assert labelled(found, "test") == {names[2]: "cat", names[3]: "dog"}
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "heads", [("train", "bus", "car"), ("training shoes", "test tubes"), ("train", "test tubes"), ("val", "test")]
+)
+def test_classes_whose_names_only_resemble_sides_are_classes(tmp_path: Path, heads: tuple[str, ...]) -> None:
+    found = load(touch(tmp_path, *(f"{head}/1.png" for head in heads)))
+    assert (found.classes, found.sides, found.warnings) == (sorted(heads), None, [])
+
+
+def test_the_test_folder_is_test_before_val_unless_it_has_no_classes_and_others_are_not_used(tmp_path: Path) -> None:
+    tree = [f"x_{side}/{kind}/1.png" for side in ("train", "test", "val") for kind in ("a", "b")]
+    found = load(touch(tmp_path / "labelled", *tree, "x_pred/9.png"))
+    assert set(labelled(found, "test")) == {"x_test/a/1.png", "x_test/b/1.png"}
+    assert found.warnings == [
+        "not used beside x_train/ and x_test/: x_pred, x_val; move what is to be used into one of them, or into "
+        "unlabelled/"
+    ]
+    found = load(touch(tmp_path / "unlabelled", *tree[:2], *tree[4:], "x_test/1.png"))
+    assert set(labelled(found, "test")) == {"x_val/a/1.png", "x_val/b/1.png"}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
     [
-        ("path,class\n", "expected the columns path and label in its first line, found no label"),
-        ("path,label\n1.png,a\nnone.png,a\n", "line 3: expected an image of the folder, found no 'none.png'"),
-        ("path,label\n../1.png,a\n", "line 2: expected a path inside the folder"),
-        ("path,label\n1.png,a\n./1.png,b\n", "line 3: expected each image once"),
-        ("path,label\n1.png\n", "line 2: expected a path and a label"),
-        (b"path,label\n\xff\xfe,a\n", "expected a CSV file in UTF-8"),
+        (["flowers/rose/1.png", "flowers/lily/2.png"], ["lily", "rose"]),
+        (["data/raw/rose/1.png", "data/raw/lily/2.png"], ["lily", "rose"]),
+        (["seg_train/seg_train/a/1.png", "seg_train/seg_train/b/2.png", "seg_test/seg_test/a/3.png"], ["a", "b"]),
+        (["train/images/a/1.png", "train/images/b/2.png", "test/images/b/3.png"], ["a", "b"]),
+        (["train/train/a/1.png", "train/train/b/2.png", "test/a/3.png"], ["a", "b"]),
+        (["train/train/a/1.png", "train/train/b/2.png", "test/test/3.png"], ["a", "b"]),
+        (["train/a/x/1.png", "train/b/2.png", "test/a/x/3.png"], ["a", "b"]),
+        (["train/a/1.png", "train/b/2.png", "unlabelled/3.png"], ["a", "b"]),
+        (["n01/images/1.png", "n02/images/2.png"], ["n01", "n02"]),
+        (["images/1.png", "images/2.png"], []),
+        (["data/images/1.png", "data/images/2.png"], []),
     ],
 )
-def test_labels_csv_that_does_not_fit_is_one_line_of_error(tmp_path: Path, text: str | bytes, message: str) -> None:
-    touch(tmp_path, "1.png")
-    (tmp_path / "labels.csv").write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(DataError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
-        load(tmp_path)
+def test_folders_that_wrap_a_data_set_or_a_side_are_no_classes(
+    tmp_path: Path, names: list[str], labels: list[str]
+) -> None:
+    assert load(touch(tmp_path, *names)).classes == labels
+
+
+@pytest.mark.parametrize(
+    ("names", "warning"),
+    [
+        (["part1/a/1.png", "part2/b/2.png"], "the 2 classes look like parts of a data set: part1, part2; if they are"),
+        (["fold_0/1.png", "fold_1/2.png"], "the 2 classes look like parts of a data set: fold_0, fold_1; if"),
+        (
+            [f"{side}{kind}/1.png" for side in ("train", "test") for kind in "AB"],
+            "look like parts of a data set: testA",
+        ),
+        (
+            [f"{kind}/{side}/1.png" for kind in ("cat", "dog") for side in ("train", "test")],
+            "(cat, dog) have the same sub-folders, which look like its splits: test, train; move them above the class",
+        ),
+        (
+            [f"{camera}/{kind}/1.png" for camera in ("left", "right") for kind in ("cat", "dog")],
+            "all 2 classes (left, right) have the same sub-folders, which might be the classes: cat, dog; if they are",
+        ),
+        (
+            ["Cat/1.png", "cat/2.png", "cat/3.png", "dog/4.png"],
+            "class folders that are taken as one class: 'cat' = 'Cat'",
+        ),
+        (["train/hot dog/1.png", "train/b/1.png", "test/Hot  dog/2.png", "test/b/1.png"], "'hot dog' = 'Hot  dog'"),
+        (
+            ["a/1.png", "b/1.png", "a/labels.csv"],
+            "not used in a sub-folder: a/labels.csv; put all labels into one table",
+        ),
+    ],
+)
+def test_classes_that_look_like_something_else_are_said(tmp_path: Path, names: list[str], warning: str) -> None:
+    (found,) = load(touch(tmp_path, *names)).warnings
+    assert warning in found
 
 
 def test_a_missing_or_empty_folder_is_one_line_of_error(tmp_path: Path) -> None:
