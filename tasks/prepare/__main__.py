@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.config import as_dict
-from deepclust.datasets import sources
+from deepclust.datasets import domains, sources
 from deepclust.errors import DataError
 from deepclust.images import decode, depth, folders, npy
+from deepclust.images import find as finding
 from deepclust.images.source import Source
 from tasks.prepare import arrays, sides
 from tasks.shared.operations.params.schema import Data
@@ -53,6 +54,7 @@ def main() -> None:
     with stage.running("prepare") as here:
         data, seed = here.params.data, here.params.seed
         source = find(data)
+        check_domains(Path(here.params.adapt.domains), source.classes)
         decoded = read(here.folder, source, data)
         check(source, decoded, data.max_skipped)
         settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
@@ -100,6 +102,12 @@ def find(data: Data) -> Source:
         print(f"warning: {warning}", flush=True)
     print(f"{source.name}: {len(source.paths)} images", flush=True)
     return source
+
+
+def check_domains(root: Path, classes: list[str]) -> None:
+    """Say what the stage `adapt` will make of the domains, before anything is trained. Raises: DataError."""
+    for note in domains.load(root, finding.images(root), classes)[1]:
+        print(note, flush=True)
 
 
 def read(folder: Path, source: Source, data: Data) -> Decoded:

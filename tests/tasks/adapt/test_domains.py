@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from deepclust.adaptation import shifts
+from deepclust.datasets.domains import CLEAN
 from deepclust.errors import DataError
 from tasks.adapt import domains
 
@@ -79,12 +80,24 @@ def test_unreadable_files_and_links_out_of_the_folder_are_left_out_and_named(
 def test_what_can_not_be_told_is_refused(tmp_path: Path) -> None:
     cases = (
         ("1.png", "expected folders domain/class/images .* got the image 1.png beside them; move it"),
-        ("sketch/bird/1.png", r"classes of the training data \(cat, dog\), got 'bird' in sketch; rename it, or call"),
         ("clean/dog/1.png", "expected other names of domains .* than 'clean', .*; rename it"),
     )
     for case, (name, message) in enumerate(cases):
         with pytest.raises(DataError, match=message):
             load(put(tmp_path / str(case), "paint/dog/1.png", name))
+
+
+def test_folders_that_are_no_class_of_the_training_data_are_unlabelled_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "sketch/Cat /1.png", "sketch/dogs/2.png", "sketch/dogs/3.png", "sketch/xyz/4.png", "all/other/5.png")
+    other, sketch = load(tmp_path)
+    assert (labels(sketch), labels(other)) == ({"sketch/Cat /1.png": 0}, {"all/other/5.png": -1})
+    assert shifts.CLEAN[0] == CLEAN
+    first, second = capsys.readouterr().out.splitlines()
+    said = "has folders that are no classes of the training data, so their images are unlabelled:"
+    assert first == f"warning: the domain all {said} other (1); rename those that are classes"
+    assert second == f"warning: the domain sketch {said} dogs (2; is it dog?), xyz (1); rename those that are classes"
 
 
 def test_where_the_data_have_no_classes_a_domains_own_folders_are_numbered_and_it_is_said(

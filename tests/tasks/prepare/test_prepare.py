@@ -27,6 +27,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
     monkeypatch.setattr("sys.argv", ["prepare"])
     monkeypatch.chdir(tmp_path)
+    Path("domains").mkdir()
     return tmp_path
 
 
@@ -282,6 +283,18 @@ def test_the_content_hash_follows_pixels_and_labels_and_not_names() -> None:
     Path("data/train/b").rename("data/train/c")
     Path("data/test/b").rename("data/test/c")
     assert len({first, second, run()["content_hash"]}) == 3
+
+
+def test_domains_are_checked_before_anything_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    classes()
+    Path("domains/sketch/darker").mkdir(parents=True)
+    Path("domains/sketch/darker/1.png").write_bytes(b"is not opened")
+    run()
+    assert "warning: the domain sketch has folders that are no classes of the training data" in capsys.readouterr().out
+    Path("domains/1.png").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "got the image 1.png beside them; move it into one" in capsys.readouterr().err
 
 
 def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
