@@ -22,6 +22,7 @@ from deepclust.images import decode, depth, folders, npy
 from deepclust.images import find as finding
 from deepclust.images.source import Source
 from tasks.prepare import arrays, sides
+from tasks.shared.operations import last_preparation
 from tasks.shared.operations.params.schema import Data
 from tasks.shared.outputs import layout, stage
 
@@ -58,10 +59,11 @@ def main() -> None:
         decoded = read(here.folder, source, data)
         check(source, decoded, data.max_skipped)
         settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
-        for warning in settled.warnings:
-            print(f"warning: {warning}", flush=True)
         labels = write(here.folder, source, decoded, settled, data)
         np.save(here.folder / "train" / "heldout.npy", settled.heldout)
+        moved = last_preparation.warning(here.folder)
+        for warning in [*settled.warnings, *([moved] if moved else [])]:
+            print(f"warning: {warning}", flush=True)
         train = here.folder / "train" / "images.npy"
         _, image_size, _, channels = np.load(train, mmap_mode="r", allow_pickle=False).shape
         shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(decoded.reading)

@@ -133,6 +133,63 @@ def test_no_new_image_moves_another_one_to_another_side(more: int) -> None:
     assert len(after) == 119 + more
 
 
+def into_dvcs_cache(folder: str) -> None:
+    """What DVC does with the outputs before it runs the stage again, in a cache that is not in its usual place."""
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text(f"[core]\n    analytics = false\n[cache]\n    dir = ../{folder}\n")
+
+    def put(content: bytes, suffix: str = "") -> str:
+        md5 = hashlib.md5(content).hexdigest() + suffix
+        target = Path(folder, "files/md5", md5[:2], md5[2:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return md5
+
+    root = Path("artifacts/prepare")
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    listing = [{"md5": put(path.read_bytes()), "relpath": path.relative_to(root).as_posix()} for path in files]
+    locked = put(json.dumps(listing).encode(), ".dir")
+    Path("dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  embed@x:\n    cmd: x\n    outs:\n    - path: artifacts/embed/x\n      hash: md5\n"
+        "      md5: 0.dir\n  prepare:\n    cmd: python -m tasks.prepare\n    deps:\n    - path: data\n      hash: md5\n"
+        "      md5: 1.dir\n    params:\n      params.yaml:\n        seed: 0\n    outs:\n    - path: artifacts/prepare\n"
+        f"      hash: md5\n      md5: {locked}\n      size: 1\n      nfiles: 9\n    - path: metrics/prepare.json\n"
+        "      hash: md5\n      md5: '2'\n"
+    )
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("where", ["by hand", "in DVC's cache", "by an earlier version", "lost"])
+def test_images_that_change_sides_against_the_last_preparation_are_counted(
+    where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(60):
+        noise(f"{'ab'[index % 2]}/{index}.png")
+    run()
+    before = sides()
+    if where == "by an earlier version":
+        for split in ("train", "test"):
+            rows = ["index,path,label", *(f"{row['index']},{row['path']},{row['label']}" for row in items(split))]
+            Path(f"artifacts/prepare/{split}/items.csv").write_text("\n".join(rows) + "\n")
+    elif where != "by hand":
+        into_dvcs_cache("cache")
+    if where == "lost":
+        shutil.rmtree("cache")
+    noise("a/new.png")
+    capsys.readouterr()
+    run(test_fraction=0.4)
+    after = sides()
+    moved = sum(after[path] != side for path, side in before.items())
+    counts = [list(found.values()).count(side) for side in ("test", "heldout") for found in (before, after)]
+    said = [line for line in capsys.readouterr().out.splitlines() if "another side" in line]
+    text = f"warning: {moved} of 60 images that were prepared before are on another side now (test {counts[0]} → "
+    text += f"{counts[1]}, held out {counts[2]} → {counts[3]}): numbers on these are not comparable with earlier ones"
+    assert said == ([] if where == "lost" else [text])
+    noise("a/newer.png")
+    run(test_fraction=0.4)
+    assert "another side" not in capsys.readouterr().out, "one image more moves none"
+
+
 def test_copies_of_an_image_are_on_one_side_and_counted() -> None:
     for index in range(20):
         noise(*(f"{'ab'[index % 2]}/{index}-{copy}.png" for copy in range(5)))
