@@ -146,7 +146,7 @@ def running(stage: str) -> Iterator[Here]:
         environment.prepare()
         environment.limit_threads()
         with launcher.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:
-            values = params.load()
+            values = params.load(whole=stage != "prepare")  # which uses no method; the next stage checks them
             if encoder is not None:
                 values.method(encoder)
             partial = _partial(layout.out(stage, encoder))

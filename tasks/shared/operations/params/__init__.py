@@ -31,17 +31,22 @@ def read(path: Path = layout.PARAMS) -> dict[str, Any]:
     return raw
 
 
-def parse(raw: dict[str, Any]) -> Params:
-    """Validate a raw mapping, with the sections of all methods and adapters.
+def parse(raw: dict[str, Any], *, whole: bool = True) -> Params:
+    """Validate a raw mapping.
+
+    Args:
+        raw: The mapping.
+        whole: Whether to read the sections of all methods and adapters too, which imports torch and takes seconds.
 
     Raises:
         ConfigError: With the dotted path, what was expected, what came, and the nearest valid name of an unknown key.
     """
     values = config.parse(Params, raw, "")
-    values.check()
+    if whole:
+        values.check()
     return values
 
 
-def load(path: Path = layout.PARAMS) -> Params:
-    """Read and validate params.yaml. Raises: ConfigError, in one line."""
-    return parse(read(path))
+def load(path: Path = layout.PARAMS, *, whole: bool = True) -> Params:
+    """Read and validate params.yaml; see `parse`. Raises: ConfigError, in one line."""
+    return parse(read(path), whole=whole)
