@@ -129,7 +129,8 @@ def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, 
 
 def square(image: Image.Image, *, image_size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
     """Bring an image of mode L or RGB to (image_size, image_size, channels) uint8; see `read_image`."""
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy
     width, height = image.size
     if image.size != (image_size, image_size):
         # Pillow's bicubic widens with the reduction, so it does not alias.

@@ -36,7 +36,8 @@ def find(root: Path, places: Sequence[str], folders: Iterable[str], warnings: li
     """
     found = {}
     for folder in {*places, *folders}:
-        names = [file.name for file in (root / folder).iterdir() if file.name.lower() in _FILES]
+        with os.scandir(root / folder) as entries:
+            names = [entry.name for entry in entries if entry.name.lower() in _FILES]
         found[folder] = [folder + name for name in sorted(names, key=lambda name: (name.lower(), name))]
     used = next((table for place in places for table in found[place]), None)
     if others := sorted(table for tables in found.values() for table in tables if table != used):
