@@ -23,9 +23,6 @@ from deepclust.config import Config, Natural, config
 from deepclust.errors import DataError
 from deepclust.images import deep, depth, planes
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
-)
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin, with 32-bit and 64-bit offsets
@@ -34,11 +31,6 @@ _DARK = 64  # mean luminance of what would hardly be seen on black
 
 # Pillow warns of files that it still reads. One that it can not read is skipped with a reason, so no warning is needed.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name ends like an image's."""
-    return Path(name).suffix.lower() in EXTENSIONS
 
 
 @config

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from deepclust.images import decode, find, labels, layouts
+from deepclust.images import decode, find, formats, labels, layouts
 from deepclust.images.source import Source
 
 
@@ -43,25 +43,26 @@ class Folder(Source):
         return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
 
 
-def load(path: str, *, max_pixels: int) -> Folder:
+def load(path: str, *, max_pixels: int, follow_links: bool = False) -> Folder:
     """List a folder's images with their labels and, if it states them, their sides. No image is opened yet.
 
     Args:
         path: As in params.yaml.
         max_pixels: See `decode.read_image`.
+        follow_links: See `find.images`.
 
     Raises:
         DataError: If there is no such folder, it holds no images, or labels.csv does not fit it.
     """
     root = Path(path).expanduser()
-    files = find.images(root)
+    files = find.images(root, follow_links)
     if not files.images:
         reason = "".join("; the first left out: {path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(
-            f"expected images ({' '.join(sorted(decode.EXTENSIONS))}) in {root}, found none among "
+            f"expected images ({formats.readable()}) in {root}, found none among "
             f"{files.ignored + len(files.skipped)} files{reason}; check data.folder"
         )
-    warnings: list[str] = []
+    warnings = files.warnings_of_stage()
     sides = layouts.sides(files.images, warnings)
     table = labels.find(root, layouts.wrappings(files.images), _folders(files.images), warnings)
     if table:

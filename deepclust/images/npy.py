@@ -1,21 +1,76 @@
-"""An .npy file that grows by rows, for arrays larger than memory may be.
-
-Not a memory-mapped file: on a full disk that ends the process with a signal, where a write raises OSError.
-"""
+"""NumPy's files: what arrays one holds, and an .npy file that grows by rows, for arrays larger than memory may be."""
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
+from numpy.lib.format import (
+    header_data_from_array_1_0,
+    read_array_header_1_0,
+    read_array_header_2_0,
+    read_magic,
+    write_array_header_1_0,
+)
 from numpy.typing import NDArray
+
+from deepclust.errors import DataError
+
+
+class Header(NamedTuple):
+    """What is known of an array without its values.
+
+    Attributes:
+        shape: Of the array.
+        dtype: Of its values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def headers(path: Path) -> dict[str, Header]:
+    """The arrays of an .npz file by name, or the one of an .npy file under no name; no array is read.
+
+    Raises:
+        DataError: If it is damaged, or no such file.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return {"": _header(file)}
+        found = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".npy"):
+                    with archive.open(name) as file:
+                        found[name.removesuffix(".npy")] = _header(file)
+        return found
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise DataError("a damaged NumPy file") from error
+
+
+def _header(file: IO[bytes]) -> Header:
+    version = read_magic(file)
+    shape, _, dtype = (read_array_header_1_0 if version == (1, 0) else read_array_header_2_0)(file)
+    return Header(shape, dtype)
+
+
+def is_stack(path: Path) -> bool:
+    """Whether a NumPy file may hold many pictures, as (N, H, W) or (N, H, W, C), or can not be read to tell."""
+    try:
+        return any(len(header.shape) in (3, 4) for header in headers(path).values())
+    except DataError:
+        return True
 
 
 class RowFile:
     """A context in which rows are appended to an .npy file; it can be read when the context is left.
+
+    Not a memory-mapped file: on a full disk that ends the process with a signal, where a write raises OSError.
 
     Args:
         path: The file to be.

@@ -139,6 +139,7 @@ def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
         statistics=prepared.statistics(),
         count=options.images,
         max_pixels=values.data.max_pixels,
+        follow_links=values.data.follow_links,
         seed=seed,
     )
 

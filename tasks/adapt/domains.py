@@ -16,7 +16,15 @@ from deepclust.images import decode, find
 
 
 def load(
-    root: Path, work: Path, *, classes: list[str], statistics: dict[str, Any], count: int, max_pixels: int, seed: int
+    root: Path,
+    work: Path,
+    *,
+    classes: list[str],
+    statistics: dict[str, Any],
+    count: int,
+    max_pixels: int,
+    follow_links: bool,
+    seed: int,
 ) -> list[shifts.Shift]:
     """Read the images of each domain, at most `count`, a seeded choice in a seeded order.
 
@@ -27,13 +35,15 @@ def load(
         statistics: Size, channels and reading of the prepared images.
         count: Most images of a domain.
         max_pixels: See `decode.read_image`.
+        follow_links: See `find.images`.
         seed: Of the choice.
 
     Raises:
         DataError: If there is no such folder, it is not one of domains, or no image of a domain can be read.
     """
-    files = find.images(root)
+    files = find.images(root, follow_links)
     found, notes = domains.load(root, files, classes)
+    notes = [*(f"warning: {warning}" for warning in files.warnings_of_stage()), *notes]
     for note in [*(f"skipped {item['path']}: {item['reason']}" for item in files.skipped), *notes]:
         print(note, flush=True)
     reading = decode.Reading.of(statistics)

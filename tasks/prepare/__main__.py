@@ -97,7 +97,7 @@ def find(data: Data) -> Source:
     """The source that the parameters name, with its warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
-        source = folders.load(data.folder, max_pixels=data.max_pixels)
+        source = folders.load(data.folder, max_pixels=data.max_pixels, follow_links=data.follow_links)
     else:
         source = sources.load(data.source)
     for warning in source.warnings:

@@ -201,8 +201,8 @@ def test_nothing_outside_of_the_folder_is_ever_listed_and_hidden_files_are_not_s
     assert files.ignored == 2
     assert {item["path"]: item["reason"] for item in files.skipped} == {
         "circle.png": "a broken link",
-        "file.png": "a link that leaves the folder",
-        "folder": "a link that leaves the folder",
+        "file.png": "a link that leaves the folder; data.follow_links: true would take it",
+        "folder": "a link that leaves the folder; data.follow_links: true would take it",
         "gone.png": "a broken link",
         "up": "a link to a folder",
         **{ascii(name)[1:-1]: "its name is not UTF-8" for name in not_utf8},

@@ -28,7 +28,7 @@ def load(root: Path, **changes: Any) -> list[shifts.Shift]:
     work = root.with_name(f"{root.name}-work")
     work.mkdir(exist_ok=True)
     options: dict[str, Any] = {"classes": ["cat", "dog"], "statistics": GREY, "count": 100, "max_pixels": 10**6}
-    return domains.load(root, work, **options | {"seed": 0} | changes)
+    return domains.load(root, work, **options | {"follow_links": False, "seed": 0} | changes)
 
 
 def labels(shift: shifts.Shift) -> dict[str, int]:
