@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.errors import DataError
-from deepclust.images import decode, npy
+from deepclust.images import decode, formats, npy
 from deepclust.images import find as finding
 from tasks.model import export
 from tasks.shared.operations import params
@@ -41,7 +41,7 @@ def main() -> None:
         environment.prepare()
         values = params.load()
         values.method(arguments.encoder)
-        root, paths = find(arguments.path)
+        root, files = find(arguments.path, values.data.follow_links)
         add, matrix = None, None
         file: TextIO = sys.stdout
         if arguments.export:
@@ -62,8 +62,9 @@ def main() -> None:
         if arguments.out:
             partial = stack.enter_context(export.whole(arguments.out))
             file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
-        skipped = run(model, root, paths, file, matrix, add, values.embed.batch_size, values.data.max_pixels)
-    print(f"{len(paths) - skipped} images assigned, {skipped} skipped", file=sys.stderr)
+        done = run(model, root, files.images, file, matrix, add, values.embed.batch_size, values.data.max_pixels)
+    skipped = len(files.images) - done + len(files.skipped)
+    print(f"{done} images assigned, {skipped} skipped, {files.ignored} other files ignored", file=sys.stderr)
 
 
 def _arguments() -> argparse.Namespace:
@@ -82,20 +83,29 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def find(path: Path) -> tuple[Path, list[str]]:
-    """A folder, and the paths of images in it.
+def find(path: Path, follow_links: bool) -> tuple[Path, finding.Files]:
+    """A folder and what lies in it, or a file's folder and that file alone; what is skipped is named on stderr.
 
     Raises:
         DataError: If there is no image.
     """
     if path.is_file():
-        return path.parent, [path.name]
-    files = finding.images(path)
+        root, files = path.parent, finding.Files()
+        files.add(path.name, formats.of(path))
+    else:
+        root, files = path, finding.images(path, follow_links)
+    for stack in files.stacks:
+        files.skip(stack, "NumPy stack, which `prepare` reads alone; save its images as PNG or TIFF")
+    for warning in files.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for item in files.skipped:
         print(f"skipped {item['path']}: {item['reason']}", file=sys.stderr)
     if not files.images:
-        raise DataError(f"expected images in {path}, found none among {files.ignored} other files; check the path")
-    return path, files.images
+        raise DataError(
+            f"expected images in {path}, found none: {len(files.skipped)} skipped and {files.ignored} other files; "
+            "check the path"
+        )
+    return root, files
 
 
 def run(
@@ -111,7 +121,7 @@ def run(
     """Read, embed and assign, a chunk at a time.
 
     Returns:
-        Number of images skipped because they can not be read; each is named on stderr.
+        Number of images assigned. Those that can not be read are named on stderr.
 
     Raises:
         DataError: If none can be read.
@@ -137,7 +147,7 @@ def run(
         done += len(names)
     if not done:
         raise DataError(f"expected images that can be read in {root}, got none of {len(paths)}; see the reasons above")
-    return len(paths) - done
+    return done
 
 
 def read(

@@ -104,7 +104,10 @@ def test_table_embeddings_and_exported_files_have_the_same_rows_whatever_the_chu
     monkeypatch.setattr(assign, "_CHUNK_BYTES", 3 * SIDE**2)
     Path("new/broken.png").write_bytes(b"no image")
     assert run("new", "--out", "table.csv", "--embeddings", "e.npy", "--export", "sorted", how) == {}
-    assert said[-2:] == ["skipped broken.png: not an image that can be read", "4 images assigned, 1 skipped"]
+    assert said[-2:] == [
+        "skipped broken.png: not an image that can be read",
+        "4 images assigned, 1 skipped, 0 other files ignored",
+    ]
     table = rows(Path("table.csv").read_text(encoding="utf-8"))
     assert list(table) == sorted(BRIGHTNESS)
     embeddings = np.load("e.npy", allow_pickle=False)
