@@ -21,11 +21,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepclust.config import Config, Natural, config
 from deepclust.errors import DataError
-from deepclust.images import deep, depth, planes
+from deepclust.images import deep, depth, formats, planes
 
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin, with 32-bit and 64-bit offsets
 Resize = Literal["crop", "pad", "stretch"]
 _DARK = 64  # mean luminance of what would hardly be seen on black
 
@@ -159,17 +158,36 @@ def _picture(file: BufferedReader, reading: Reading, max_pixels: int) -> Image.I
     """What the reader of the file's format makes of it: an image of Pillow, of which only the header is read yet and
     which may not be upright, or decoded pixels."""
     file.seek(0)
-    pages = None
-    if file.peek(4)[:4] in _TIFF:
-        from deepclust.images import tiff  # whose libraries take long to import
+    pages: int | None = None
+    openers: tuple[str, ...] = _FORMATS
+    how: Any = {"pages": reading.pages, "bands": reading.bands, "max_pixels": max_pixels}
+    format_ = formats.by_content(file.peek(formats.HEAD))
+    if format_ and format_.problem:
+        raise DataError(format_.problem)
+    match format_ and format_.name:  # these readers' libraries take long to import
+        case "TIFF":
+            from deepclust.images import tiff
 
-        found = tiff.read(file, pages=reading.pages, bands=reading.bands, max_pixels=max_pixels)
-        if isinstance(found, depth.Raw):
-            return found
-        pages = found
-        file.seek(0)
+            found = tiff.read(file, **how)
+            if isinstance(found, depth.Raw):
+                return found
+            pages = found
+            file.seek(0)
+        case "DICOM":
+            from deepclust.images.readers import dicom
+
+            return dicom.read(file, **how)
+        case "JPEG XL":
+            from deepclust.images.readers import jpeg_xl
+
+            return jpeg_xl.read(file, **how)
+        case "HEIC":
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+            openers = ("HEIF",)
     Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
-    image = Image.open(file, formats=_FORMATS)
+    image = Image.open(file, formats=openers)
     if image.width * image.height > max_pixels:
         raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")
     if picture := deep.read(file, image, pages=reading.pages, bands=reading.bands):

@@ -6,12 +6,14 @@ import os
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from deepclust.errors import DataError
-from deepclust.images import depth
+from deepclust.images import depth, formats
 from deepclust.images.decode import Reading, inspect, read_image, square
 
 RNG = np.random.default_rng(0)
@@ -122,10 +124,9 @@ def test_a_truncated_file_is_refused_in_one_line_without_its_path(tmp_path: Path
 
 
 def test_what_is_no_image_is_refused_whatever_it_is_called_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    for content in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n"):
-        (tmp_path / "a.png").write_bytes(content)
-        with pytest.raises(DataError, match="not an image that can be read"):
-            read(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="not an image that can be read"):
+        read(tmp_path / "a.png")
     os.mkfifo(tmp_path / "b.png")
     with pytest.raises(DataError, match="not a regular file"):
         read(tmp_path / "b.png")
@@ -143,3 +144,47 @@ def test_images_beyond_max_pixels_are_refused_from_their_header(tmp_path: Path) 
     for refused in (lambda: read(path), lambda: inspect(path, Reading(), max_pixels=10_000)):
         with pytest.raises(DataError, match="max_pixels"):
             refused()
+
+
+@pytest.mark.parametrize("format_", ["AVIF", "JPEG2000", "HEIF"])
+def test_newer_formats_are_read_upright_as_they_were_encoded(tmp_path: Path, format_: str) -> None:
+    pillow_heif.register_heif_opener()
+    ramp = np.arange(24, dtype=np.uint8) * 10
+    values = np.stack([np.tile(ramp, (16, 1)), np.tile(ramp[:16, None], (1, 24)), np.full((16, 24), 90)], -1).astype(
+        np.uint8
+    )
+    lossless: dict[str, dict[str, object]] = {
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        "JPEG2000": {"irreversible": False},
+        "HEIF": {"quality": -1, "chroma": 444, "matrix_coefficients": 0},
+    }
+    path = tmp_path / "a.png"  # a wrong suffix
+    Image.fromarray(values).save(path, format_, **lossless[format_])
+    far = 0 if format_ != "AVIF" else 3  # whose colours Pillow writes as YCbCr
+    assert np.abs(read(path, resize="stretch", size=24)[:, :, 2].astype(int) - 90).max() <= far
+    assert np.abs(read(path, size=16).astype(int) - values[:, 4:20]).max() <= far
+    assert np.abs(read(path, size=16, channels=1)[..., 0] - values[:, 4:20] @ [0.299, 0.587, 0.114]).max() <= far + 1
+    if format_ != "JPEG2000":  # which has no orientation
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(values).save(path, format_, exif=exif.tobytes(), **lossless[format_])
+        assert np.abs(read(path, size=16).astype(int) - UPRIGHT[6](values)[4:20]).max() <= far
+
+
+def test_content_says_what_a_file_is_and_what_can_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient = np.add.outer(np.arange(6), np.arange(6)).astype(np.uint8) * 20
+    (tmp_path / "a.png").write_bytes(imagecodecs.jpegxl_encode(gradient, lossless=True))
+    assert np.array_equal(read(tmp_path / "a.png", channels=1)[..., 0], gradient)
+    for content, reason in [
+        (b"8BPS\0\1", "Photoshop: convert it to PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n", "EPS: draw it as PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: install deepclust[heic], or convert it to JPEG"),
+        (b"words\n", "not an image that can be read"),
+    ]:
+        monkeypatch.setattr(formats, "_is_installed", lambda module: module == "PIL")
+        (tmp_path / "b.jpg").write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read(tmp_path / "b.jpg")
+        assert str(caught.value) == reason
