@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.config import as_dict
-from deepclust.datasets import domains, sources
+from deepclust.datasets import domains, sources, stacks
 from deepclust.errors import DataError
 from deepclust.images import decode, depth, folders, npy
 from deepclust.images import find as finding
@@ -55,7 +55,7 @@ def main() -> None:
     with stage.running("prepare") as here:
         data, seed = here.params.data, here.params.seed
         source = find(data)
-        check_domains(Path(here.params.adapt.domains), source.classes)
+        check_domains(Path(here.params.adapt.domains), data.follow_links, source.classes)
         decoded = read(here.folder, source, data)
         check(source, decoded, data.max_skipped)
         settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
@@ -97,7 +97,10 @@ def find(data: Data) -> Source:
     """The source that the parameters name, with its warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
-        source = folders.load(data.folder, max_pixels=data.max_pixels, follow_links=data.follow_links)
+        links = data.follow_links
+        source = stacks.load(data.folder, follow_links=links) or folders.load(
+            data.folder, max_pixels=data.max_pixels, follow_links=links
+        )
     else:
         source = sources.load(data.source)
     for warning in source.warnings:
@@ -106,9 +109,9 @@ def find(data: Data) -> Source:
     return source
 
 
-def check_domains(root: Path, classes: list[str]) -> None:
+def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:
     """Say what the stage `adapt` will make of the domains, before anything is trained. Raises: DataError."""
-    for note in domains.load(root, finding.images(root), classes)[1]:
+    for note in domains.load(root, finding.images(root, follow_links), classes)[1]:
         print(note, flush=True)
 
 
