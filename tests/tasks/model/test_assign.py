@@ -146,3 +146,27 @@ def test_what_is_missing_is_one_line_that_says_what_to_run(run: Run, capsys: pyt
     fails("they belong to another encoder", "new")
     Path("artifacts/cluster/pixels/centroids.npy").unlink()
     fails("expected clusters in artifacts/cluster/pixels, found none; run its cluster stage", "new")
+
+
+def test_every_image_that_is_left_out_is_named_and_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.psd", "sub/b.dng", "notes.txt", "c.png"):
+        Path("new", name).write_bytes(b"x")
+    np.save("new/stack.npy", np.zeros((3, 8, 8), np.uint8))
+    assert list(run("new")) == sorted(BRIGHTNESS)
+    assert sorted(said) == [
+        "4 images assigned, 4 skipped, 1 other files ignored",
+        "skipped a.psd: Photoshop: convert it to PNG",
+        "skipped c.png: not an image that can be read",
+        "skipped stack.npy: NumPy stack beside image files: move it into a folder of its own",
+        "skipped sub/b.dng: camera raw: develop it to TIFF or JPEG",
+    ]
+
+
+def test_one_file_is_treated_like_a_folder_of_one(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(run("new/sub/dark.png")) == ["dark.png"]
+    assert said == ["1 images assigned, 0 skipped, 0 other files ignored"]
+    for name, words in {"raw.nef": "camera raw: develop it", "notes.txt": "found none: 0 skipped and 1 other"}.items():
+        Path("new", name).write_bytes(b"x")
+        with pytest.raises(SystemExit, match="2"):
+            run(f"new/{name}")
+        assert words in capsys.readouterr().err

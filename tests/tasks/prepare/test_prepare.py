@@ -377,3 +377,39 @@ def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.C
     assert in_one_order("train")
     assert in_one_order("test")
     assert "skipped dark/03.png: not an image that can be read" in capsys.readouterr().out
+
+
+def test_images_of_formats_that_nothing_reads_count_as_skipped_and_those_of_system_folders_as_ignored(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes()
+    Path("data/dark/@eaDir").mkdir()
+    for name in ("dark/a.nef", "light/b.psd", "dark/@eaDir/thumb.jpg", "notes.txt"):
+        Path("data", name).write_bytes(b"x")
+    Path("data/light/far.png").symlink_to(workspace / "none.png")
+    with pytest.raises(SystemExit, match="2"):
+        run(max_skipped=0.1)
+    assert "got 3 of 23 in data, first dark/a.nef: camera raw: develop it to TIFF or JPEG" in capsys.readouterr().err
+    meta = run(max_skipped=0.2)
+    assert [item["path"] for item in meta["skipped"]] == ["dark/a.nef", "light/b.psd", "light/far.png"]
+    assert meta["ignored"] == 2
+    assert "ignored images in folders of the system: 1 in @eaDir" in meta["warnings"]
+    picture("../none.png", 200)  # now the link leads to an image
+    for follow, count in ((False, 20), (True, 21)):
+        meta = run(max_skipped=0.2, follow_links=follow)
+        assert meta["train"]["images"] + meta["test"]["images"] == count
+
+
+def test_a_folder_with_a_stack_of_medmnists_layout_is_prepared_as_it_states() -> None:
+    random = np.random.default_rng(0)
+    Path("data").mkdir()
+    counts = {"train": 30, "val": 5, "test": 8}
+    arrays = {f"{side}_images": random.integers(0, 256, (count, 28, 28), np.uint8) for side, count in counts.items()}
+    arrays |= {f"{side}_labels": random.integers(0, 3, (count, 1)) for side, count in counts.items()}
+    np.savez_compressed("data/somemnist.npz", **arrays)
+    meta = run(heldout_fraction=0.2)
+    assert (meta["classes"], meta["image_size"], meta["channels"]) == (["0", "1", "2"], 28, 1)
+    for split in ("train", "test"):
+        assert np.array_equal(array(split, "images")[..., 0], arrays[f"{split}_images"])
+        assert np.array_equal(array(split, "labels"), arrays[f"{split}_labels"][:, 0])
+    assert items("test")[3]["path"] == "somemnist.npz/test/000003"
