@@ -19,7 +19,9 @@ from pydicom import pixels as decoding
 
 from deepclust.errors import DataError
 from deepclust.images import depth, planes
+from deepclust.images.readers import dicom_codecs
 
+dicom_codecs.register()
 # It warns of values that break a rule of the standard and are read all the same.
 warnings.filterwarnings("ignore", module="pydicom")
 # Where multi-frame files state the rescale and the window of all frames, or of each.
@@ -70,7 +72,7 @@ def _check_compression(head: pydicom.Dataset) -> None:
     except NotImplementedError:
         readable = False
     if not readable:
-        raise DataError(f"DICOM compressed as {syntax.name}: decompress it (gdcmconv --raw), or install pylibjpeg[all]")
+        raise DataError(f"DICOM compressed as {syntax.name}: decompress it, as gdcmconv --raw does")
 
 
 def _meant(values: NDArray[Any], head: pydicom.Dataset, frame: int) -> depth.Raw:

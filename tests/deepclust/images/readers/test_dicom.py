@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     CTImageStorage,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
-    JPEGLosslessSV1,
     RLELossless,
     generate_uid,
 )
@@ -50,7 +51,7 @@ def write(path: Path, pixels: np.ndarray, *, bits: int = 12, syntax: str = Expli
         found.PixelData = content
         found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         found.compress(RLELossless)
-    elif syntax == JPEGLosslessSV1:
+    elif syntax == HTJ2KLossless:
         found.PixelData = encapsulate([content])
     else:
         found.PixelData = content
@@ -166,9 +167,25 @@ def test_frames_are_pages_each_with_its_own_rescale(tmp_path: Path) -> None:
         read(path, 3)
 
 
+@pytest.mark.parametrize(
+    ("compressed", "plain"),
+    [
+        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm"),
+        ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
+        ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm"),  # lossless JPEG
+    ],
+)
+def test_files_that_come_with_pydicom_are_the_same_compressed_without_loss_or_not(compressed: str, plain: str) -> None:
+    one, other = (
+        read(Path(str(get_testdata_file(name, download=False))), max_pixels=10**6) for name in (compressed, plain)
+    )
+    assert np.array_equal(one.values, other.values)
+    assert one.depth == other.depth
+
+
 def test_what_can_not_be_read_is_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:
     for reason, path, most in [
-        ("compressed as JPEG Lossless.*gdcmconv", write(tmp_path / "a", STORED, syntax=JPEGLosslessSV1), 1000),
+        ("compressed as High-Throughput.*gdcmconv", write(tmp_path / "a", STORED, syntax=HTJ2KLossless), 1000),
         ("7 x 5 pixels, more than data.max_pixels", write(tmp_path / "b", STORED), 34),
         ("without pixels, such as a report", write(tmp_path / "c", STORED, Rows=0), 1000),
     ]:
