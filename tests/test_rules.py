@@ -22,8 +22,9 @@ DOORS = {
     "torch.distributed": ("deepclust/distributed.py", "tasks/shared/operations/processes/launcher.py"),
     "faiss": ("deepclust/clustering/kmeans.py",),
     "torch": ("tasks/", "deepclust/"),
-    "tifffile": ("deepclust/images/tiff.py",),
-    "imagecodecs": ("deepclust/images/",),
+    "tifffile": ("deepclust/images/readers/tiff.py",),
+    "imagecodecs": ("deepclust/images/readers/",),
+    "pydicom": ("deepclust/images/readers/",),
     "timm": ("deepclust/models/backbones.py", "deepclust/training/optim.py"),
 }
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust.errors import DataError
-from deepclust.images import decode, depth, find, npy, planes
+from deepclust.images import decode, depth, find, npy
+from deepclust.images.readers import planes
 from deepclust.images.source import Source
 
 _EXPECTED = "expected an array train_images of (N, H, W) or (N, H, W, 3) numbers"

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepclust.config import Config, Natural, config
 from deepclust.errors import DataError
-from deepclust.images import deep, depth, formats, planes
+from deepclust.images import depth, formats
+from deepclust.images.readers import deep, planes
 
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
@@ -166,7 +167,7 @@ def _picture(file: BufferedReader, reading: Reading, max_pixels: int) -> Image.I
         raise DataError(format_.problem)
     match format_ and format_.name:  # these readers' libraries take long to import
         case "TIFF":
-            from deepclust.images import tiff
+            from deepclust.images.readers import tiff
 
             found = tiff.read(file, **how)
             if isinstance(found, depth.Raw):

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydicom import pixels as decoding
 
 from deepclust.errors import DataError
-from deepclust.images import depth, planes
-from deepclust.images.readers import dicom_codecs
+from deepclust.images import depth
+from deepclust.images.readers import dicom_codecs, planes
 
 dicom_codecs.register()
 # It warns of values that break a rule of the standard and are read all the same.
@@ -59,7 +59,8 @@ def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_
             first = first or found
             yield planes.chosen(found.values, bands)
 
-    values = planes.combined(frames(), pages)
+    brightest = "min" if head.PhotometricInterpretation == "MONOCHROME1" else "max"
+    values = planes.combined(frames(), brightest if pages == "max" else pages)
     assert first is not None
     return first._replace(values=values)
 

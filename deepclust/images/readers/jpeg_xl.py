@@ -9,7 +9,8 @@ import imagecodecs
 import numpy as np
 
 from deepclust.errors import DataError
-from deepclust.images import depth, planes
+from deepclust.images import depth
+from deepclust.images.readers import planes
 
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}  # width to height
 _SIZES = ((9, 1), (13, 1), (18, 1), (30, 1))

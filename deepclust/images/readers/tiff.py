@@ -17,7 +17,8 @@ from PIL import TiffImagePlugin
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT, TiffFile
 
 from deepclust.errors import DataError
-from deepclust.images import depth, planes
+from deepclust.images import depth
+from deepclust.images.readers import planes
 
 _BYTES_A_PIXEL = 64  # of a page, at most
 _ALONE: Any = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}  # read no other files that a file names

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from deepclust.errors import DataError
-from deepclust.images import depth, planes
+from deepclust.images import depth
+from deepclust.images.readers import planes
 
 _PNM = re.compile(rb"P([2356])" + 3 * rb"(?:\s|#[^\r\n]*[\r\n])+(\d+)" + rb"\s")
 _JPEG2000 = b"\xff\x4f\xff\x51"  # where the codestream begins, with the markers SOC and SIZ
