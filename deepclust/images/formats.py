@@ -48,6 +48,12 @@ class Format(NamedTuple):
 
 
 STACK = Format("NumPy stack", ".npy .npz", "numpy")
+CAMERA_RAW = Format(
+    "camera raw",
+    ".3fr .arw .bay .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .k25 .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw "
+    ".rw2 .rwl .rwz .sr2 .srf .srw .x3f",
+    remedy="develop it to TIFF or JPEG",
+)
 _ALL = (
     Format("JPEG", ".jpg .jpeg .jpe .jfif", "PIL"),
     Format("PNG", ".png .apng", "PIL"),
@@ -62,12 +68,7 @@ _ALL = (
     Format("JPEG XL", ".jxl", "imagecodecs", "install imagecodecs, or convert it to PNG"),
     Format("DICOM", ".dcm .dicom .ima", "pydicom", "install deepclust[dicom], or convert it to PNG"),
     STACK,
-    Format(
-        "camera raw",
-        ".3fr .arw .bay .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .k25 .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw "
-        ".rw2 .rwl .rwz .sr2 .srf .srw .x3f",
-        remedy="develop it to TIFF or JPEG",
-    ),
+    CAMERA_RAW,
     Format("Photoshop", ".psd .psb"),
     Format("GIMP", ".xcf"),
     Format("SVG", ".svg .svgz", remedy="draw it as PNG"),

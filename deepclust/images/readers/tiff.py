@@ -17,7 +17,7 @@ from PIL import TiffImagePlugin
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT, TiffFile
 
 from deepclust.errors import DataError
-from deepclust.images import depth
+from deepclust.images import depth, formats
 from deepclust.images.readers import planes
 
 _BYTES_A_PIXEL = 64  # of a page, at most
@@ -56,6 +56,8 @@ def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_
     with TiffFile(file, **_ALONE) as tiff:
         if not tiff.series:
             raise DataError("a TIFF without a picture")
+        if _is_camera_raw(tiff.pages[0]):
+            raise DataError(formats.CAMERA_RAW.problem)
         stack = _Stack(tiff.series[0])
         first = stack.first
         if stack.is_plain and first.index == 0 and stack.count in (1, len(tiff.pages)):
@@ -69,6 +71,15 @@ def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_
         values = planes.combined((stack.page(number, bands) for number in numbers), how)
         values = planes.upright(values, first.tags.valueof("Orientation", 1))
         return depth.raw(values, kind=stack.kind, bits=stack.bits, inverted=inverted)
+
+
+def _is_camera_raw(first: Any) -> bool:
+    """Whether a file's first page is a sensor's mosaic, or a preview of one within it."""
+    return (
+        "DNGVersion" in first.tags
+        or first.photometric in (PHOTOMETRIC.CFA, PHOTOMETRIC.LINEAR_RAW)
+        or (first.is_reduced and "SubIFDs" in first.tags)
+    )
 
 
 class _Stack:

@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 import pillow_heif
 import pytest
+import tifffile
 from PIL import Image
 
 from deepclust.errors import DataError
@@ -188,3 +189,21 @@ def test_content_says_what_a_file_is_and_what_can_not_be_read_is_named(
         with pytest.raises(DataError) as caught:
             read(tmp_path / "b.jpg")
         assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": "rgb", "extratags": [(50706, 1, 4, (1, 4, 0, 0), True)]},  # a DNG's version
+        {"photometric": "rgb", "subfiletype": 1, "subifds": 1},  # a preview, as in NEF and ARW
+    ],
+)
+def test_a_camera_raw_is_not_read_as_its_preview_whatever_it_is_called(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(RGB, **options)
+        if "subifds" in options:
+            writer.write(np.zeros((60, 60), np.uint16), photometric="cfa", subfiletype=0)
+    with pytest.raises(DataError, match=r"^camera raw: develop it to TIFF or JPEG$"):
+        read(tmp_path / "a.tif")

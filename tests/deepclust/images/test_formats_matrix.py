@@ -337,7 +337,7 @@ REFUSED = {
     "no such band": (tiff(), KINDS["uint16"], 3, {"bands": (3,)}, "no band 3"),
     "no such colour": (pillow(), KINDS["uint8"], 1, {"bands": (0, 1, 2)}, "no band 2"),
     "lab of 16 bits": (tiff(photometric="cielab"), KINDS["uint16"], 3, {}, "CIELAB"),
-    "pixels of a camera's raw file": (tiff(photometric="cfa"), KINDS["uint16"], 1, {}, "CFA"),
+    "pixels of a camera's raw file": (tiff(photometric="cfa"), KINDS["uint16"], 1, {}, "camera raw"),
     "axes the wrong way round": (wrong_axes, KINDS["uint16"], 3, {}, "Y and X"),
 }
 
