@@ -43,12 +43,13 @@ def load(root: Path, files: Files, classes: Sequence[str]) -> tuple[list[Domain]
 
     Args:
         root: The folder, for messages.
-        files: What it holds.
+        files: What it holds; stacks are skipped.
         classes: Names of the labels; empty if the training data have none.
 
     Raises:
         DataError: If an image lies beside the domains, or a domain has the name that stands for no shift.
     """
+    files.skip_stacks("NumPy stack, which is no domain: save its images as PNG or TIFF")
     found: dict[str, list[str]] = {}
     for path in files.images:
         name, _, rest = path.partition("/")

@@ -53,6 +53,12 @@ class Files:
         """Leave a path out; what is not UTF-8 in it is written as an escape."""
         self.skipped.append({"path": path.encode("utf-8", "backslashreplace").decode(), "reason": reason})
 
+    def skip_stacks(self, reason: str) -> None:
+        """Leave all stacks out, where they are not read."""
+        for path in self.stacks:
+            self.skip(path, reason)
+        self.stacks.clear()
+
     def add(self, path: str, format_: formats.Format | None) -> None:
         """Put a file where its format belongs."""
         if format_ is None:
@@ -120,9 +126,7 @@ def images(root: Path, follow_links: bool = False) -> Files:
             else:
                 folders.append(f"{path}/")
     if files.images:
-        for path in files.stacks:
-            files.skip(path, "NumPy stack beside image files: move it into a folder of its own")
-        files.stacks.clear()
+        files.skip_stacks("NumPy stack beside image files: move it into a folder of its own")
     files.images.sort()
     files.stacks.sort()
     files.skipped.sort(key=lambda item: item["path"])

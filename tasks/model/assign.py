@@ -94,8 +94,7 @@ def find(path: Path, follow_links: bool) -> tuple[Path, finding.Files]:
         files.add(path.name, formats.of(path))
     else:
         root, files = path, finding.images(path, follow_links)
-    for stack in files.stacks:
-        files.skip(stack, "NumPy stack, which `prepare` reads alone; save its images as PNG or TIFF")
+    files.skip_stacks("NumPy stack, which only prepare reads: save its images as PNG or TIFF")
     for warning in files.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for item in files.skipped:
