@@ -54,7 +54,7 @@ CAMERA_RAW = Format(
     ".rw2 .rwl .rwz .sr2 .srf .srw .x3f",
     remedy="develop it to TIFF or JPEG",
 )
-_ALL = (
+ALL = (
     Format("JPEG", ".jpg .jpeg .jpe .jfif", "PIL"),
     Format("PNG", ".png .apng", "PIL"),
     Format("BMP", ".bmp .dib", "PIL"),
@@ -101,8 +101,8 @@ _ALL = (
     Format("FreeSurfer", ".mgz .mgh", remedy=_SLICES),
     Format("HDF5", ".h5 .hdf5 .hdf .he5 .ims", remedy=_SLICES),
 )
-_NAMED = {format_.name: format_ for format_ in _ALL}
-_SUFFIXES = {suffix: format_ for format_ in _ALL for suffix in format_.suffixes.split()}
+_NAMED = {format_.name: format_ for format_ in ALL}
+_SUFFIXES = {suffix: format_ for format_ in ALL for suffix in format_.suffixes.split()}
 # Where a format's first bytes are, from the more to the less specific.
 _MAGIC = (
     (128, b"DICM", "DICOM"),
@@ -193,4 +193,4 @@ def by_content(content: bytes) -> Format | None:
 
 def readable() -> str:
     """The names of the formats that can be read here, for messages."""
-    return ", ".join(format_.name for format_ in _ALL if not format_.problem)
+    return ", ".join(format_.name for format_ in ALL if not format_.problem)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deepclust import seeding
+from deepclust.images import formats
 from deepclust.methods import METHODS, config_class
 from deepclust.methods.parts.options import TrainedConfig
 from deepclust.training.optim import LARS, SGD, AdamW
@@ -65,3 +66,9 @@ def test_code_that_adapts_a_classifier_runs_as_it_stands(page: str) -> None:
         exec(block, names)
         assert names["logits"].shape == (16, 5)
         assert torch.isfinite(names["logits"]).all()
+
+
+def test_the_page_of_data_names_every_format_that_is_read_with_its_suffixes() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| [^|]+ \| `(\.[^`|]+)`", page, re.MULTILINE))
+    assert rows == {format_.suffixes for format_ in formats.ALL if format_.needs}
