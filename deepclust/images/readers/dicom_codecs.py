@@ -17,6 +17,7 @@ _CODECS = {
     uid.JPEGLSLossless: imagecodecs.jpegls_decode,
     uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
 }
+_END = b"\xff\xd9"  # the marker at the end of every JPEG and JPEG-LS
 
 
 def register() -> None:
@@ -36,6 +37,8 @@ def decode_frame(content: bytes, runner: DecodeRunner) -> bytes:
     """What pydicom asks of a plugin: the values of one frame, colours pixel by pixel."""
     if runner.transfer_syntax == uid.JPEGExtended12Bit and runner.samples_per_pixel > 1:
         raise NotImplementedError("JPEG of 12 bits in colour")
+    if not content.rstrip(b"\0").endswith(_END):
+        raise ValueError("cut off")  # which CharLS 2.4.3 can take many seconds to notice
     values = _CODECS[runner.transfer_syntax](content)
     runner.set_option("bits_allocated", 8 * values.itemsize)
     if runner.samples_per_pixel > 1:

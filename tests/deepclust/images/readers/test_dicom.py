@@ -183,6 +183,13 @@ def test_files_that_come_with_pydicom_are_the_same_compressed_without_loss_or_no
     assert one.depth == other.depth
 
 
+def test_a_file_of_jpeg_ls_that_is_cut_off_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    content = Path(str(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))).read_bytes()
+    (tmp_path / "a").write_bytes(content[:-500])
+    with pytest.raises(RuntimeError, match="imagecodecs: cut off"):  # as pydicom sums up
+        read(tmp_path / "a", max_pixels=10**6)
+
+
 def test_what_can_not_be_read_is_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:
     for reason, path, most in [
         ("compressed as High-Throughput.*gdcmconv", write(tmp_path / "a", STORED, syntax=HTJ2KLossless), 1000),
