@@ -79,8 +79,7 @@ def load(path: str, *, follow_links: bool = False) -> Stacks | None:
         follow_links: See `find.images`.
 
     Raises:
-        DataError: If there is no such folder, no stack that can be read, more than one .npz, or a label for each
-            image is not what a file has.
+        DataError: If there is no such folder, no stack that can be read, more than one .npz, or one beyond memory.
     """
     root = Path(path).expanduser()
     files = find.images(root, follow_links)
@@ -91,8 +90,14 @@ def load(path: str, *, follow_links: bool = False) -> Stacks | None:
     for name in files.stacks:
         try:
             parts += _parts(root, name, warnings)
-        except (ValueError, OSError, DataError) as error:  # NumPy's own errors tell of damage
-            files.skip(name, str(error) if isinstance(error, DataError) else "a damaged NumPy file")
+        except DataError as error:
+            files.skip(name, str(error))
+        except MemoryError as error:
+            raise DataError(
+                f"expected {name} to fit into memory, it does not; save its images as files or as .npy"
+            ) from error
+        except Exception:  # NumPy and its decoders raise many types on damaged files
+            files.skip(name, "a damaged NumPy file")
     if not sum(len(part.images) for part in parts):
         left_out = "; ".join("{path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(f"expected images in the NumPy files of {root}, found none; {left_out or 'all are empty'}")

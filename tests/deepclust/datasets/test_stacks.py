@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,21 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_unpickled(
     with pytest.raises(DataError, match=message) as caught:
         stacks.load(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_an_archive_with_damaged_pixels_is_skipped_and_one_beyond_memory_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", train_images=images(50))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"found none; a\.npz: a damaged NumPy file"):
+        stacks.load(str(tmp_path))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 28, 28)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("train_images.npy", header.getvalue())
+    with pytest.raises(DataError, match=r"^expected a\.npz to fit into memory, it does not; save its images as files"):
+        stacks.load(str(tmp_path))
 
 
 def test_a_stack_that_does_not_fit_is_skipped_beside_one_that_does_and_two_archives_are_refused(tmp_path: Path) -> None:
