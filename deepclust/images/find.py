@@ -138,8 +138,9 @@ def images(root: Path, follow_links: bool = False) -> Files:
 
 
 def _count(folder: Path) -> int:
-    """Number of images below a folder, as their names state."""
-    return sum(formats.by_name(name) is not None for _, _, names in os.walk(folder) for name in names)
+    """Number of images below a folder, as their names state; hidden ones do not count."""
+    found = (name for _, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    return sum(formats.by_name(name) is not None for name in found)
 
 
 def _refused(entry: os.DirEntry[str], real: Path, follow_links: bool) -> str | None:
