@@ -109,3 +109,20 @@ def test_where_the_data_have_no_classes_a_domains_own_folders_are_numbered_and_i
     assert (labels(paint), labels(loose)) == ({"paint/dog/4.png": 0}, {"loose/5.png": -1})
     said = [line.split(", so")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"{name}: the training data have no classes" for name in ("paint", "sketch")]
+
+
+def test_what_links_lead_to_is_a_domain_if_asked_for_and_a_stack_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = put(tmp_path / "domains", "sketch/dog/1.png")
+    (root / "paint").symlink_to(put(tmp_path / "elsewhere", "cat/2.png"))
+    np.save(root / "stack.npy", np.zeros((3, 8, 8), np.uint8))
+    assert [shift.name for shift in load(root)] == ["sketch"]
+    assert [labels(shift) for shift in load(root, follow_links=True)] == [
+        {"paint/cat/2.png": 0},
+        {"sketch/dog/1.png": 1},
+    ]
+    said = capsys.readouterr().out
+    assert "skipped paint: a link that leaves the folder; data.follow_links: true would take it" in said
+    assert "warning: DVC does not notice what changes behind links to folders (paint)" in said
+    assert "skipped stack.npy: NumPy stack" in said
