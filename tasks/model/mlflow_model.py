@@ -4,7 +4,8 @@
     table = model.predict(images)  # (N, H, W, C) uint8
 
 This file is the model's definition ("models from code"), which MLflow stores with the library and the files that it
-reads: safetensors, npy and JSON. Nothing is pickled.
+reads: safetensors, npy and JSON. Nothing is pickled. MLflow's scoring server casts what it is sent to the signature's
+type before the model sees it, so the signature leaves the values as they are, and the model checks them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import mlflow
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types.schema import Array
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,6 +30,9 @@ from deepclust import bundle
 from deepclust.images.decode import square
 
 BATCH = 256
+INPUT = "images"  # its name in the signature
+_LAYOUT = "expected images (N, height, width, channels) with 1 or 3 channels"
+_VALUES = "expected whole numbers from 0 to 255"
 
 
 class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
@@ -41,8 +50,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
         Args:
             context: Unused; MLflow passes it.
-            model_input: (N, H, W, C) uint8, C 1 or 3, of any height and width; or an object array of N images
-                (H, W, C) or (H, W) of different sizes.
+            model_input: (N, H, W, C), C 1 or 3, of any height and width; or an object array of N images (H, W, C) or
+                (H, W) of different sizes. uint8, or whole numbers from 0 to 255 of another type.
             params: Unused; MLflow passes it.
 
         Returns:
@@ -50,7 +59,7 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             `class`, its `probability`, and `probabilities` of all classes in the order of the model's metadata.
 
         Raises:
-            ValueError: If the images are no such arrays.
+            ImagesError: If the images are no such arrays.
         """
         found = self._bundle.assign(self._prepared(model_input), batch_size=BATCH)
         columns: dict[str, Any] = {"embedding": list(found.features)}
@@ -61,23 +70,112 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             columns["probabilities"] = list(found.probabilities)
         return pd.DataFrame(columns)
 
-    def _prepared(self, images: Any) -> NDArray[np.uint8]:
+    def _prepared(self, given: Any) -> NDArray[np.uint8]:
         """(N, size, size, channels) uint8, unchanged if the images have that shape already."""
         size, channels, resize = self._bundle.image_size, self._bundle.channels, self._bundle.reading.resize
-        if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels) and images.dtype == np.uint8:
+        images = read(given[INPUT] if isinstance(given, dict) else given)
+        if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels):
             return images
         how: Any = {"image_size": size, "channels": channels, "resize": resize}
         return np.stack([square(_picture(image), **how) for image in images])
 
 
-def _picture(image: Any) -> Image.Image:
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)) or not array.size:
-        raise ValueError(
-            "expected images (height, width), (height, width, 1) or (height, width, 3) uint8, got "
-            f"{array.shape} {array.dtype}; convert them, for instance with PIL's convert('RGB')"
-        )
-    return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+class ImagesError(MlflowException, ValueError):  # type: ignore[misc]  # MLflow has no types
+    """Images that the model does not take: a ValueError in Python, status 400 over HTTP."""
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
+
+    def serialize_as_json(self) -> str:
+        """The answer over HTTP. The scoring server has put all of the data in front of the message by then."""
+        self.message = str(self)
+        return str(super().serialize_as_json())
+
+
+def signature(*, labelled: bool) -> ModelSignature:
+    """What the model takes and gives, as the registry shows it.
+
+    A list of objects stands for arrays of any shape and type, of which MLflow changes no value. Since it has a name,
+    MLflow also hands on an empty list, and says what a table lacks.
+
+    Args:
+        labelled: Whether the model also gives classes.
+    """
+    outputs = [ColSpec(Array("float"), "embedding"), ColSpec("long", "cluster"), ColSpec("float", "distance")]
+    if labelled:
+        outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
+        outputs += [ColSpec(Array("float"), "probabilities")]
+    return ModelSignature(inputs=Schema([TensorSpec(np.dtype(object), (-1,), INPUT)]), outputs=Schema(outputs))
+
+
+def read(given: Any) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+    """Images (N, H, W, C), or N images (H, W, C) or (H, W) where these come one by one, in uint8.
+
+    Raises:
+        ImagesError: If there are none, their shape is another, or their values are none of 8 bits.
+    """
+    array = np.asarray(given)
+    if array.dtype == object and array.ndim == 1 and len(array):
+        return [to_uint8(_shaped(_numbers(image), batch=False)) for image in array]
+    return to_uint8(_shaped(_numbers(array), batch=True))
+
+
+def _numbers(given: Any) -> NDArray[Any]:
+    """An array of the type of what it holds, such as the numbers of JSON, of which MLflow makes objects."""
+    try:
+        array = np.asarray(given)
+        return np.array(array.tolist()) if array.dtype == object else array
+    except ValueError:
+        raise ImagesError(f"{_LAYOUT}, got rows of different lengths in one image; complete them") from None
+
+
+def _shaped(array: NDArray[Any], *, batch: bool) -> NDArray[Any]:
+    """The array, which is (N, H, W, C) with `batch`, else one image."""
+    shape = array.shape if batch or array.ndim != 2 else (*array.shape, 1)
+    got = f"got {'' if batch else 'an image '}{array.shape}"
+    if not array.size:
+        raise ImagesError(f"{_LAYOUT}, {got}, which has no pixels; send at least one image, and no empty ones")
+    if len(shape) != 3 + batch or shape[-1] not in (1, 3):
+        raise ImagesError(f"{_LAYOUT}, {got}; {_remedy(array.shape, batch=batch)}")
+    return array
+
+
+def _remedy(shape: tuple[int, ...], *, batch: bool) -> str:
+    if len(shape) == 3 + batch:
+        if shape[-3] in (1, 3):
+            return f"move the channels last: images.transpose({'0, 2, 3, 1' if batch else '1, 2, 0'})"
+        return "make them grey or RGB, for instance by PIL's convert('RGB')"
+    if len(shape) == 3:
+        return "add N to a single image, images[None], or the channels to grey images, images[..., None]"
+    return "send a single grey image as images[None, ..., None]" if len(shape) == 2 else "arrange them so"
+
+
+def to_uint8(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Pixels as uint8, where that changes no value and says no other brightness.
+
+    Raises:
+        ImagesError: If they are no whole numbers from 0 to 255, or of another type and at most 1, as images are that
+            were scaled to [0, 1].
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "iuf":
+        raise ImagesError(f"{_VALUES}, got {pixels.dtype.type.__name__.rstrip('_')}; convert them")
+    low, high = pixels.min(), pixels.max()
+    whole = bool((pixels == np.rint(pixels)).all())
+    if whole and low >= 0 and high <= 255 and high != 1:
+        return pixels.astype(np.uint8)
+    if low >= 0 and high <= 1:
+        remedy = "images scaled to [0, 1] have to be multiplied by 255, and rounded"
+    elif low >= 0 and high <= 255:
+        remedy = "round them"
+    else:
+        remedy = "give the pixels as they were before any scaling, in 8 bits"
+    raise ImagesError(f"{_VALUES}, got {'' if whole else 'fractions, '}{low:.6g} to {high:.6g}; {remedy}")
+
+
+def _picture(image: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
 
 
 mlflow.models.set_model(DeepclustModel())

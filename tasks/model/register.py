@@ -101,6 +101,8 @@ def _create(
     run_id = trained.info.run_id if trained else run_id
     tags |= {key: origin[key] for key in ("git.commit", "git.dirty") if key in origin}
     tags |= {"run": run_id} if run_id else {}
+    from tasks.model import mlflow_model  # imports MLflow, which takes seconds
+
     classes = _read(layout.out("linear", encoder) / "classifier.json")["classes"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -113,7 +115,7 @@ def _create(
             run_id,
             folder,
             requirements=_requirements(encoder),
-            labelled=bool(classes),
+            signature=mlflow_model.signature(labelled=bool(classes)),
             example=np.array(prepared.images("test")[:2]),
             metadata={"classes": classes, "encoder": encoder, "data_hash": tags[_DATA]},
         )

@@ -247,7 +247,7 @@ def log_model(
     folder: Path,
     *,
     requirements: list[str],
-    labelled: bool,
+    signature: Any,
     example: Any,
     metadata: Mapping[str, Any],
 ) -> str:
@@ -258,7 +258,7 @@ def log_model(
         run_id: The run that the model belongs to, if any.
         folder: Has `model.py`, the definition, `files/`, which it reads, and the package `deepclust/`.
         requirements: Pinned packages; MLflow would infer them by running the model in a new process, for a minute.
-        labelled: Whether the model also gives classes.
+        signature: What the model takes and gives, as MLflow describes it.
         example: Images (n, height, width, channels) uint8.
         metadata: What else to keep.
 
@@ -267,16 +267,9 @@ def log_model(
     """
     with store.errors():
         import mlflow
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import ColSpec, Schema, TensorSpec
-        from mlflow.types.schema import Array
+        from mlflow.models import Model
 
-        outputs = [ColSpec(Array("float"), "embedding"), ColSpec("long", "cluster"), ColSpec("float", "distance")]
-        if labelled:
-            outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
-            outputs += [ColSpec(Array("float"), "probabilities")]
         mlflow.set_experiment(experiment_id=experiment)
-        images = TensorSpec(example.dtype, (-1, -1, -1, -1))
         info = Model.log(
             artifact_path=None,
             name="model",
@@ -286,7 +279,7 @@ def log_model(
             artifacts={"files": str(folder / "files")},
             code_paths=[str(folder / "deepclust")],
             pip_requirements=requirements,
-            signature=ModelSignature(inputs=Schema([images]), outputs=Schema(outputs)),
+            signature=signature,
             input_example=example,
             metadata=dict(metadata),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,10 @@ from scipy.special import softmax
 
 from deepclust.models import encoder as encoders
 from tasks.model import register
+from tasks.shared.operations import provenance
 from tasks.shared.outputs import layout
+from tests.imports import imported
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +77,101 @@ def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of
     check(model.predict(others), np.stack(prepared))
     ragged = np.array([others[0], others[1, :20, :, 0]], dtype=object)
     assert len(model.predict(ragged)) == 2
-    with pytest.raises(ValueError, match=r"expected images .* uint8, got \(12, 12, 2\) uint8"):
-        model.predict(np.zeros((1, 12, 12, 2), np.uint8))
+    alike = np.empty(2, object)
+    alike[:] = [others[0], others[1]]
+    check(model.predict(alike), np.stack(prepared[:2]))
+    check(model.predict(others.astype(np.float32)), np.stack(prepared))
+    assert len(model.predict(np.zeros((1, 9, 9, 1), np.uint8) + 1)) == 1, "in uint8, 1 is nearly black"
+    with pytest.raises(
+        ValueError, match=r"^expected whole numbers from 0 to 255, got fractions, 0 to 1; images scaled"
+    ):
+        model.predict(others / 255)
+
+
+@pytest.fixture(scope="module")
+def send(root: Path) -> Iterator[Any]:
+    """What MLflow's scoring server answers to a body: the status and the text."""
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc import scoring_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which the server sets for good
+        client = TestClient(scoring_server.init(load()), raise_server_exceptions=False)
+
+        def answer(body: Any, content: str = "application/json") -> tuple[int, str]:
+            text = body if isinstance(body, str) else json.dumps(body)
+            found = client.post("/invocations", content=text, headers={"content-type": content})
+            return found.status_code, found.text
+
+        yield answer
+
+
+def test_over_http_whole_numbers_are_the_images_that_they_are_in_python(root: Path, send: Any) -> None:
+    images = np.load(layout.split("test") / "images.npy")[:3]
+    numbers: dict[str, Any] = {
+        "inputs": images.tolist(),
+        "instances": images.astype(float).tolist(),  # 12.0 is a whole number too
+    }
+    for name, value in numbers.items():
+        status, text = send({name: value})
+        assert status == 200
+        check(pd.DataFrame(json.loads(text)["predictions"]), images)
+    assert send({"instances": [{"images": image} for image in images.tolist()]}) == (status, text)
+    sizes = [images[0].tolist(), np.kron(images[1], np.ones((2, 2, 1), int)).tolist()]
+    assert [row["cluster"] for row in json.loads(send({"inputs": sizes})[1])["predictions"]] == [
+        row["cluster"] for row in json.loads(text)["predictions"][:2]
+    ]
+    example = next((root / "mlartifacts").rglob("serving_input_example.json")).read_text()
+    assert send(example)[0] == 200
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3))
+SHAPE = r"expected images \(N, height, width, channels\) with 1 or 3 channels, got "
+VALUES = "expected whole numbers from 0 to 255, got "
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (PICTURES / 255, VALUES + r"fractions, .* to 1; images scaled to \[0, 1\] have to be multiplied by 255"),
+        (PICTURES // 128, VALUES + r"0 to 1; images scaled to \[0, 1\]"),
+        (PICTURES / 127.5 - 1, VALUES + "fractions, -1 to 1; give the pixels as they were before any scaling"),
+        (-PICTURES, VALUES + "-255 to 0; give the pixels"),
+        (PICTURES * 16, VALUES + "0 to 4080; give the pixels .* in 8 bits"),
+        (PICTURES * 0.9, VALUES + "fractions, 0 to 229.5; round them"),
+        (PICTURES * float("nan"), VALUES + "fractions, nan to nan"),
+        (PICTURES > 9, VALUES + "bool; convert them"),
+        (PICTURES.astype(str), VALUES + "str; convert them"),
+        (PICTURES.transpose(0, 3, 1, 2), SHAPE + r"\(2, 3, 12, 10\); move the channels last: .*\(0, 2, 3, 1\)"),
+        (PICTURES[0], SHAPE + r"\(12, 10, 3\); add N to a single image, images\[None\]"),
+        (PICTURES[..., 0], SHAPE + r"\(2, 12, 10\); .* or the channels to grey images"),
+        (PICTURES[0, ..., 0], SHAPE + r"\(12, 10\); send a single grey image as images\[None, ..., None\]"),
+        *((np.zeros((1, 9, 9, n), int), SHAPE + rf"\(1, 9, 9, {n}\); make them grey or RGB") for n in (2, 4, 5)),
+        ([], SHAPE + r"\(0,\), which has no pixels; send at least one image"),
+        ([[]], SHAPE + r"\(1, 0\), which has no pixels"),
+        ([[[[1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]], SHAPE + "rows of different lengths in one image; complete them"),
+        ([PICTURES[0].tolist(), (PICTURES[1, :5] / 255).tolist()], VALUES + "fractions, .*; images scaled"),
+        ([PICTURES[0].tolist(), PICTURES[:1].tolist()], SHAPE + r"an image \(1, 12, 10, 3\); arrange them so"),
+        ([PICTURES[0].tolist(), PICTURES[1].T.tolist()], SHAPE + r"an image \(3, 10, 12\); move the channels last"),
+        (7, SHAPE + r"\(\); arrange"),
+        ([1, [2]], SHAPE + r"an image \(\); arrange"),
+        (None, SHAPE + r"\(\); arrange"),
+    ],
+)
+def test_over_http_other_images_are_refused_in_one_line_with_the_remedy(send: Any, inputs: Any, message: str) -> None:
+    status, text = send({"inputs": inputs.tolist() if isinstance(inputs, np.ndarray) else inputs})
+    assert status == 400
+    assert re.match(message, json.loads(text)["message"])
+    assert "\\n" not in text
+
+
+def test_over_http_tables_are_refused_and_named(send: Any) -> None:
+    for body in ({"dataframe_split": {"columns": ["a"], "data": [[1]]}}, {"instances": [{"image": [[[[1]]]]}]}):
+        status, text = send(body)
+        assert status == 400
+        assert "missing inputs ['images']" in json.loads(text)["message"]
+    assert send("a,b\n1,2\n", "text/csv")[0] == 400
+    assert send("a,b\n1,2\n", "text/plain")[0] == 415
 
 
 def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels_there_is_no_class(
@@ -95,7 +193,7 @@ def test_the_stored_model_has_no_pickle_and_loads_in_a_process_that_knows_nothin
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = json.loads(load().metadata.signature.to_dict()["inputs"])
-    assert inputs == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, -1, -1, -1]}}]
+    assert inputs == [{"name": "images", "type": "tensor", "tensor-spec": {"dtype": "object", "shape": [-1]}}]
     files = {path.suffix for path in (root / "mlartifacts").rglob("*") if path.is_file()}
     assert files <= {".py", ".txt", ".yaml", ".json", ".safetensors", ".npy", ""}
     requirements = next((root / "mlartifacts").rglob("requirements.txt")).read_text().split()
@@ -116,3 +214,10 @@ print(len(table), sorted(table.columns))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=90)
     assert done.stderr == "", "a prediction says nothing of itself"
     assert done.stdout == "2 ['class', 'cluster', 'distance', 'embedding', 'probabilities', 'probability']\n"
+
+
+def test_what_the_stored_code_imports_is_among_its_requirements() -> None:
+    files = [ROOT / file for source in register._STORED for file in provenance.source_files(source)]
+    packages = {name.partition(".")[0] for file in files for name in imported(file)}
+    others = packages - sys.stdlib_module_names - {"deepclust"}
+    assert {"pillow" if name == "PIL" else name for name in others} == {*register._REQUIRED, "timm"}
