@@ -7,6 +7,7 @@ range, meaning and usual value. params.yaml is read into the same classes; there
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import re
@@ -145,7 +146,7 @@ def explain(error: ValidationError, raw: Any, path: str = "") -> str:
         place = ".".join(filter(None, [path, *_visible(item["loc"], raw), key]))
         found.setdefault(place, []).append(message)
         if item["type"] != "value_error" and not key:
-            came[place] = f", got {_plain(item['input'])!r}"
+            came[place] = f", got {_shown(item)}"
     # A complaint about a whole list goes where one of its items has its own.
     inner = [place for place in found if not any(other.startswith(f"{place}.") for other in found)]
     lines = [f"{place}: {' or '.join(found[place])}{came.get(place, '')}" for place in inner]
@@ -180,8 +181,12 @@ def _visible(location: Iterable[int | str], raw: Any) -> list[str]:
     return parts
 
 
-def _plain(value: Any) -> Any:
-    return as_dict(value) if isinstance(value, Config) else value
+def _shown(item: Any) -> str:
+    """What came, and the remedy for text that YAML reads as a date, a number or a truth value."""
+    value = as_dict(item["input"]) if isinstance(item["input"], Config) else item["input"]
+    shown = str(value) if isinstance(value, datetime.date) else repr(value)
+    unquoted = item["type"] == "string_type" and isinstance(value, datetime.date | int | float)
+    return f"{shown}; put it into quotes" if unquoted else shown
 
 
 def hint(word: object, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ An edit is checked as a whole before anything is written, is written whole or no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import io
 import re
@@ -18,10 +19,12 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from deepclust.errors import ConfigError
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.params import declared
 from tasks.shared.operations.params.schema import Params, merged
 from tasks.shared.outputs import layout
 
@@ -29,8 +32,9 @@ from tasks.shared.outputs import layout
 def apply(overrides: Sequence[str], path: Path = layout.PARAMS) -> str:
     """Write overrides such as `pretrain.swav.epochs=5` into a parameter file.
 
-    Values are YAML, so `[pixels, swav]` is a list and `auto` a word. A list is replaced as a whole; `encoders` may be a
-    list of names, whose methods are those that they had, or their own names.
+    A parameter that is declared as text takes the text as it is, or what YAML's quotes around it hold. Other values are
+    YAML, so `[pixels, swav]` is a list. A list is replaced as a whole; `encoders` may be a list of names, whose methods
+    are those that they had, or their own names.
 
     Returns:
         The change as a unified diff, empty if the values stood there already.
@@ -120,6 +124,8 @@ def _styled(value: Any) -> Any:
         if not any(isinstance(item, dict) for item in value):
             items.fa.set_flow_style()
         return items
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)  # in other quotes, some line breaks would be read as blanks
     return value
 
 
@@ -136,8 +142,10 @@ def name_methods(document: Any, earlier: Any) -> None:
         earlier: The encoders before the change, whose methods stay.
     """
     names = document.get("encoders")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return  # validation says what is wrong
+    if not isinstance(names, list):
+        return
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(f"encoders: expected names, got {others[0]}; put it into quotes")
     if len(set(names)) < len(names):
         raise ConfigError(f"encoders: expected distinct names, got {', '.join(names)}; leave out the second")
     known = earlier if isinstance(earlier, dict) else {}
@@ -194,7 +202,8 @@ def _with_old_gaps(before: str, after: str) -> str:
                 comment = re.search(r"(\s+)(#.*\n?)$", line)
                 if comment and new[index].endswith(comment[2]):
                     new[index] = new[index].removesuffix(comment[2]).rstrip() + comment[0]
-    return "".join(new)
+    found, plain = "".join(new), YAML(typ="safe", pure=True)
+    return found if plain.load(found) == plain.load(after) else after  # a text may hold what looks like a comment
 
 
 def round_trip() -> YAML:
@@ -214,10 +223,7 @@ def _set(document: Any, override: str) -> None:
     dotted = dotted.strip()
     if not equals or not dotted:
         raise ConfigError(f"expected an override like pretrain.swav.epochs=5, got {override!r}")
-    try:
-        value = round_trip().load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
+    value = _value(text, dotted, document.get("encoders"))
     *parents, last = dotted.split(".")
     above = here = document
     for depth, part in enumerate(parents):
@@ -237,6 +243,28 @@ def _set(document: Any, override: str) -> None:
             _add(here, last, value)
     else:
         raise ConfigError(f"{dotted}: {'.'.join(parents)} is {here!r} and has no parameters below it")
+
+
+def _value(text: str, dotted: str, encoders: Any) -> Any:
+    """What stands behind an override's `=`, by the declared type of its parameter."""
+    kinds = declared.members(dotted.split("."), encoders)
+    if text and declared.is_text(kinds):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{dotted}: expected text in UTF-8, got {text!r}; rename it")  # DVC can not read it
+        return None if type(None) in kinds and text in ("null", "~") else _text(text)
+    try:
+        return round_trip().load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
+
+
+def _text(text: str) -> Any:
+    """The text as it is, or what YAML's quotes around it hold."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with contextlib.suppress(YAMLError):
+            quoted = round_trip().load(text)
+            return quoted if isinstance(quoted, str) else text
+    return _styled(text)
 
 
 def _inherited_name(document: Any, parents: Sequence[str]) -> Any:
@@ -276,7 +304,7 @@ def main() -> None:
         epilog="example: python -m tasks.overrides pretrain.swav.epochs=5 'encoders=[pixels, swav]'",
     )
     parser.add_argument(
-        "overrides", nargs="+", metavar="KEY=VALUE", help="dotted path and YAML value; lists as a whole"
+        "overrides", nargs="+", metavar="KEY=VALUE", help="dotted path, and text or a YAML value; lists as a whole"
     )
     arguments = parser.parse_args()
     with errors_as_one_line():

@@ -35,7 +35,7 @@ def show(values: Params, encoder: str | None, out: TextIO) -> None:
             found["adapt"][name] = _commented(options)
     text = io.StringIO()
     overrides.round_trip().dump(found, text)
-    out.write(re.sub(r"^([^#\n]*[^#\s]) +# ", r"\1  # ", text.getvalue(), flags=re.MULTILINE))
+    out.write(re.sub(r"^(.*\S) +# ", r"\1  # ", text.getvalue(), flags=re.MULTILINE))
 
 
 def _commented(options: Config, leave_out: tuple[str, ...] = ()) -> CommentedMap:

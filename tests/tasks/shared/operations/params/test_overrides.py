@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from dvc.utils.serialize import parse_yaml
 
 from deepclust.errors import ConfigError
 from deepclust.methods.parts.options import TrainedConfig
@@ -67,6 +69,68 @@ def test_the_repositorys_own_file_survives_a_round_trip_unchanged(file: Path) ->
     assert file.read_bytes() == before
 
 
+# Of each kind that YAML would read as something else.
+TEXTS = """shots #2|#2|# images|2024-01-05|12:30:00|1e5|0x10|0o17|010|1_000|.5|.inf|-|yes|no|on|true|null|~|~/images
+a: b|a:|x,y|[x|[x]|{x|{x: 1}|*a|&a|!x|!!str 5|%a|@a|`a|>|"|- a|? a|---|=|<<|it's|say "hi"|"a" "b"|C:\\new|Bücher/😀
+ a|a |  a  #b   # c|  # the images"""
+PLACES = ("data.folder", "adapt.domains", "pretrain.pretrained.weights")
+
+
+def _at(raw: dict[str, Any], dotted: str) -> Any:
+    found: Any = raw
+    for part in dotted.split("."):
+        found = found[part]
+    return found
+
+
+def test_a_text_is_taken_as_it_is_and_read_back_as_it_is_by_us_and_by_dvc(file: Path) -> None:
+    texts = [*TEXTS.replace("\n", "|").split("|"), "|", "a\tb", "a\nb", "a\x85b", "a\u2028b", "\x1b[0m"]
+    before = params.read(file)
+    for start in range(0, len(texts), len(PLACES)):
+        chosen = dict(zip(PLACES, texts[start:], strict=False))
+        overrides.apply([f"{place}={text}" for place, text in chosen.items()], file)
+        if start % 9 == 0:
+            overrides.apply(["seed=5"], file)  # an edit of something else leaves them as they are
+        content = file.read_text(encoding="utf-8")
+        for found in (params.read(file), parse_yaml(content, "params.yaml"), parse_yaml(content, "params.yaml", "rt")):
+            assert {place: _at(found, place) for place in chosen} == chosen
+    for place in PLACES:
+        overrides.apply([f"{place}={_at(before, place)}"], file)
+    assert params.read(file) == before | {"seed": 5}
+
+
+def test_yamls_quotes_and_null_keep_their_meaning_where_they_have_one(file: Path) -> None:
+    digits = "1" * 30 + "e" + "2" * 33  # a number in YAML
+    for edit, value in {
+        "data.folder='it''s'": "it's",
+        'data.folder="a\\tb"': "a\tb",
+        "data.folder=null": "null",
+        f"pretrain.pretrained.sha256={digits}": digits,
+        "pretrain.pretrained.sha256=null": None,
+        "pretrain.pretrained.sha256=~": None,
+        "adapt.tsd.compat=original": "original",
+        "adapt.adapters.1=t3a": "t3a",
+        "adapt.adapters=[source, bn]": ["source", "bn"],
+        "encoders.random=random": "random",
+        "cluster.k=auto": "auto",
+        "cluster.k=7": 7,
+    }.items():
+        extra = ["adapt.adapters=[source, tent]"] if edit.startswith("adapt.adapters.") else []
+        overrides.apply([*extra, edit], file)
+        place, _, _ = edit.partition("=")
+        if place == "adapt.adapters.1":
+            assert params.read(file)["adapt"]["adapters"] == ["source", value]
+        else:
+            assert _at(params.read(file), place) == value
+
+
+def test_a_recipes_text_is_read_back_as_it_is(file: Path, tmp_path: Path) -> None:
+    overrides.apply(["data.folder='quoted'"], file)  # in whose quotes ruamel.yaml would write the next
+    (tmp_path / "mine.yaml").write_text('data: {folder: "a\\Nb #2"}\n')
+    overrides.apply_recipe(tmp_path / "mine.yaml", file)
+    assert params.read(file)["data"]["folder"] == "a\x85b #2"
+
+
 def test_a_section_can_differ_from_a_shared_block_in_one_value(file: Path) -> None:
     before = file.read_text()
     edits = ["moco.optimiser.rate=0.3", "moco.crops.0.size=20", "simsiam.batch_size=64", "simsiam.colour.blur=1.0"]
@@ -103,6 +167,14 @@ def test_a_section_can_differ_from_a_shared_block_in_one_value(file: Path) -> No
         ("pretrain.swav.optimiser=adamw", r"^pretrain\.swav\.optimiser: expected a mapping, got 'adamw'$"),
         ("pretrain.swav.epochs=many", r"^pretrain\.swav\.epochs: .*got 'many'$"),
         ("pretrain.swav.crops.7.count=1", r"^pretrain\.swav\.crops\.7: expected an item from 0 to 1, got '7'$"),
+        ("data.source=MNIST #2", r"^data\.source: .*, got 'MNIST #2'$"),
+        ("encoders.swav=swav #2", r"^encoders\.swav: expected a method .*, got 'swav #2'; did you mean swav\?$"),
+        ("encoders=[swav, 2024-01-05]", r"^encoders: expected names, got 2024-01-05; put it into quotes$"),
+        ("adapt.tsd.compat=original #2", r"^adapt\.tsd\.compat: expected 'original', got 'original #2'$"),
+        ("pretrain.swav.method=swav #2", r"^pretrain\.swav\.method: expected 'swav', .* got 'swav #2'"),
+        ("adapt.adapters=[1e5]", r"^adapt\.adapters\.0: expected a valid string, got 100000\.0; put it into quotes$"),
+        ("data.folder=", r"^data\.folder: expected a valid string, got None$"),
+        ("data.folder=a\udcff", r"^data\.folder: expected text in UTF-8, got 'a\\udcff'; rename it$"),
         ("seed.x=1", r"^seed\.x: seed is 5 and has no parameters below it$"),
         ("seed", r"^expected an override like pretrain\.swav\.epochs=5, got 'seed'$"),
         ("encoders=[pixels", r"^encoders: expected a YAML value, got '\[pixels'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def test_a_value_is_what_dvc_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "came"), [("2024-01-05", "2024-01-05"), ("1e5", "100000.0"), ("0x10", "16"), ("true", "True")]
+)
+def test_a_text_that_yaml_reads_as_something_else_is_to_be_put_into_quotes(
+    tmp_path: Path, text: str, came: str
+) -> None:
+    content = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(content.replace("\n  folder: data ", f"\n  folder: {text} "))
+    with pytest.raises(ConfigError, match=rf"^data\.folder: expected a valid string, got {came}; put it into quotes$"):
+        params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- 1", "expected sections in .*, got list"),
@@ -150,10 +163,13 @@ def test_check_and_show_are_commands(
     shown = run("show", "moco")
     assert "    key_momentum: 0.99  # Momentum m of the momentum encoder.\n" in shown
     assert "      weight_decay: 0.0005  # Weight decay; " in shown, "what it takes over from pretrain.shared"
-    (tmp_path / "params.yaml").write_text(run("show"))
-    assert params.load(tmp_path / "params.yaml").resolved() == params.load().resolved()
-    (tmp_path / "params.yaml").write_text("seed: 0\n")
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    overrides.apply(["data.folder=a # b"])
+    values = params.load().resolved()
+    (tmp_path / "params.yaml").write_text(run("show"))
+    assert params.load().resolved() == values
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
     with pytest.raises(SystemExit, match="2"):
         run("check")
     assert capsys.readouterr().err.startswith("error: encoders: missing")
