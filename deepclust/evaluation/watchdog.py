@@ -50,6 +50,7 @@ NORMALISED_SPREAD = 0.85
 # Effective dimensions of the features: 14 to 60 of 128 in healthy runs from the first epoch on, 1 to 2 in collapsed, 2
 # to 6 at a rate 100 times too large.
 RANKME = 5.0
+RANKME_FROM_IMAGES = 20  # healthy features of fewer have a small rank too
 # Share of the prototypes that are used. Healthy: .6 to 1. Sinkhorn balances the codes, so a fifth is far from it.
 PROTOTYPES_USED = 0.2
 # Entropy of a code over that of a uniform one. Healthy: .75 to .91 at epsilon .05, .07 to .5 at .001, whose hard codes
@@ -200,8 +201,8 @@ class Watchdog:
         - `loss_from_chance`: distance of `loss_to_chance` from 1, the larger one of the last steps' two halves;
         - `non_finite_steps`: share of the steps with a number that is not finite;
         - `weight_growth`: geometric mean of the growth of matrices and kernels within the epoch;
-        - `rankme` of the backbone's features of the sample, in eval mode; `non_finite_features`: 1 where there are
-          such, and then no `rankme`;
+        - `rankme` of the backbone's features of the sample, in eval mode, if it has at least 20 images;
+          `non_finite_features`: 1 where there are such, and then no `rankme`;
         - `image_variation` from one image of the sample to the next, in grey levels; `flat_images`: share that is flat.
         """
         before, self._norms = self._norms, self._weight_norms()
@@ -237,7 +238,8 @@ class Watchdog:
         finally:
             for module, training in modes.items():
                 module.training = training
-        return {"non_finite_features": 0.0, "rankme": metrics.rankme(rows)}
+        rank = {"rankme": metrics.rankme(rows)} if len(rows) >= RANKME_FROM_IMAGES else {}
+        return {"non_finite_features": 0.0} | rank
 
 
 def _of_images(images: NDArray[np.uint8]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def main() -> None:
         if primary > count:
             raise ConfigError(f"cluster.k: expected at most {count}, the training images; got {primary}; lower it")
         for k in sorted(set(options.other_k) - set(ks) - {primary}):
-            print(f"{here.encoder}: k = {k} left out, there are only {count} training images")
+            print(f"{here.encoder}: k = {k} left out, it is more than the training images ({count})")
         device = default_device()
         if kmeans.engine_used(options.engine, device) != options.engine:
             where = "" if device.type == "cpu" else f" for {device.type}"
@@ -95,10 +95,14 @@ def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Te
 
 
 def primary_k(options: schema.Cluster, *, classes: int, images: int) -> int:
-    """`cluster.k`, or for `auto` the number of classes; without labels √(images / 2) rounded, between 2 and 100."""
+    """`cluster.k`, or for `auto` the number of classes; without labels √(images / 2) rounded, between 2 and 100.
+
+    `auto` is at most the number of training images: a class may have none.
+    """
     if options.k != "auto":
         return options.k
-    return classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
+    wanted = classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
+    return min(wanted, images)
 
 
 def _points(features: Tensor, options: schema.Cluster) -> Tensor:

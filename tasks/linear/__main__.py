@@ -38,6 +38,11 @@ def main() -> None:
                 split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), allow_pickle=False))
                 for split in layout.SPLITS
             }
+            for k in here.params.linear.neighbours:
+                if k > labelled:
+                    print(
+                        f"{here.encoder}: kNN of {k}: all {labelled} labelled training images vote, there are no more"
+                    )
             metrics, classifier = evaluate(embeddings, labels, prepared.heldout(), len(classes), here.params.linear)
             here.metrics(metrics)
             weights = {"weight": classifier.weight, "bias": classifier.bias}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepclust import seeding
 from deepclust.config import Config, as_dict
-from deepclust.errors import TrainingError
+from deepclust.errors import ConfigError, TrainingError
 from deepclust.methods import method_class
 from deepclust.methods.parts.base import Method
 from deepclust.methods.parts.options import TrainedConfig
@@ -99,7 +99,10 @@ def _train(
     assert here.encoder
     images = prepared.images("train")
     image_size = trained.description["image_size"]
-    config = stated.sized(images=len(images), image_size=image_size)
+    try:
+        config = stated.sized(images=len(images), image_size=image_size)
+    except ConfigError as error:
+        raise ConfigError(f"pretrain.{here.encoder}: {error}") from error
     device = default_device()
     with seeding.seeded(here.params.seed, "heads"):
         build: Callable[..., Method] = method_class(here.params.method(here.encoder))

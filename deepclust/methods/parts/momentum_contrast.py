@@ -43,6 +43,7 @@ class MomentumConfig(options.TrainedConfig):
 
     def sized(self, *, images: int, image_size: int) -> Self:
         """See the base class."""
+        super().sized(images=images, image_size=image_size)
         if self.queue_length != "auto":
             return self
         return self.replaced(queue_length=sizes.key_queue(images, self.batch_size))

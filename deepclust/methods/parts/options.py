@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from deepclust.clustering import kmeans
 from deepclust.config import Auto, Backbone, Config, Count, Natural, NotEmpty, Positive, Several, config
+from deepclust.errors import ConfigError
 from deepclust.methods.parts import sizes
 from deepclust.training.optim import SGD, Optimiser, Precision
 from deepclust.training.views import Colour, Crop
@@ -84,6 +85,11 @@ class TrainedConfig(Config):
         Raises:
             ConfigError: If the options do not fit the data.
         """
+        if self.batch_size > images:
+            raise ConfigError(
+                f"batch_size: expected at most {images}, the training images; got {self.batch_size}; "
+                f"{'lower it' if images > 1 else 'add images'}"
+            )
         return self
 
     def _check(self) -> None:
@@ -142,6 +148,7 @@ class PrototypesConfig(TrainedConfig):
 
     def sized(self, *, images: int, image_size: int) -> Self:
         """See the base class."""
+        super().sized(images=images, image_size=image_size)
         if self.prototypes != "auto":
             return self
         return self.replaced(prototypes=(sizes.prototypes(images, image_size),) * self.heads)

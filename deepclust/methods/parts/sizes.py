@@ -48,9 +48,11 @@ def clusters(images: int, batch_size: int) -> tuple[int, ...]:
     most = images // 2
     least = math.ceil(1.5 * batch_size)
     if least > most:
+        largest = most * 2 // 3
+        remedy = f"lower batch_size to at most {largest}" if largest > 1 else "add images, to at least 6"
         raise ConfigError(
             f"expected at least {2 * least} images for automatic clusters with batches of {batch_size}, got {images}; "
-            f"lower batch_size to at most {most * 2 // 3}"
+            f"{remedy}"
         )
     smallest = max(least, _rounded(images / 120, digits=2))
     return tuple(dict.fromkeys(min(most, factor * smallest) for factor in (1, 2, 4)))

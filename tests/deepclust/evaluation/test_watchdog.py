@@ -92,6 +92,12 @@ def test_rankme_is_that_of_the_features_in_eval_mode_of_a_sample_that_its_seed_d
     assert found == pytest.approx(metrics.rankme(rows.numpy()), rel=1e-5)
 
 
+def test_a_few_images_have_no_rank_that_could_be_judged():
+    method = Embedding()
+    assert "rankme" not in watch(method, images(watchdog.RANKME_FROM_IMAGES - 1)).epoch(EPOCH).indicators
+    assert "rankme" in watch(method, images(watchdog.RANKME_FROM_IMAGES)).epoch(EPOCH).indicators
+
+
 def test_numbers_of_the_steps_are_means_over_the_last_ones_of_the_epoch():
     indicators = report([step(n, loss=float(n), norm=2.0 * n) for n in range(watchdog.RECENT + 30)]).indicators
     expected = 30 + (watchdog.RECENT - 1) / 2

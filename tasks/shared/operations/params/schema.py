@@ -160,7 +160,7 @@ class Cluster(Config):
     """k-means on the embeddings."""
 
     k: Several | Auto
-    """The primary k; auto: the number of classes, without labels sqrt(images / 2), at most 100."""
+    """The primary k; auto: the number of classes, without labels sqrt(images / 2), at most 100 and all images."""
     other_k: tuple[Several, ...]
     """Further numbers of clusters to measure."""
     seeds: Count
