@@ -77,11 +77,12 @@ def training(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
     with plt.rc_context(_STYLE):
         figure, axes = _panels(len(curves), width, (max(6.0, 2.9 * width), 2.2 * len(curves)))
         for row, (encoder, found) in zip(axes, curves.items(), strict=True):
-            last = max(step for points in found.values() for step, _ in points)
+            last = max(1, *(step for points in found.values() for step, _ in points))
             for axis in row[len(found) :]:
                 axis.set_visible(False)
             for axis, (name, points) in zip(row, found.items(), strict=False):
-                axis.plot(*zip(*points, strict=True), color=ACCENT if name == "loss" else INK, linewidth=1.4)
+                look = {"color": ACCENT if name == "loss" else INK, "linewidth": 1.4}
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else "", **look)
                 axis.set_title(f"{encoder}: {name.replace('_', ' ')}")
                 axis.set_xlabel("step")
                 axis.set_xlim(-0.02 * last, 1.02 * last)

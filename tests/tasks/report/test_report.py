@@ -16,7 +16,7 @@ from sklearn.manifold import TSNE
 from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import __main__ as report
-from tasks.report import adaptation_plots, comparison, prune
+from tasks.report import adaptation_plots, comparison, plots, prune
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
 from tests.tasks import small_run
@@ -180,6 +180,12 @@ def test_a_number_that_is_logged_late_is_drawn_from_there(tmp_path: Path, monkey
     path.parent.mkdir(parents=True)
     path.write_text("step,epoch,loss,proto_nce,never\n9,0,3.5,,\n19,1,2.5,7.5,\n")
     assert report.history("pcl") == {"loss": [(9, 3.5), (19, 2.5)], "proto_nce": [(19, 7.5)]}
+
+
+def test_a_run_of_one_logged_step_is_drawn_as_a_point(recwarn: pytest.WarningsRecorder) -> None:
+    (axis,) = plots.training({"swav": {"loss": [(0, 2.5)]}}).axes
+    assert axis.lines[0].get_marker() == "."
+    assert not recwarn.list
 
 
 def test_a_lost_server_costs_the_registration_and_not_the_report(
