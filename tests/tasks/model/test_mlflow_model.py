@@ -220,4 +220,5 @@ def test_what_the_stored_code_imports_is_among_its_requirements() -> None:
     files = [ROOT / file for source in register._STORED for file in provenance.source_files(source)]
     packages = {name.partition(".")[0] for file in files for name in imported(file)}
     others = packages - sys.stdlib_module_names - {"deepclust"}
-    assert {"pillow" if name == "PIL" else name for name in others} == {*register._REQUIRED, "timm"}
+    distributions = {"PIL": "pillow", "pydantic_core": "pydantic"}
+    assert {distributions.get(name, name) for name in others} == {*register._REQUIRED, "timm"}
