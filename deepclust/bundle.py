@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deepclust.config import as_dict
 from deepclust.errors import CheckpointError, ConfigError
-from deepclust.images.decode import Reading
+from deepclust.images.reading import Reading
 from deepclust.models import encoder, features
 from deepclust.models.devices import default_device
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from deepclust.datasets import download, fashion_mnist, idx
 from deepclust.images import decode
+from deepclust.images.reading import Reading, square
 from deepclust.images.source import Source
 
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -38,18 +39,18 @@ class Named(Source):
 
     images: dict[str, NDArray[np.uint8]]
 
-    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+    def inspect(self, index: int, reading: Reading) -> decode.Inspected:
         """The id of an image that is no file is that of its pixels; none has more than 8 bits."""
         pixels = self._pixels(index)
         return decode.Inspected(hashlib.sha256(pixels.data).hexdigest(), pixels.shape[1], pixels.shape[0], None)
 
-    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
         """An image as (image_size, image_size, channels) uint8."""
         pixels = self._pixels(index)
         if pixels.shape == (image_size, image_size, channels):
             return pixels
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return decode.square(image, image_size=image_size, channels=channels, resize=reading.resize)
+        return square(image, image_size=image_size, channels=channels, resize=reading.resize)
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         train, test = self.images["train"], self.images["test"]

@@ -21,6 +21,7 @@ from PIL import Image
 from deepclust.errors import DataError
 from deepclust.images import decode, depth, find, npy
 from deepclust.images.readers import planes
+from deepclust.images.reading import Reading, square
 from deepclust.images.source import Source
 
 _EXPECTED = "expected an array train_images of (N, H, W) or (N, H, W, 3) numbers"
@@ -54,19 +55,19 @@ class Stacks(Source):
     parts: list[Part]
     starts: list[int]
 
-    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+    def inspect(self, index: int, reading: Reading) -> decode.Inspected:
         """The id of an image that is no file is that of its pixels. Raises: DataError with the reason."""
         found = self._raw(index, reading)
         height, width = found.values.shape[:2]
         sha256 = hashlib.sha256(np.ascontiguousarray(found.values).data).hexdigest()
         return decode.Inspected(sha256, width, height, depth.measure(found) if found.is_deep else None)
 
-    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
         """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
         image = Image.fromarray(depth.to_8_bits(self._raw(index, reading), reading.white))
-        return decode.square(image, image_size=image_size, channels=channels, resize=reading.resize)
+        return square(image, image_size=image_size, channels=channels, resize=reading.resize)
 
-    def _raw(self, index: int, reading: decode.Reading) -> depth.Raw:
+    def _raw(self, index: int, reading: Reading) -> depth.Raw:
         number = bisect_right(self.starts, index) - 1
         return depth.raw(planes.chosen(self.parts[number].images[index - self.starts[number]], reading.bands))
 

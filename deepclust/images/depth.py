@@ -131,21 +131,28 @@ def _white(high: float, depth: str) -> float:
 
 
 def to_8_bits(found: Raw, ranges: Mapping[str, Range]) -> NDArray[np.uint8]:
-    """Pixels from 0 to 255, rounded; what lies outside of black and white becomes black and white.
+    """Pixels from 0 to 255; see `scaled`.
 
     Raises:
         DataError: As `measure`, or if `ranges` has no such depth: then no training image had it, and nobody knows its
             white.
     """
-    black, white = found.stated
+    ends = found.stated
     if found.is_deep:
         measure(found)
         if found.depth not in ranges:
             raise DataError(f"its pixels are {found.depth}, those of no training image; convert it to 8 bits")
-        black, white = ranges[found.depth]
+        ends = ranges[found.depth]
+    pixels = scaled(found.values, ends)
+    return 255 - pixels if found.inverted else pixels
+
+
+def scaled(values: NDArray[Any], ends: Range) -> NDArray[np.uint8]:
+    """Values from 0 to 255, rounded; what lies outside of the ends, black and white, becomes black and white."""
+    black, white = ends
     # float32 holds 16 bits exactly, in half the memory.
-    levels: NDArray[Any] = found.values.astype(np.float32 if found.values.dtype.itemsize <= 2 else np.float64)
+    levels: NDArray[Any] = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
     levels -= black
     levels *= 255 / (white - black)
     pixels: NDArray[np.uint8] = np.rint(levels, out=levels).clip(0, 255, out=levels).astype(np.uint8)
-    return 255 - pixels if found.inverted else pixels
+    return pixels

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deepclust.errors import DataError
 from deepclust.images import decode, find, formats, labels, layouts
+from deepclust.images.reading import Reading
 from deepclust.images.source import Source
 
 
@@ -33,11 +34,11 @@ class Folder(Source):
     root: Path
     max_pixels: int
 
-    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+    def inspect(self, index: int, reading: Reading) -> decode.Inspected:
         """What is known of a file without its pixels. Raises: DataError with the reason."""
         return decode.inspect(self.root / self.paths[index], reading, max_pixels=self.max_pixels)
 
-    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
         """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
         path = self.root / self.paths[index]
         return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)

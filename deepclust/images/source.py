@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepclust.images import decode
+from deepclust.images.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Source(ABC):
     ignored: int = 0
 
     @abstractmethod
-    def inspect(self, index: int, reading: decode.Reading) -> decode.Inspected:
+    def inspect(self, index: int, reading: Reading) -> decode.Inspected:
         """An image's id, its size, and its values if they have more than 8 bits.
 
         Equal ids mean equal pixels. Several threads call this, and `read`, at once.
@@ -52,5 +53,5 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, index: int, reading: decode.Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
+    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
         """An image as (image_size, image_size, channels) uint8. Raises: DataError, as `inspect`."""

@@ -13,6 +13,7 @@ from deepclust.adaptation import shifts
 from deepclust.datasets import domains
 from deepclust.errors import DataError
 from deepclust.images import decode, find
+from deepclust.images.reading import Reading
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
     notes = [*(f"warning: {warning}" for warning in files.warnings_of_stage()), *notes]
     for note in [*(f"skipped {item['path']}: {item['reason']}" for item in files.skipped), *notes]:
         print(note, flush=True)
-    reading = decode.Reading.of(statistics)
+    reading = Reading.of(statistics)
     shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels")}
 
     def read(domain: domains.Domain) -> shifts.Shift:

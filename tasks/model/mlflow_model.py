@@ -10,6 +10,8 @@ type before the model sees it, so the signature leaves the values as they are, a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import Array
 from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust import bundle
-from deepclust.images.decode import square
+from deepclust.images import depth
+from deepclust.images.reading import square
 
 BATCH = 256
-INPUT = "images"  # its name in the signature
+INPUT, DEPTH = "images", "depth"  # their names in the signature
 _LAYOUT = "expected images (N, height, width, channels) with 1 or 3 channels"
 _VALUES = "expected whole numbers from 0 to 255"
 
@@ -52,7 +55,8 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             context: Unused; MLflow passes it.
             model_input: (N, H, W, C), C 1 or 3, of any height and width; or an object array of N images (H, W, C) or
                 (H, W) of different sizes. uint8, or whole numbers from 0 to 255 of another type.
-            params: Unused; MLflow passes it.
+            params: `depth` names the depth of the pixels where their type does not say it, as over HTTP: `uint16`, or
+                another of more than 8 bits that the training images had.
 
         Returns:
             One row an image: `embedding` (D floats), `cluster`, `distance` to its centroid; with a classifier also
@@ -61,7 +65,7 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         Raises:
             ImagesError: If the images are no such arrays.
         """
-        found = self._bundle.assign(self._prepared(model_input), batch_size=BATCH)
+        found = self._bundle.assign(self._prepared(model_input, (params or {}).get(DEPTH)), batch_size=BATCH)
         columns: dict[str, Any] = {"embedding": list(found.features)}
         columns |= {"cluster": found.clusters, "distance": found.distances}
         if found.probabilities is not None:
@@ -70,10 +74,11 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             columns["probabilities"] = list(found.probabilities)
         return pd.DataFrame(columns)
 
-    def _prepared(self, given: Any) -> NDArray[np.uint8]:
+    def _prepared(self, given: Any, named: str | None) -> NDArray[np.uint8]:
         """(N, size, size, channels) uint8, unchanged if the images have that shape already."""
         size, channels, resize = self._bundle.image_size, self._bundle.channels, self._bundle.reading.resize
-        images = read(given[INPUT] if isinstance(given, dict) else given)
+        to_pixels = partial(to_8_bits, named=named, white=self._bundle.reading.white)
+        images = read(given[INPUT] if isinstance(given, dict) else given, to_pixels)
         if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels):
             return images
         how: Any = {"image_size": size, "channels": channels, "resize": resize}
@@ -105,19 +110,26 @@ def signature(*, labelled: bool) -> ModelSignature:
     if labelled:
         outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
         outputs += [ColSpec(Array("float"), "probabilities")]
-    return ModelSignature(inputs=Schema([TensorSpec(np.dtype(object), (-1,), INPUT)]), outputs=Schema(outputs))
+    inputs = Schema([TensorSpec(np.dtype(object), (-1,), INPUT)])
+    return ModelSignature(inputs, Schema(outputs), ParamSchema([ParamSpec(DEPTH, "string", "")]))
 
 
-def read(given: Any) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+def read(
+    given: Any, to_pixels: Callable[[NDArray[Any]], NDArray[np.uint8]]
+) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
     """Images (N, H, W, C), or N images (H, W, C) or (H, W) where these come one by one, in uint8.
 
+    Args:
+        given: What was sent.
+        to_pixels: Brings values to 8 bits.
+
     Raises:
-        ImagesError: If there are none, their shape is another, or their values are none of 8 bits.
+        ImagesError: If there are none, or their shape or values do not fit.
     """
     array = np.asarray(given)
     if array.dtype == object and array.ndim == 1 and len(array):
-        return [to_uint8(_shaped(_numbers(image), batch=False)) for image in array]
-    return to_uint8(_shaped(_numbers(array), batch=True))
+        return [to_pixels(_shaped(_numbers(image), batch=False)) for image in array]
+    return to_pixels(_shaped(_numbers(array), batch=True))
 
 
 def _numbers(given: Any) -> NDArray[Any]:
@@ -148,6 +160,31 @@ def _remedy(shape: tuple[int, ...], *, batch: bool) -> str:
     if len(shape) == 3:
         return "add N to a single image, images[None], or the channels to grey images, images[..., None]"
     return "send a single grey image as images[None, ..., None]" if len(shape) == 2 else "arrange them so"
+
+
+def to_8_bits(pixels: NDArray[Any], *, named: str | None, white: Mapping[str, depth.Range]) -> NDArray[np.uint8]:
+    """Pixels of any depth that the training images had, as uint8.
+
+    Args:
+        pixels: Of any shape.
+        named: The depth that the sender names, if so.
+        white: Black and white of each depth above 8 bits.
+
+    Raises:
+        ImagesError: If the training images had no such depth, it is not clear which is meant, or a value does not fit.
+    """
+    known = ["uint8", *white]
+    name = named or pixels.dtype.name
+    if (named and named not in known) or (name not in known and white):
+        raise ImagesError(
+            f"expected pixels of {' or '.join(known)}, got {name}; convert them, and where their type does not say it, "
+            f'name it in the parameter {DEPTH!r}, as in {{"params": {{"{DEPTH}": "{known[-1]}"}}}}'
+        )
+    if name not in white:
+        return to_uint8(pixels)
+    if pixels.dtype.kind not in "iuf" or not np.isfinite(pixels).all():
+        raise ImagesError(f"expected finite numbers of {name}, got others; replace them")
+    return depth.scaled(pixels, white[name])
 
 
 def to_uint8(pixels: NDArray[Any]) -> NDArray[np.uint8]:

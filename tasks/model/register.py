@@ -30,18 +30,26 @@ from tasks.shared.outputs import layout, lineage, prepared
 ALIAS = "champion"
 _CONTENT, _DATA = "content", "data.hash"
 # What the stored model needs; timm only where the encoder is one of its networks.
-_REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
+_REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch", "torchvision")
 _DEFINITION = "tasks/model/mlflow_model.py"
 # The code that makes a prediction: stored with a version, and part of its content.
 CODE = (
     "deepclust/bundle.py",
     "deepclust/distributed.py",
-    "deepclust/images",
+    "deepclust/images/depth.py",
+    "deepclust/images/reading.py",
     "deepclust/models",
     "deepclust/seeding.py",
     _DEFINITION,
 )
-_STORED = (*CODE, "deepclust/__init__.py", "deepclust/errors.py")  # an edit of these two makes no new version
+# What cannot change one: an edit of these makes no new version.
+_STORED = (
+    *CODE,
+    "deepclust/__init__.py",
+    "deepclust/config.py",
+    "deepclust/errors.py",
+    "deepclust/images/__init__.py",
+)
 
 
 def champion(versions: Iterable[Any], data: str) -> Any:

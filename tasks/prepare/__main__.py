@@ -20,6 +20,7 @@ from deepclust.datasets import domains, sources, stacks
 from deepclust.errors import DataError
 from deepclust.images import decode, depth, folders, npy
 from deepclust.images import find as finding
+from deepclust.images.reading import Reading
 from deepclust.images.source import Source
 from tasks.prepare import arrays, sides
 from tasks.shared.operations import last_preparation
@@ -46,7 +47,7 @@ class Decoded(NamedTuple):
     indices: NDArray[np.int64]
     ids: list[str]
     sums: list[bytes]
-    reading: decode.Reading
+    reading: Reading
     skipped: list[dict[str, str]]
 
 
@@ -118,7 +119,7 @@ def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:
 def read(folder: Path, source: Source, data: Data) -> Decoded:
     """Inspect all images, settle how they are read, and decode each once into a file in `folder`."""
     how: dict[str, Any] = {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
-    inspect = partial(source.inspect, reading=decode.Reading(**how))
+    inspect = partial(source.inspect, reading=Reading(**how))
     seen: dict[int, decode.Inspected] = {}
     failed: dict[int, str] = {}
     everything = range(len(source.paths))
@@ -129,7 +130,7 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
             seen[index] = found
     image_size = own_size(source, seen) if data.image_size == "auto" else data.image_size
     measured = (one.measured for one in seen.values() if one.measured)
-    reading = decode.Reading(**how, white=depth.settle(measured, data.white))
+    reading = Reading(**how, white=depth.settle(measured, data.white))
     for name, (black, white) in reading.white.items():
         print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white", flush=True)
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]

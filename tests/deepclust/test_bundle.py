@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from deepclust import bundle
 from deepclust.errors import CheckpointError
-from deepclust.images.decode import Reading
+from deepclust.images.reading import Reading
 from deepclust.methods.pixels import pixels
 from deepclust.models import encoder
 

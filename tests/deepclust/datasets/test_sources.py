@@ -18,7 +18,7 @@ from torchvision import datasets
 
 from deepclust.datasets import download, fashion_mnist, idx, sources
 from deepclust.errors import DataError
-from deepclust.images.decode import Reading
+from deepclust.images.reading import Reading
 
 RNG = np.random.default_rng(0)
 NOWHERE = "http://127.0.0.1:1"

@@ -14,7 +14,7 @@ from PIL import Image
 from deepclust.datasets import stacks
 from deepclust.errors import DataError
 from deepclust.images import depth
-from deepclust.images.decode import Reading
+from deepclust.images.reading import Reading
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import depth, formats
-from deepclust.images.decode import Reading, inspect, read_image, square
+from deepclust.images.decode import inspect, read_image
+from deepclust.images.reading import Reading, square
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8)

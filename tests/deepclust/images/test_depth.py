@@ -13,7 +13,8 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import depth
-from deepclust.images.decode import Reading, inspect, read_image
+from deepclust.images.decode import inspect, read_image
+from deepclust.images.reading import Reading
 
 SIDE = 16
 RNG = np.random.default_rng(0)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import depth
-from deepclust.images.decode import Reading, inspect, read_image
+from deepclust.images.decode import inspect, read_image
+from deepclust.images.reading import Reading
 from tests.deepclust.images.test_decode import UPRIGHT
 
 SIDE = 12
