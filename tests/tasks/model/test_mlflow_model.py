@@ -40,11 +40,11 @@ def root(labelled: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFac
         yield root
 
 
-def load() -> Any:
+def load(encoder: str = "swav") -> Any:
     import mlflow
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    return mlflow.pyfunc.load_model("models:/deepclust-swav@champion", model_config={"device": "cpu"})
+    return mlflow.pyfunc.load_model(f"models:/deepclust-{encoder}@champion", model_config={"device": "cpu"})
 
 
 def check(table: Any, images: np.ndarray) -> None:
@@ -91,19 +91,24 @@ def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of
 @pytest.fixture(scope="module")
 def send(root: Path) -> Iterator[Any]:
     """What MLflow's scoring server answers to a body: the status and the text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which the server sets for good
+        yield serve(load())
+
+
+def serve(model: Any) -> Any:
+    """A function that sends a body to MLflow's scoring server."""
     from fastapi.testclient import TestClient
     from mlflow.pyfunc import scoring_server
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which the server sets for good
-        client = TestClient(scoring_server.init(load()), raise_server_exceptions=False)
+    client = TestClient(scoring_server.init(model), raise_server_exceptions=False)
 
-        def answer(body: Any, content: str = "application/json") -> tuple[int, str]:
-            text = body if isinstance(body, str) else json.dumps(body)
-            found = client.post("/invocations", content=text, headers={"content-type": content})
-            return found.status_code, found.text
+    def answer(body: Any, content: str = "application/json") -> tuple[int, str]:
+        text = body if isinstance(body, str) else json.dumps(body)
+        found = client.post("/invocations", content=text, headers={"content-type": content})
+        return found.status_code, found.text
 
-        yield answer
+    return answer
 
 
 def test_over_http_whole_numbers_are_the_images_that_they_are_in_python(root: Path, send: Any) -> None:
@@ -163,6 +168,34 @@ def test_over_http_other_images_are_refused_in_one_line_with_the_remedy(send: An
     assert status == 400
     assert re.match(message, json.loads(text)["message"])
     assert "\\n" not in text
+
+
+def test_deep_images_have_the_white_of_the_training_images_in_python_and_over_http(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    stored = json.loads(layout.STATISTICS.read_text())
+    layout.STATISTICS.write_text(json.dumps(stored | {"white": {"uint16": [0, 1023], "float32": [-1, 1]}}))
+    register.register("random")
+    layout.STATISTICS.write_text(json.dumps(stored))
+    model = load("random")
+    shallow = np.load(layout.split("test") / "images.npy")[:3]
+    deep = np.rint(shallow / 255 * 1023).astype(np.uint16)
+    expected = np.stack(model.predict(shallow)["embedding"])
+    assert not np.allclose(expected[0], expected[1])
+    np.testing.assert_allclose(np.stack(model.predict(deep)["embedding"]), expected, rtol=1e-5, atol=1e-6)
+    signed = (shallow / 127.5 - 1).astype(np.float32)
+    np.testing.assert_allclose(np.stack(model.predict(signed)["embedding"]), expected, rtol=1e-5, atol=1e-6)
+    send = serve(model)
+    status, text = send({"inputs": deep.tolist(), "params": {"depth": "uint16"}})
+    assert status == 200
+    found = np.array([row["embedding"] for row in json.loads(text)["predictions"]])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert send({"inputs": shallow.tolist(), "params": {"depth": "uint8"}})[0] == 200
+    for body in ({"inputs": deep.tolist()}, {"inputs": deep.tolist(), "params": {"depth": "uint12"}}):
+        status, text = send(body)
+        assert status == 400
+        assert "expected pixels of uint8 or uint16 or float32, got" in text
 
 
 def test_over_http_tables_are_refused_and_named(send: Any) -> None:
