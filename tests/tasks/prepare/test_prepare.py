@@ -109,7 +109,17 @@ def test_images_labels_and_items_are_in_one_order(monkeypatch: pytest.MonkeyPatc
         for row in items(split):
             assert row["id"] == hashlib.sha256(Path("data", row["path"]).read_bytes()).hexdigest()
     assert {path.name for path in Path("artifacts/prepare").rglob("*")} == {
-        *("train", "test", "images.npy", "labels.npy", "items.csv", "heldout.npy", "statistics.json", "meta.json")
+        *(
+            "train",
+            "test",
+            "images.npy",
+            "labels.npy",
+            "items.csv",
+            "heldout.npy",
+            "statistics.json",
+            "meta.json",
+            "lineage.json",
+        )
     }
 
 
