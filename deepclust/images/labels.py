@@ -201,7 +201,7 @@ class _Places:
     def of(self, text: str) -> list[str] | None:
         """No image, one, or several that differ in their suffix; None if the path leaves the folder."""
         path = PurePosixPath(unicodedata.normalize("NFC", text).replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", text):
+        if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", text):
             return None
         paths = [str(PurePosixPath(start) / path) for start in self._starts]
         if path.parts[:1] == (self._name,):
