@@ -25,7 +25,7 @@ class _Name(NamedTuple):
 
 
 def wrappings(images: Collection[str]) -> list[str]:
-    """ "" and each folder that all images lie in, from the outside in: `flowers/`, `flowers/images/`."""
+    """The root, which is an empty string, and each folder that all images lie in: `flowers/`, `flowers/images/`."""
     found = [""]
     while len(heads := {image.removeprefix(found[-1]).partition("/")[:2] for image in images}) == 1:
         head, slash = heads.pop()
@@ -142,14 +142,13 @@ def _pair(paths: Collection[str]) -> tuple[str, str] | None:
 
 
 def _wrapping(side: Side) -> str | None:
-    """The one folder that all images lie in, or all but the unlabelled ones beside `train`, if it has folders."""
+    """The one folder that all images, or all but the unlabelled ones, lie in, if it has folders."""
     labelled = [path for path in side.values() if path.split("/", 1)[0].lower() not in UNLABELLED or "/" not in path]
     heads = {path.partition("/")[:2] for path in labelled}
     if len(heads) != 1:
         return None
     head, slash = heads.pop()
-    alone = len(labelled) == len(side) or _name(head) == _Name(("train",), ())
-    return head if slash and alone and any(path.count("/") > 1 for path in labelled) else None
+    return head if slash and any(path.count("/") > 1 for path in labelled) else None
 
 
 def _strip(side: Side, wrapping: str) -> None:

@@ -132,7 +132,7 @@ def test_the_test_folder_is_test_before_val_unless_it_has_no_classes_and_others_
         (["train/train/a/1.png", "train/train/b/2.png", "test/a/3.png"], ["a", "b"]),
         (["train/train/a/1.png", "train/train/b/2.png", "test/test/3.png"], ["a", "b"]),
         (["train/a/x/1.png", "train/b/2.png", "test/a/x/3.png"], ["a", "b"]),
-        (["train/a/1.png", "train/b/2.png", "unlabelled/3.png"], ["a", "b"]),
+        (["flowers/a/1.png", "flowers/b/2.png", "unlabelled/3.png"], ["a", "b"]),
         (["n01/images/1.png", "n02/images/2.png"], ["n01", "n02"]),
         (["images/1.png", "images/2.png"], []),
         (["data/images/1.png", "data/images/2.png"], []),
