@@ -94,7 +94,8 @@ def _about_copies(source: Source, groups: list[str], labels: Indices, in_both: i
     found: dict[str, set[int]] = {}
     for group, label in zip(groups, labels.tolist(), strict=True):
         found.setdefault(group, set()).update([label] if label >= 0 else [])
-    text = f"{copies} of {len(groups)} images are copies of others (identical bytes or pixels)"
+    are = "is a copy of another" if copies == 1 else "are copies of others"
+    text = f"{copies} of {len(groups)} images {are} (identical bytes or pixels)"
     if odd := sum(len(names) > 1 for names in found.values()):
         text += f", and {odd} {'image has' if odd == 1 else 'images have'} copies with different labels"
     if source.sides is None:
