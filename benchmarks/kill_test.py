@@ -231,6 +231,7 @@ class Workspace:
             shutil.copy(ROOT / file, self.root)
         overrides.apply([*SMALL, *edits], self.root / layout.PARAMS)
         _pictures(self.root / "images")
+        (self.root / "domains").mkdir()
         (self.root / "tmp").mkdir()
         self._log, self._notes = self.root / "log.txt", self.root / "notes"
         self._run([sys.executable, "-m", "tasks.prepare"], {})

@@ -49,9 +49,9 @@ def outputs(encoder: str) -> dict[str, bytes]:
 
 
 def straight(encoder: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """The outputs of a run that nobody stops: two epochs of four updates."""
+    """The outputs of a run that nobody stops: two epochs of five updates."""
     small_run.run("pretrain", monkeypatch, encoder)
-    assert '"steps": 8' in layout.metrics("pretrain", encoder).read_text()
+    assert '"steps": 10' in layout.metrics("pretrain", encoder).read_text()
     found = outputs(encoder)
     shutil.rmtree(layout.ARTIFACTS / "pretrain")
     return found
@@ -73,7 +73,7 @@ def killed_after(step: int, encoder: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("encoder", "step"), [("swav", 3), ("deepcluster_v2", 4), ("moco", 1), ("pcl", 5), ("simsiam", 7)]
+    ("encoder", "step"), [("swav", 3), ("deepcluster_v2", 5), ("moco", 1), ("pcl", 6), ("simsiam", 8)]
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, encoder: str, step: int, capsys: pytest.CaptureFixture[str]
@@ -105,7 +105,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     check = loop._Update.check
 
     def tell(self: Any, *values: float, where: str, rate: float) -> None:
-        if where.startswith("step 5 "):
+        if where.startswith("step 6 "):
             os.kill(os.getpid(), signal.SIGTERM)
         check(self, *values, where=where, rate=rate)
 

@@ -121,7 +121,7 @@ def test_what_is_absent_is_not_compared_and_what_an_earlier_version_made_is_warn
     _assign(monkeypatch)
     warning, assigned = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: whether the artifacts of cluster@random belong together is not known")
-    assert assigned == "32 images assigned, 0 skipped"
+    assert assigned == "32 images assigned, 0 skipped, 0 other files ignored"
 
 
 def test_a_damaged_lineage_is_one_line(here: Path) -> None:

@@ -36,8 +36,8 @@ def _refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def test_a_broken_run_goes_on_with_a_warning_or_stops_as_params_say(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in (workspace / "images").rglob("*.png"):
-        Image.fromarray(np.full((20, 18, 3), 90, dtype=np.uint8)).save(path)
+    for index, path in enumerate((workspace / "images").rglob("*.png")):  # two pictures: one trains, the other tests
+        Image.fromarray(np.full((20, 18, 3), 90 + index % 2, dtype=np.uint8)).save(path)
     small_run.run("prepare", monkeypatch)
     small_run.overrides.apply(["pretrain.watchdog=stop"])
     error = _refusal(monkeypatch, capsys, "simsiam")
