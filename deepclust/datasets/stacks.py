@@ -72,20 +72,17 @@ class Stacks(Source):
         return depth.raw(planes.chosen(self.parts[number].images[index - self.starts[number]], reading.bands))
 
 
-def load(path: str, *, follow_links: bool = False) -> Stacks | None:
-    """The stacks of a folder, or None if it has none, or image files, beside which they do not count.
+def load(path: str, files: find.Files) -> Stacks:
+    """The stacks of a folder.
 
     Args:
-        path: As in params.yaml.
-        follow_links: See `find.images`.
+        path: The folder, as in params.yaml.
+        files: What lies in it, with stacks.
 
     Raises:
-        DataError: If there is no such folder, no stack that can be read, more than one .npz, or one beyond memory.
+        DataError: If there is no stack that can be read, more than one .npz, or one beyond memory.
     """
     root = Path(path).expanduser()
-    files = find.images(root, follow_links)
-    if not files.stacks:
-        return None
     warnings = files.warnings_of_stage()
     parts: list[Part] = []
     for name in files.stacks:

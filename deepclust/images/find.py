@@ -118,7 +118,7 @@ def images(root: Path, follow_links: bool = False) -> Files:
                 else:
                     files.ignored += 1
             elif not entry.is_dir():
-                files.add(path, formats.of(Path(entry.path)) if entry.is_file() else None)
+                files.add(path, formats.of(entry.path) if entry.is_file() else None)
             elif entry.name.lower() in SYSTEM:
                 system[entry.name] += _count(Path(entry.path))
             elif entry.is_symlink():

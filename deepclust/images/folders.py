@@ -44,19 +44,18 @@ class Folder(Source):
         return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
 
 
-def load(path: str, *, max_pixels: int, follow_links: bool = False) -> Folder:
-    """List a folder's images with their labels and, if it states them, their sides. No image is opened yet.
+def load(path: str, files: find.Files, *, max_pixels: int) -> Folder:
+    """The images of a folder with their labels and, if it states them, their sides. No image is opened yet.
 
     Args:
-        path: As in params.yaml.
+        path: The folder, as in params.yaml.
+        files: What lies in it.
         max_pixels: See `decode.read_image`.
-        follow_links: See `find.images`.
 
     Raises:
-        DataError: If there is no such folder, it holds no images, or labels.csv does not fit it.
+        DataError: If it holds no images, or labels.csv does not fit it.
     """
     root = Path(path).expanduser()
-    files = find.images(root, follow_links)
     if not files.images:
         reason = "".join("; the first left out: {path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(

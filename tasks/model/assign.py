@@ -91,7 +91,7 @@ def find(path: Path, follow_links: bool) -> tuple[Path, finding.Files]:
     """
     if path.is_file():
         root, files = path.parent, finding.Files()
-        files.add(path.name, formats.of(path))
+        files.add(path.name, formats.of(str(path)))
     else:
         root, files = path, finding.images(path, follow_links)
     files.skip_stacks("NumPy stack, which only prepare reads: save its images as PNG or TIFF")

@@ -98,10 +98,11 @@ def find(data: Data) -> Source:
     """The source that the parameters name, with its warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
-        links = data.follow_links
-        source = stacks.load(data.folder, follow_links=links) or folders.load(
-            data.folder, max_pixels=data.max_pixels, follow_links=links
-        )
+        files = finding.images(Path(data.folder).expanduser(), data.follow_links)
+        if files.stacks:
+            source = stacks.load(data.folder, files)
+        else:
+            source = folders.load(data.folder, files, max_pixels=data.max_pixels)
     else:
         source = sources.load(data.source)
     for warning in source.warnings:

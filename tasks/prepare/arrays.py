@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,17 @@ from tasks.shared.outputs import environment
 
 _CHUNK_BYTES = 1 << 22
 _REPORT_SECONDS = 10.0
+_TRIED = 32  # images that tell how long one takes
+# Seconds an image. Threads that take turns in Python lose more than they win on small files; they win on photographs,
+# whose decoder needs no turn, and where a disk makes them wait.
+_THREADS_PAY = 5e-4
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
 
 
 def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str) -> Iterator[tuple[int, T | str]]:
-    """Do something to each image, on several threads.
+    """Do something to each image, on several threads where that pays.
 
     Args:
         do: Gives something for image i, or raises DataError with the reason why it can not.
@@ -46,7 +51,14 @@ def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str
                 results.append(str(error))
         return results
 
-    workers = environment.cores()
+    seconds = []
+    for index in indices[:_TRIED]:
+        begin = time.perf_counter()
+        (result,) = attempt([index])
+        seconds.append(time.perf_counter() - begin)
+        yield index, result
+    indices = indices[_TRIED:]
+    workers = environment.cores() if seconds and statistics.median(seconds) > _THREADS_PAY else 1
     due = time.monotonic() + _REPORT_SECONDS
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(indices), 4 * workers * step):  # so that few results wait at once

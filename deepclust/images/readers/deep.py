@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from io import BufferedReader
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ _COLOURS = re.compile(rb"colr\x01..(....)", re.DOTALL)
 _RGB_OR_GREY = (16, 17)
 
 
-def read(file: BufferedReader, image: Image.Image, *, pages: str | int, bands: tuple[int, ...]) -> depth.Raw | None:
+def read(file: BinaryIO, image: Image.Image, *, pages: str | int, bands: tuple[int, ...]) -> depth.Raw | None:
     """Decode a file, or leave it to Pillow, which does well with 8 bits.
 
     Args:
@@ -48,7 +47,7 @@ def read(file: BufferedReader, image: Image.Image, *, pages: str | int, bands: t
     return found._replace(values=planes.chosen(found.values, bands))
 
 
-def _png(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
+def _png(file: BinaryIO, image: Image.Image) -> depth.Raw | None:
     file.seek(0)
     content = file.read(25)
     if content[24] != 16:
@@ -72,7 +71,7 @@ def _png(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
     return depth.raw(planes.upright(values, orientation))._replace(alpha=turned)
 
 
-def _pnm(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
+def _pnm(file: BinaryIO, image: Image.Image) -> depth.Raw | None:
     file.seek(0)
     content = file.read()
     header = _PNM.match(content)
@@ -97,7 +96,7 @@ def _pnm(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
     return depth.raw(values, bits=most.bit_length())
 
 
-def _jpeg_2000(file: BufferedReader, image: Image.Image) -> depth.Raw | None:
+def _jpeg_2000(file: BinaryIO, image: Image.Image) -> depth.Raw | None:
     file.seek(0)
     content = file.read()
     start = content.index(_JPEG2000)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from io import BufferedReader
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
@@ -29,7 +28,7 @@ _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 _LARGE = 1e12
 
 
-def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw:
+def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw:
     """Decode a picture.
 
     Args:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from io import BufferedReader
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -40,7 +39,7 @@ class Header(NamedTuple):
     is_animated: bool
 
 
-def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw:
+def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw:
     """Decode a picture, or one frame of an animation.
 
     Args:

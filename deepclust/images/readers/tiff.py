@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from io import BufferedReader
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,7 @@ _JPEG = (COMPRESSION.OJPEG, COMPRESSION.JPEG)
 logging.getLogger("tifffile").disabled = True  # it tells of faults of files that it reads nevertheless
 
 
-def read(file: BufferedReader, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw | int:
+def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw | int:
     """Decode a TIFF, a page at a time, or leave it to Pillow: plain pictures of 8 bits or fewer.
 
     Args:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from deepclust.datasets import stacks
 from deepclust.errors import DataError
-from deepclust.images import depth
+from deepclust.images import depth, find
 from deepclust.images.reading import Reading
 
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def images(count: int, *shape: int, dtype: str = "uint8") -> np.ndarray:
 
 
 def load(root: Path) -> stacks.Stacks:
-    found = stacks.load(str(root))
+    found = stacks.load(str(root), find.images(root))
     assert found is not None
     return found
 
@@ -82,10 +82,11 @@ def test_npy_files_are_unlabelled_training_images_of_any_depth(tmp_path: Path) -
 
 
 def test_image_files_come_before_stacks_and_a_folder_without_any_has_none(tmp_path: Path) -> None:
-    assert stacks.load(str(tmp_path)) is None
+    assert not find.images(tmp_path).stacks
     np.save(tmp_path / "a.npy", images(3))
+    assert find.images(tmp_path).stacks == ["a.npy"]
     Image.new("L", (4, 4)).save(tmp_path / "1.png")
-    assert stacks.load(str(tmp_path)) is None
+    assert not find.images(tmp_path).stacks
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_unpickled(
 ) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message) as caught:
-        stacks.load(str(tmp_path))
+        stacks.load(str(tmp_path), find.images(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -122,13 +123,13 @@ def test_an_archive_with_damaged_pixels_is_skipped_and_one_beyond_memory_refused
     content[len(content) // 2] ^= 255
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"found none; a\.npz: a damaged NumPy file"):
-        stacks.load(str(tmp_path))
+        stacks.load(str(tmp_path), find.images(tmp_path))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 28, 28)})
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("train_images.npy", header.getvalue())
     with pytest.raises(DataError, match=r"^expected a\.npz to fit into memory, it does not; save its images as files"):
-        stacks.load(str(tmp_path))
+        stacks.load(str(tmp_path), find.images(tmp_path))
 
 
 def test_a_stack_that_does_not_fit_is_skipped_beside_one_that_does_and_two_archives_are_refused(tmp_path: Path) -> None:
@@ -140,4 +141,4 @@ def test_a_stack_that_does_not_fit_is_skipped_beside_one_that_does_and_two_archi
     assert [item["path"] for item in found.skipped] == ["b.npy", "c.npz"]
     np.savez(tmp_path / "c.npz", train_images=images(3))
     with pytest.raises(DataError, match=r"expected one \.npz of images in .*, got a\.npz, c\.npz"):
-        stacks.load(str(tmp_path))
+        stacks.load(str(tmp_path), find.images(tmp_path))

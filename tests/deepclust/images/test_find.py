@@ -60,7 +60,7 @@ def reasons(files: find.Files) -> dict[str, str]:
 def test_a_file_is_what_its_suffix_says_and_without_one_what_it_begins_with(
     tmp_path: Path, name: str, content: bytes, expected: str | None
 ) -> None:
-    found = formats.of(put(tmp_path, name, content=content) / name)
+    found = formats.of(str(put(tmp_path, name, content=content) / name))
     assert (found.name if found else None) == expected
 
 

@@ -25,7 +25,7 @@ def numbered(pattern: str, count: int) -> list[str]:
 
 
 def load(root: Path) -> folders.Folder:
-    return folders.load(str(root), max_pixels=1000)
+    return folders.load(str(root), find.images(root), max_pixels=1000)
 
 
 def labelled(folder: folders.Folder, side: str | None = None) -> dict[str, str | None]:
