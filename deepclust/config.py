@@ -41,7 +41,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 NotEmpty = Field(min_length=1)  # for Annotated[tuple[…, ...], NotEmpty]
 
 _FILE = "params.yaml"  # pydantic's context where a file is read, which states every option
-_STATED = "every parameter is stated in params.yaml"
+_STATED = "every parameter is stated in params.yaml (`python -m tasks.params migrate` adds those that are new)"
 _MOST_COMPLAINTS = 3
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound="type[Any]")

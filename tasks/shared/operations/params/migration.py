@@ -58,7 +58,7 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
         for part in parents:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and last not in section:
-            section[last] = value
+            section.insert(max(0, len(section) - 1), last, value)  # the empty line below belongs to the last key
             yield f"{dotted}: new, {value}"
     if whole:
         methods = document.get("encoders")
