@@ -60,7 +60,7 @@ class Stacks(Source):
         found = self._raw(index, reading)
         height, width = found.values.shape[:2]
         sha256 = hashlib.sha256(np.ascontiguousarray(found.values).data).hexdigest()
-        return decode.Inspected(sha256, width, height, depth.measure(found) if found.is_deep else None)
+        return decode.Inspected(sha256, width, height, depth.measure(found) if found.is_deep else None, found.depth)
 
     def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
         """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""

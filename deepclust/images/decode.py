@@ -22,6 +22,7 @@ from deepclust.images.reading import Reading, square
 
 # Only these decoders: others run programs (EPS) or are seldom exercised, and a file's name says nothing of its content.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_ONE_PAGE = ("JPEG", "MPO")  # further pictures in them are previews and maps of depth
 _SMALL = 1 << 20  # bytes of a file that is held in memory
 _DARK = 64  # mean luminance of what would hardly be seen on black
 
@@ -37,12 +38,16 @@ class Inspected(NamedTuple):
         width: In pixels.
         height: In pixels.
         measured: The values of its pixels if they have more than 8 bits, else None.
+        depth: Name of its depth.
+        has_pages: Whether it has several pages or frames.
     """
 
     sha256: str
     width: int
     height: int
     measured: depth.Measured | None
+    depth: str = depth.EIGHT_BITS
+    has_pages: bool = False
 
 
 def inspect(path: Path, reading: Reading, *, max_pixels: int) -> Inspected:
@@ -60,9 +65,10 @@ def inspect(path: Path, reading: Reading, *, max_pixels: int) -> Inspected:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         picture = _picture(file, reading, max_pixels)
         if isinstance(picture, Image.Image):
-            return Inspected(sha256, *picture.size, None)
+            return Inspected(sha256, *picture.size, None, has_pages=_has_pages(picture))
         height, width = picture.values.shape[:2]
-        return Inspected(sha256, width, height, depth.measure(picture) if picture.is_deep else None)
+        measured = depth.measure(picture) if picture.is_deep else None
+        return Inspected(sha256, width, height, measured, picture.depth, picture.pages > 1)
 
 
 def read_image(path: Path, reading: Reading, *, image_size: int, channels: int, max_pixels: int) -> NDArray[np.uint8]:
@@ -150,8 +156,8 @@ def _picture(file: BinaryIO, reading: Reading, max_pixels: int) -> Image.Image |
 
 def _page(image: Image.Image, count: int | None, reading: Reading) -> Image.Image:
     """The chosen page of a file, or what its pages make together."""
-    if count is None:  # a JPEG's further pictures are previews and maps of depth
-        count = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if count is None:
+        count = 1 if image.format in _ONE_PAGE else getattr(image, "n_frames", 1)
     numbers = planes.page_numbers(reading.pages, count)
     if len(numbers) == 1:
         image.seek(numbers[0])
@@ -164,6 +170,12 @@ def _page(image: Image.Image, count: int | None, reading: Reading) -> Image.Imag
         return np.asarray(_plain(single, reading))
 
     return Image.fromarray(np.rint(planes.combined(map(frame, numbers), reading.pages)).astype(np.uint8))
+
+
+def _has_pages(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # a damaged second frame is not read
+        return image.format not in _ONE_PAGE and getattr(image, "is_animated", False)
+    return False
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -20,6 +20,8 @@ from deepclust.errors import DataError
 Range = tuple[float, float]
 """The values that become black (0) and white (255)."""
 White = float | Literal["auto", "file"]
+EIGHT_BITS = "8 bits"
+"""The depth of what has no more than 256 values, which are black and white as stated."""
 _LARGEST = 1e30  # what is beyond it marks pixels without a value
 
 
@@ -28,10 +30,11 @@ class Raw(NamedTuple):
 
     Attributes:
         values: (H, W) grey or (H, W, 3) RGB, integers or floats.
-        depth: Name of its depth.
+        depth: Name of its depth; `EIGHT_BITS` for fewer too.
         stated: Black and white as the file's format states them.
         inverted: Whether its black is white, as in negatives.
         alpha: (H, W) uint8, 255 opaque, if it has transparency.
+        pages: Of its file.
     """
 
     values: NDArray[Any]
@@ -39,6 +42,7 @@ class Raw(NamedTuple):
     stated: Range
     inverted: bool = False
     alpha: NDArray[np.uint8] | None = None
+    pages: int = 1
 
     @property
     def is_deep(self) -> bool:
@@ -79,7 +83,7 @@ def raw(
     size = bits or 8 * kind.itemsize
     name = f"{'u' if kind.kind == 'u' else ''}int{size}"
     low = 0 if kind.kind == "u" else -(2 ** (size - 1))
-    return Raw(values, name, (float(low), float(low + 2**size - 1)), inverted)
+    return Raw(values, name if size > 8 else EIGHT_BITS, (float(low), float(low + 2**size - 1)), inverted)
 
 
 def measure(found: Raw) -> Measured:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from statistics import median_low
@@ -41,6 +43,7 @@ class Decoded(NamedTuple):
         sums: A hash of each one's pixels.
         reading: How they were read.
         skipped: `path` and `reason` of all others.
+        warnings: What the user should know of how they were read.
     """
 
     file: Path
@@ -49,6 +52,7 @@ class Decoded(NamedTuple):
     sums: list[bytes]
     reading: Reading
     skipped: list[dict[str, str]]
+    warnings: list[str]
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
         meta |= {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
         meta["content_hash"] = content_hash(here.folder, source.classes)
         meta |= {"skipped": decoded.skipped, "ignored": source.ignored}
-        meta |= {"left_out": settled.left_out, "warnings": source.warnings + settled.warnings}
+        meta |= {"left_out": settled.left_out, "warnings": source.warnings + decoded.warnings + settled.warnings}
         stage.write_text(here.folder / layout.META.name, stage.json_text(meta))
         here.metrics(
             {f"{split}_images": count for split, count in images.items()}
@@ -133,7 +137,9 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
     measured = (one.measured for one in seen.values() if one.measured)
     reading = Reading(**how, white=depth.settle(measured, data.white))
     for name, (black, white) in reading.white.items():
-        print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white", flush=True)
+        print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white (data.white)", flush=True)
+    for warning in (warnings := doubts(seen.values(), reading)):
+        print(f"warning: {warning}", flush=True)
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
     shape = (image_size, image_size, channels)
 
@@ -154,7 +160,23 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
     for item in skipped[:20]:
         print(f"skipped {item['path']}: {item['reason']}", flush=True)
     ids = [seen[index].sha256 for index in sums]
-    return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped)
+    return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped, warnings)
+
+
+def doubts(images: Collection[decode.Inspected], reading: Reading) -> list[str]:
+    """Warnings of pages that are not read, and of depths whose black and white are settled apart."""
+    warnings = []
+    several = sum(one.has_pages for one in images)
+    if several and reading.pages == "first":
+        have = "has" if several == 1 else "have"
+        warnings.append(f"{several} of {len(images)} images {have} several pages; the first is read (data.pages)")
+    depths = Counter(one.depth for one in images)
+    if len(depths) > 1:
+        named = ", ".join(f"{count} of {name}" for name, count in sorted(depths.items()))
+        warnings.append(
+            f"images of several depths, whose brightness may not be comparable: {named}; convert all to one depth"
+        )
+    return warnings
 
 
 def own_size(source: Source, seen: dict[int, decode.Inspected]) -> int:

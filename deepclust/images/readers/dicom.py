@@ -26,6 +26,7 @@ warnings.filterwarnings("ignore", module="pydicom")
 # Where multi-frame files state the rescale and the window of all frames, or of each.
 _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 _LARGE = 1e12
+_WINDOWED = "8 bits through a window"
 
 
 def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels: int) -> depth.Raw:
@@ -48,7 +49,8 @@ def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels
     if rows * columns > max_pixels:
         raise DataError(f"{columns} x {rows} pixels, more than data.max_pixels ({max_pixels})")
     _check_compression(head)
-    numbers = planes.page_numbers(pages, int(head.get("NumberOfFrames") or 1))
+    count = int(head.get("NumberOfFrames") or 1)
+    numbers = planes.page_numbers(pages, count)
     first: depth.Raw | None = None
 
     def frames() -> Iterator[NDArray[Any]]:
@@ -61,7 +63,7 @@ def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels
     brightest = "min" if head.PhotometricInterpretation == "MONOCHROME1" else "max"
     values = planes.combined(frames(), brightest if pages == "max" else pages)
     assert first is not None
-    return first._replace(values=values)
+    return first._replace(values=values, pages=count)
 
 
 def _check_compression(head: pydicom.Dataset) -> None:
@@ -139,4 +141,4 @@ def _windowed(found: depth.Raw, stated: pydicom.Dataset) -> depth.Raw | None:
     else:
         return None
     levels = np.rint((shown - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
-    return depth.raw(levels, inverted=found.inverted)
+    return depth.raw(levels, inverted=found.inverted)._replace(depth=_WINDOWED)

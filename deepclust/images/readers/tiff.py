@@ -69,7 +69,7 @@ def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels
         how = "min" if inverted and pages == "max" else pages
         values = planes.combined((stack.page(number, bands) for number in numbers), how)
         values = planes.upright(values, first.tags.valueof("Orientation", 1))
-        return depth.raw(values, kind=stack.kind, bits=stack.bits, inverted=inverted)
+        return depth.raw(values, kind=stack.kind, bits=stack.bits, inverted=inverted)._replace(pages=stack.count)
 
 
 def _is_camera_raw(first: Any) -> bool:

@@ -423,3 +423,37 @@ def test_a_folder_with_a_stack_of_medmnists_layout_is_prepared_as_it_states() ->
         assert np.array_equal(array(split, "images")[..., 0], arrays[f"{split}_images"])
         assert np.array_equal(array(split, "labels"), arrays[f"{split}_labels"][:, 0])
     assert items("test")[3]["path"] == "somemnist.npz/test/000003"
+
+
+def test_images_of_several_depths_are_warned_of_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    noise(*(f"{number}.png" for number in range(3)))
+    for number in range(5):
+        Image.fromarray(np.full((8, 8), 500 + number, np.uint16)).save(f"data/deep{number}.png")
+    meta = run()
+    assert meta["warnings"][0] == (
+        "images of several depths, whose brightness may not be comparable: 3 of 8 bits, 5 of uint16; convert all to "
+        "one depth"
+    )
+    assert f"warning: {meta['warnings'][0]}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "webp"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pages_that_are_not_read_are_warned_of(suffix: str, mode: str) -> None:
+    noise("0.png")
+    noise("1.png")
+    pages = [Image.new("L", (8, 8), level).convert(mode) for level in (10, 90, 200)]
+    pages[0].save(f"data/2.{suffix}", save_all=True, append_images=pages[1:])
+    assert run()["warnings"] == ["1 of 3 images has several pages; the first is read (data.pages)"]
+    assert run(pages="middle", max_skipped=0.9)["warnings"] == []
+
+
+def test_pages_of_deep_tiffs_and_frames_of_dicom_are_warned_of_and_bands_are_none(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for number in range(3):
+        noise(f"{number}.png")
+    planes = np.random.default_rng(0).integers(0, 4096, (3, 8, 8), np.uint16)
+    tifffile.imwrite("data/bands.tif", planes, imagej=True, metadata={"axes": "CYX"})
+    assert not [text for text in run()["warnings"] if "pages" in text]
+    tifffile.imwrite("data/slices.tif", planes, imagej=True, metadata={"axes": "ZYX"})
+    assert "1 of 5 images has several pages; the first is read (data.pages)" in run()["warnings"]

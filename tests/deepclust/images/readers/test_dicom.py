@@ -112,7 +112,7 @@ def test_the_first_window_makes_grey_levels_as_a_viewer_does(tmp_path: Path, slo
     tags = {"RescaleSlope": slope, "RescaleIntercept": -1024, "WindowCenter": [40, 500], "WindowWidth": [400, 1500]}
     expected = window(slope * STORED.astype(float) - 1024, 40, 400)
     found = read(write(tmp_path / "a", STORED, **tags))
-    assert (found.depth, found.is_deep) == ("uint8", False)
+    assert (found.depth, found.is_deep) == ("8 bits through a window", False)
     assert np.array_equal(depth.to_8_bits(found, {}), expected)
     inverted = read(write(tmp_path / "b", STORED, PhotometricInterpretation="MONOCHROME1", **tags))
     assert np.array_equal(depth.to_8_bits(inverted, {}), 255 - expected)

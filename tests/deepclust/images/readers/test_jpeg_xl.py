@@ -35,7 +35,7 @@ def test_values_bits_and_transparency_are_those_that_were_encoded(tmp_path: Path
     values = RNG.integers(0, 2**bits, (5, 8, bands), dtype=np.uint8 if bits == 8 else np.uint16)
     values = values[..., 0] if bands == 1 else values
     found = read(tmp_path, encoded(values, bitspersample=bits))
-    assert (found.depth, found.stated[1]) == (f"uint{bits}", 2**bits - 1)
+    assert (found.depth, found.stated[1]) == (f"uint{bits}" if bits > 8 else "8 bits", 2**bits - 1)
     if bands in (2, 4):
         assert found.alpha is not None
         assert np.array_equal(found.alpha, np.rint(values[..., -1] / (2**bits - 1) * 255))
