@@ -31,6 +31,7 @@ from tasks.shared.outputs import layout, stage
 
 AUTO_SIZES = (8, 64)  # pixels: from and to
 _INSPECTED_AT_ONCE = 64
+_REASONS_SHOWN = 20
 
 
 class Decoded(NamedTuple):
@@ -157,8 +158,8 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
                 rows.append(result[0][None])
                 sums[index] = result[1]
     skipped = [*source.skipped, *({"path": source.paths[index], "reason": failed[index]} for index in sorted(failed))]
-    for item in skipped[:20]:
-        print(f"skipped {item['path']}: {item['reason']}", flush=True)
+    for line in about_skipped(skipped):
+        print(line, flush=True)
     ids = [seen[index].sha256 for index in sums]
     return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped, warnings)
 
@@ -177,6 +178,21 @@ def doubts(images: Collection[decode.Inspected], reading: Reading) -> list[str]:
             f"images of several depths, whose brightness may not be comparable: {named}; convert all to one depth"
         )
     return warnings
+
+
+def about_skipped(skipped: list[dict[str, str]]) -> list[str]:
+    """A line for each reason, with the first file that it holds for."""
+    paths: dict[str, list[str]] = {}
+    for item in skipped:
+        paths.setdefault(item["reason"], []).append(item["path"])
+    shown = list(paths.items())[:_REASONS_SHOWN]
+    lines = [
+        f"skipped {found[0] if len(found) == 1 else f'{len(found)} files, first {found[0]}'}: {reason}"
+        for reason, found in shown
+    ]
+    if more := len(skipped) - sum(len(found) for _, found in shown):
+        lines.append(f"skipped {more} more files for other reasons; {layout.META} lists all")
+    return lines
 
 
 def own_size(source: Source, seen: dict[int, decode.Inspected]) -> int:

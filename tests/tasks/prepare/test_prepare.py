@@ -457,3 +457,17 @@ def test_pages_of_deep_tiffs_and_frames_of_dicom_are_warned_of_and_bands_are_non
     assert not [text for text in run()["warnings"] if "pages" in text]
     tifffile.imwrite("data/slices.tif", planes, imagej=True, metadata={"axes": "ZYX"})
     assert "1 of 5 images has several pages; the first is read (data.pages)" in run()["warnings"]
+
+
+def test_files_that_are_skipped_for_one_reason_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        noise(f"{number}.png")
+    for number in range(30):
+        Path(f"data/{number:02}.nef").write_bytes(b"II*\0 a camera's")
+    Path("data/30.psd").write_bytes(b"8BPS")
+    assert len(run(max_skipped=0.9)["skipped"]) == 31
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    assert lines == [
+        "skipped 30 files, first 00.nef: camera raw: develop it to TIFF or JPEG",
+        "skipped 30.psd: Photoshop: convert it to PNG",
+    ]
