@@ -133,7 +133,7 @@ def images(root: Path, follow_links: bool = False) -> Files:
     files.ignored += system.total()
     if system.total():
         where_from = ", ".join(f"{count} in {name}" for name, count in sorted(system.items()) if count)
-        files.warnings.append(f"ignored images in folders of the system: {where_from}")
+        files.warnings.append(f"ignored images in folders of a NAS or desktop: {where_from}")
     return files
 
 

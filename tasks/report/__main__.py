@@ -30,7 +30,7 @@ from tasks.shared.outputs import layout, prepared, stage
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MAP_ITERATIONS = 500
 _MAP_DIMENSIONS = 50
-_SKIPPED_SHOWN = 200
+_FILES_SHOWN = 200
 
 
 def main() -> None:
@@ -217,7 +217,7 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
     folders = {"data.folder": values.data.folder, "adapt.domains": values.adapt.domains}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         meta=prepared.meta(),
-        skipped_shown=_SKIPPED_SHOWN,
+        files_shown=_FILES_SHOWN,
         rows=rows,
         comparison=comparison,
         adaptation=adaptation,

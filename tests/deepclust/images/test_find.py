@@ -87,7 +87,7 @@ def test_folders_of_the_system_are_not_entered_and_their_images_counted(tmp_path
     )
     files = find.images(tmp_path)
     assert (files.images, files.ignored, files.skipped) == (["cat/1.jpg", "lost and found/3.jpg"], 3, [])
-    assert files.warnings == ["ignored images in folders of the system: 1 in #recycle, 1 in @EADIR, 1 in @eaDir"]
+    assert files.warnings == ["ignored images in folders of a NAS or desktop: 1 in #recycle, 1 in @EADIR, 1 in @eaDir"]
 
 
 def test_stacks_are_listed_and_beside_image_files_skipped_but_tables_of_numbers_are_no_images(tmp_path: Path) -> None:

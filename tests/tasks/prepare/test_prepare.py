@@ -403,7 +403,7 @@ def test_images_of_formats_that_nothing_reads_count_as_skipped_and_those_of_syst
     meta = run(max_skipped=0.2)
     assert [item["path"] for item in meta["skipped"]] == ["dark/a.nef", "light/b.psd", "light/far.png"]
     assert meta["ignored"] == 2
-    assert "ignored images in folders of the system: 1 in @eaDir" in meta["warnings"]
+    assert "ignored images in folders of a NAS or desktop: 1 in @eaDir" in meta["warnings"]
     picture("../none.png", 200)  # now the link leads to an image
     for follow, count in ((False, 20), (True, 21)):
         meta = run(max_skipped=0.2, follow_links=follow)

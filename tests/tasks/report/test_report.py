@@ -17,8 +17,9 @@ from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import __main__ as report
 from tasks.report import adaptation_plots, comparison, plots, prune
+from tasks.shared.operations import params
 from tasks.shared.operations.params import overrides
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, prepared
 from tests.tasks import small_run
 
 NAMES = ("swav", "random", "pixels", "deepcluster_v2")
@@ -101,6 +102,28 @@ def test_baselines_come_first_and_numbers_are_those_of_the_metrics(here: Path) -
     assert float(rows[2]["guard_worst"]) == pytest.approx(adapted["guard"]["worst_setting"], rel=1e-5)
     assert rows[0]["error_bn"] == "", "not applicable to pixels: blank, not zero"
     assert comparison.shown({"guard_worst": 0.0123}, "guard_worst") == "+0.012"
+
+
+def test_the_report_says_how_pixels_were_scaled_and_what_was_warned_of_skipped_and_left_out(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = prepared.meta() | {
+        "white": {"uint16": [0.0, 4095.0], "int HU": [-1024.0, 3071.0]},
+        "ignored": 1234,
+        "warnings": ["3 images <b> have several pages"],
+        "left_out": [{"path": "train/a.png", "reason": "identical to the test image test/b.png"}] * 201,
+    }
+    monkeypatch.setattr(prepared, "meta", lambda: meta)
+    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "galleries": {}}
+    text = report.render(layout.REPORT.parent, pictures | {"adaptation": {}}, comparison.read(), params.load())
+    said = " ".join(re.sub(r"<[^>]*>", " ", text.partition("Data and parameters</h2>")[2]).split())
+    assert said.startswith(
+        "Classes: kind0, kind1, kind2 Pixels of uint16: 0 is black, 4095 is white "
+        "Pixels of int HU: -1024 is black, 3071 is white Other files, ignored: 1,234 "
+        "Warning: 3 images &lt;b&gt; have several pages 1 skipped files kind0/a&lt;b&gt;&amp;.jpg"
+    )
+    assert "201 training images left out train/a.png identical to the test image test/b.png" in said
+    assert "and 1 more, in artifacts/prepare/meta.json" in said
 
 
 def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(here: Path) -> None:
