@@ -159,7 +159,7 @@ def _rows(file: Path, name: str) -> list[Row]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         rows = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: expected a CSV file in UTF-8, got: {error}; save it as such") from error
+        raise DataError(f"{name}: expected a CSV file in UTF-8, got: {error}; save it as CSV UTF-8") from error
     return rows[1:] if stated else rows
 
 
@@ -176,8 +176,8 @@ def _columns(header: list[Row], name: str) -> tuple[int, int, int]:
             raise DataError(f"{name}: expected one column {wanted}, found {several}; call one of them {wanted}")
     if missing := [wanted for wanted, columns in found.items() if not columns]:
         raise DataError(
-            f"{name}: expected the columns path and label in its first line, found no {' and no '.join(missing)}; "
-            "add it"
+            f"{name}: expected the columns path and label in its first line, found {_some(cells) or 'nothing'}; "
+            f"rename or add {' and '.join(missing)}"
         )
     return found["path"][0], found["label"][0], len(cells)
 

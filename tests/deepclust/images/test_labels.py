@@ -59,9 +59,9 @@ def test_usual_ways_to_write_the_same_table_are_read_alike(tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,kind\n", "expected the columns path and label in its first line, found no label; add it"),
-        ("", "found no path and no label"),
-        ("1.png,cat\n", "found no path and no label"),
+        ("path,kind\n", "expected the columns path and label in its first line, found path, kind; rename or add label"),
+        ("", "found nothing; rename or add path and label"),
+        ("1.png,cat\n", "found 1.png, cat; rename or add path and label"),
         ("file,image,label\n", "expected one column path, found file and image; call one of them path"),
         (
             "path,label\n1.png,a\nnone.png,a\n2.png,b\nmore.png,b\n",
