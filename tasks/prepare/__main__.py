@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection
 from functools import partial
@@ -91,10 +92,11 @@ def main() -> None:
             | {f"{split}_labelled": count for split, count in labelled.items()}
             | {"classes": len(source.classes), "skipped": len(decoded.skipped)}
         )
+        named = f" ({', '.join(source.classes[:5])}{' …' if len(source.classes) > 5 else ''})" if source.classes else ""
         print(
             f"{source.name}: {images['train']} training and {images['test']} test images of {image_size} x "
-            f"{image_size} x {channels}, {len(source.classes)} classes, {len(settled.heldout)} labelled images held "
-            f"out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored",
+            f"{image_size} x {channels}, {len(source.classes)} classes{named}, {len(settled.heldout)} labelled images "
+            f"held out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored",
             flush=True,
         )
 
@@ -181,16 +183,16 @@ def doubts(images: Collection[decode.Inspected], reading: Reading) -> list[str]:
 
 
 def about_skipped(skipped: list[dict[str, str]]) -> list[str]:
-    """A line for each reason, with the first file that it holds for."""
-    paths: dict[str, list[str]] = {}
+    """A line for each reason, with the first file that it holds for; numbers in it make no other reason."""
+    alike: dict[str, list[dict[str, str]]] = {}
     for item in skipped:
-        paths.setdefault(item["reason"], []).append(item["path"])
-    shown = list(paths.items())[:_REASONS_SHOWN]
+        alike.setdefault(re.sub(r"\d+", "0", item["reason"]), []).append(item)
+    shown = list(alike.values())[:_REASONS_SHOWN]
     lines = [
-        f"skipped {found[0] if len(found) == 1 else f'{len(found)} files, first {found[0]}'}: {reason}"
-        for reason, found in shown
+        f"skipped {'' if len(items) == 1 else f'{len(items)} files, first '}{items[0]['path']}: {items[0]['reason']}"
+        for items in shown
     ]
-    if more := len(skipped) - sum(len(found) for _, found in shown):
+    if more := len(skipped) - sum(map(len, shown)):
         lines.append(f"skipped {more} more files for other reasons; {layout.META} lists all")
     return lines
 

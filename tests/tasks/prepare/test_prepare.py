@@ -386,7 +386,9 @@ def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.C
     assert meta["train"]["images"] + meta["test"]["images"] == 18
     assert in_one_order("train")
     assert in_one_order("test")
-    assert "skipped dark/03.png: not an image that can be read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "skipped dark/03.png: not an image that can be read" in said
+    assert "2 classes (dark, light), " in said
 
 
 def test_images_of_formats_that_nothing_reads_count_as_skipped_and_those_of_system_folders_as_ignored(
@@ -464,10 +466,13 @@ def test_files_that_are_skipped_for_one_reason_share_a_line(capsys: pytest.Captu
         noise(f"{number}.png")
     for number in range(30):
         Path(f"data/{number:02}.nef").write_bytes(b"II*\0 a camera's")
+    picture("a.png", side=40)
+    picture("b.png", side=41)
     Path("data/30.psd").write_bytes(b"8BPS")
-    assert len(run(max_skipped=0.9)["skipped"]) == 31
+    assert len(run(max_skipped=0.9, max_pixels=1000)["skipped"]) == 33
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert lines == [
         "skipped 30 files, first 00.nef: camera raw: develop it to TIFF or JPEG",
         "skipped 30.psd: Photoshop: convert it to PNG",
+        "skipped 2 files, first a.png: 40 x 40 pixels, more than data.max_pixels (1000)",
     ]
