@@ -145,7 +145,7 @@ def to_8_bits(found: Raw, ranges: Mapping[str, Range]) -> NDArray[np.uint8]:
     if found.is_deep:
         measure(found)
         if found.depth not in ranges:
-            raise DataError(f"its pixels are {found.depth}, those of no training image; convert it to 8 bits")
+            raise DataError(f"its pixels are {found.depth}, as those of no training image are; convert it to 8 bits")
         ends = ranges[found.depth]
     pixels = scaled(found.values, ends)
     return 255 - pixels if found.inverted else pixels

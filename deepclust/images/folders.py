@@ -87,7 +87,7 @@ def load(path: str, files: find.Files, *, max_pixels: int) -> Folder:
         max_pixels=max_pixels,
         warnings=warnings,
         skipped=files.skipped,
-        ignored=files.ignored,
+        ignored=files.ignored - (table is not None),
     )
 
 

@@ -118,7 +118,7 @@ def test_marks_of_missing_pixels_are_refused_and_do_not_scale_the_others(mark: f
 
 def test_a_depth_that_no_training_image_had_is_refused(tmp_path: Path) -> None:
     (path,) = frames(tmp_path, camera(1))
-    with pytest.raises(DataError, match="uint16, those of no training image"):
+    with pytest.raises(DataError, match="uint16, as those of no training image are"):
         read(path, Reading())
 
 

@@ -207,3 +207,11 @@ def test_nothing_outside_of_the_folder_is_ever_listed_and_hidden_files_are_not_s
         "up": "a link to a folder",
         **{ascii(name)[1:-1]: "its name is not UTF-8" for name in not_utf8},
     }
+
+
+def test_a_table_of_labels_is_no_ignored_file_and_with_its_first_line_alone_nothing_is_labelled(tmp_path: Path) -> None:
+    touch(tmp_path, "patient1/1.png", "patient2/1.png", "notes.txt")
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    found = load(tmp_path)
+    assert (found.classes, labelled(found)) == ([], {"patient1/1.png": None, "patient2/1.png": None})
+    assert found.ignored == 1
