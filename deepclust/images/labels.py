@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
 from deepclust.errors import DataError
@@ -20,6 +20,7 @@ _FILES = ("labels.csv", "labels.tsv")
 _PATHS = ("file", "files", "filename", "filepath", "image", "imagename", "imagepath", "img", "imgpath", "imagefile")
 _LABELS = ("labels", "class", "classname", "classlabel", "category", "target")
 _NONE = (*UNLABELLED, "unknown", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "#n/a", "?", "")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)  # neither 1e3 nor 1_0, which are rather names
 _SHOWN = 5  # as many as a message names
 
 Row = tuple[int, list[str]]  # number of the line, and its cells
@@ -115,8 +116,8 @@ def united(labels: Sequence[str | None], what: str, warnings: list[str], *, numb
         numbers: Whether equal numbers, such as 1 and 1.0, are one label too, if all are numbers.
     """
     counts = Counter(label for label in labels if label is not None)
-    key = _number if numbers and all(map(_is_number, counts)) else same
-    spellings: dict[str, list[str]] = {}
+    key: Callable[[str], str | Decimal] = Decimal if numbers and all(map(_NUMBER.fullmatch, counts)) else same
+    spellings: dict[str | Decimal, list[str]] = {}
     for label, _ in sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0])):
         spellings.setdefault(key(label), []).append(label)
     if several := [" = ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]:
@@ -128,17 +129,6 @@ def united(labels: Sequence[str | None], what: str, warnings: list[str], *, numb
 def same(label: str) -> str:
     """What a label is apart from case, blanks and the way in which accents are stored."""
     return " ".join(unicodedata.normalize("NFC", label).casefold().split())
-
-
-def _is_number(label: str) -> bool:
-    try:
-        return math.isfinite(float(label))
-    except ValueError:
-        return False
-
-
-def _number(label: str) -> str:
-    return repr(float(label))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -216,7 +206,7 @@ def _without_none(
     """The same without labels that mean none, of which the spellings are told, and with one spelling a class."""
     known = {label for label in labels.values() if label and label.casefold() not in _NONE}
     none = set(_NONE)
-    if known and {label for label in known if _is_number(label) and float(label) == 1} == known:
+    if known and all(_NUMBER.fullmatch(label) and Decimal(label) == 1 for label in known):
         none -= {"-1", "-1.0"}  # the two classes -1 and 1
     cleaned = {image: None if (label or "").casefold() in none else label for image, label in labels.items()}
     counts = Counter(labels.get(image) for image in images if cleaned.get(image) is None)

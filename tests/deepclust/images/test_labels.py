@@ -108,6 +108,8 @@ def test_a_table_that_does_not_fit_is_one_line_of_error(tmp_path: Path, text: st
             "labels that are taken as one class: '1' = '1.0'; spell",
         ),
         (["1", "1.0", "b", "1", "b"], ["1", "1.0", "b", "1", "b"], None),
+        (["10", "1_0", "1e1", "2", "2"], ["10", "1_0", "1e1", "2", "2"], None),
+        (["9007199254740992", "9007199254740993", "3", "3", "3"],) * 2 + (None,),  # one number as floats
         (["Cat", "cat ", "cat", "dog", "dog"], ["cat", "cat", "cat", "dog", "dog"], "'cat' = 'Cat'; spell them alike"),
         (["hot dog", "Hot  Dog", "x", "x", "x"], ["hot dog", "hot dog", "x", "x", "x"], "'hot dog' = 'Hot  Dog'"),
         (["caf\u00e9", "cafe\u0301", "x", "x", "x"], ["caf\u00e9"] * 2 + ["x"] * 3, "taken as one class"),
