@@ -22,6 +22,7 @@ Range = tuple[float, float]
 White = float | Literal["auto", "file"]
 EIGHT_BITS = "8 bits"
 """The depth of what has no more than 256 values, which are black and white as stated."""
+_FEW = 16  # grey levels
 _LARGEST = 1e30  # what is beyond it marks pixels without a value
 
 
@@ -120,6 +121,27 @@ def settle(measured: Iterable[Measured], white: White) -> dict[str, Range]:
     if white != "auto":
         return dict.fromkeys(stated, (0.0, float(white)))
     return {name: (_black(lows[name]), _white(highs[name], name)) for name in sorted(stated)}
+
+
+def few_levels(measured: Iterable[Measured], ranges: Mapping[str, Range]) -> list[str]:
+    """Warnings of depths in which over a quarter of the pictures have fewer than 16 of the 256 grey levels.
+
+    A hot pixel may have set the white, a mark of missing pixels the black, or cameras of 12 and 16 bits are mixed.
+    """
+    spans: dict[str, list[float]] = {}
+    for one in measured:
+        spans.setdefault(one.depth, []).append(one.high - one.low)
+    warnings = []
+    for name, found in spans.items():
+        black, white = ranges[name]
+        few = sum(span < (white - black) / _FEW for span in found)
+        if 4 * few > len(found):
+            warnings.append(
+                f"{few} of {len(found)} images of {name} pixels get fewer than {_FEW} of 256 grey levels, as "
+                f"{black:.10g} is black and {white:.10g} is white; if few pixels or images have such values, mend them "
+                "or set data.white"
+            )
+    return warnings
 
 
 def _black(low: float) -> float:

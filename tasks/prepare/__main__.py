@@ -137,11 +137,13 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
         else:
             seen[index] = found
     image_size = own_size(source, seen) if data.image_size == "auto" else data.image_size
-    measured = (one.measured for one in seen.values() if one.measured)
+    measured = [one.measured for one in seen.values() if one.measured]
     reading = Reading(**how, white=depth.settle(measured, data.white))
     for name, (black, white) in reading.white.items():
-        print(f"{source.name}: of {name} pixels, {black:g} is black and {white:g} is white (data.white)", flush=True)
-    for warning in (warnings := doubts(seen.values(), reading)):
+        print(
+            f"{source.name}: of {name} pixels, {black:.10g} is black and {white:.10g} is white (data.white)", flush=True
+        )
+    for warning in (warnings := doubts(seen.values(), measured, reading)):
         print(f"warning: {warning}", flush=True)
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
     shape = (image_size, image_size, channels)
@@ -166,9 +168,9 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
     return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped, warnings)
 
 
-def doubts(images: Collection[decode.Inspected], reading: Reading) -> list[str]:
-    """Warnings of pages that are not read, and of depths whose black and white are settled apart."""
-    warnings = []
+def doubts(images: Collection[decode.Inspected], measured: Collection[depth.Measured], reading: Reading) -> list[str]:
+    """Warnings of pages that are not read, of depths whose black and white are settled apart, and of few grey levels."""
+    warnings = depth.few_levels(measured, reading.white)
     several = sum(one.has_pages for one in images)
     if several and reading.pages == "first":
         have = "has" if several == 1 else "have"

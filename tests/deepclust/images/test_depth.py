@@ -54,6 +54,25 @@ def test_a_cameras_frames_keep_their_levels_and_their_brightness_to_each_other(t
     assert np.array_equal(found, np.rint(values / 1023 * 255))
 
 
+def test_a_hot_pixel_or_a_mark_that_leaves_the_other_images_few_levels_is_warned_of(tmp_path: Path) -> None:
+    def warnings(values: np.ndarray) -> list[str]:
+        seen = [inspect(path, Reading(), max_pixels=1000).measured for path in frames(tmp_path, values)]
+        measured = [one for one in seen if one]
+        return depth.few_levels(measured, depth.settle(measured, "auto"))
+
+    values = camera(5)
+    assert not warnings(values)
+    values[3, 2, 2] = 65535
+    assert len(found := warnings(values)) == 1
+    assert found[0].startswith(
+        "4 of 5 images of uint16 pixels get fewer than 16 of 256 grey levels, as 0 is black and "
+    )
+    assert not warnings(np.linspace(0, 4000, 5 * SIDE * SIDE).reshape(5, SIDE, SIDE).astype(np.uint16))
+    values = RNG.random((5, SIDE, SIDE)).astype(np.float32)
+    values[0, 0, 0] = -9999  # of a map, where there is no value
+    assert "4 of 5 images of float32 pixels" in warnings(values)[0]
+
+
 def test_a_further_image_changes_the_scale_only_if_it_needs_a_bit_more(tmp_path: Path) -> None:
     values = np.concatenate([camera(3), np.full((3, SIDE, SIDE), 1023, np.uint16)])
     paths = frames(tmp_path, values)
