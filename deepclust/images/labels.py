@@ -17,6 +17,7 @@ from deepclust.errors import DataError
 
 UNLABELLED = ("unlabelled", "unlabeled")
 _FILES = ("labels.csv", "labels.tsv")
+_ALMOST = re.compile(r"labels?\.(csv|tsv|xlsx?|ods)(\.txt)?", re.IGNORECASE)  # a table, but not one that is read
 _PATHS = ("file", "files", "filename", "filepath", "image", "imagename", "imagepath", "img", "imgpath", "imagefile")
 _LABELS = ("labels", "class", "classname", "classlabel", "category", "target")
 _NONE = (*UNLABELLED, "unknown", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "#n/a", "?", "")
@@ -36,9 +37,12 @@ def find(root: Path, places: Sequence[str], folders: Iterable[str], warnings: li
         warnings: Where this is said.
     """
     found = {}
+    almost = []
     for folder in {*places, *folders}:
         with os.scandir(root / folder) as entries:
-            names = [entry.name for entry in entries if entry.name.lower() in _FILES]
+            names = [entry.name for entry in entries if _ALMOST.fullmatch(entry.name)]
+        almost += [folder + name for name in names if name.lower() not in _FILES]
+        names = [name for name in names if name.lower() in _FILES]
         found[folder] = [folder + name for name in sorted(names, key=lambda name: (name.lower(), name))]
     used = next((table for place in places for table in found[place]), None)
     if others := sorted(table for tables in found.values() for table in tables if table != used):
@@ -46,6 +50,8 @@ def find(root: Path, places: Sequence[str], folders: Iterable[str], warnings: li
         warnings.append(
             f"not used {where}: {_some(others)}; put all labels into one table, {_FILES[0]}, in the folder itself"
         )
+    if almost and not used:
+        warnings.append(f"not read as a table of labels: {_some(sorted(almost))}; save it as {_FILES[0]}")
     return used
 
 

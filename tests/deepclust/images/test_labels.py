@@ -133,3 +133,13 @@ def test_of_several_tables_one_is_read_and_the_others_are_named(tmp_path: Path) 
     assert found == {"x/1.png": "a", "y/2.png": "b"}
     assert len(said) == 1
     assert said[0].startswith("not used beside labels.csv: Labels.tsv, x/labels.tsv; put all labels into one table")
+
+
+@pytest.mark.parametrize("name", ["label.csv", "Labels.xlsx", "labels.csv.txt"])
+def test_a_table_under_nearly_the_right_name_is_no_silent_loss_of_labels(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    text = "path,label\n1.png,a\n2.png,b\n"
+    found, said = read(tmp_path, text, name)
+    assert set(found.values()) == {None}
+    assert said == [f"not read as a table of labels: {name}; save it as labels.csv"]
+    assert read(tmp_path, text) == ({"1.png": "a", "2.png": "b"}, [])
