@@ -20,6 +20,7 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import decode, depth, find, npy
+from deepclust.images.labels import means_none
 from deepclust.images.readers import planes
 from deepclust.images.reading import Reading, square
 from deepclust.images.source import Source
@@ -99,6 +100,13 @@ def load(path: str, files: find.Files) -> Stacks:
     if not sum(len(part.images) for part in parts):
         left_out = "; ".join("{path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(f"expected images in the NumPy files of {root}, found none; {left_out or 'all are empty'}")
+    alone = [part.name for part in parts if part.name in files.stacks]
+    if len(folders := sorted({name.partition("/")[0] for name in alone if "/" in name})) > 1:
+        warnings.append(
+            f"taken as unlabelled training images: the .npy files in {', '.join(folders[:5])}"
+            f"{' …' if len(folders) > 5 else ''}; if these are classes or sides, save one .npz with train_images and "
+            "train_labels, test_images and test_labels"
+        )
     archives = sorted({part.name.rpartition("/")[0] for part in parts if part.name not in files.stacks})
     if len(archives) > 1:
         raise DataError(
@@ -150,6 +158,10 @@ def _parts(root: Path, name: str, warnings: list[str]) -> list[Part]:
 def _checked(images: NDArray[Any]) -> NDArray[Any]:
     if images.dtype.kind not in "uif" or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise DataError(f"{_EXPECTED}, got {images.shape} of {images.dtype}; save its pictures so, or as files")
+    if images.ndim == 3 and images.shape[2] in (1, 3, 4):
+        raise DataError(
+            f"{_EXPECTED}, got one picture of {images.shape}; save it as PNG or TIFF, or stack it with others"
+        )
     return images
 
 
@@ -168,7 +180,10 @@ def _labels(parts: list[Part]) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the classes, and (N,) numbers of them for all parts, -1 unknown."""
     found = [part.labels for part in parts if part.labels is not None]
     values = np.unique(np.concatenate(found)) if found else np.array([], np.int64)
-    classes = values[values != ""] if values.dtype.kind == "U" else values[values >= 0]
+    if values.dtype.kind == "U":
+        classes = values[[not means_none(value) for value in values.tolist()]]
+    else:
+        classes = values[values >= 0]
     numbers = []
     for part in parts:
         column = np.full(len(part.images), -1, np.int64)

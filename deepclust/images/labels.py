@@ -137,6 +137,11 @@ def same(label: str) -> str:
     return " ".join(unicodedata.normalize("NFC", label).casefold().split())
 
 
+def means_none(label: str) -> bool:
+    """Whether a label says that there is none, as `nan` and `unlabelled` do."""
+    return label.strip().casefold() in _NONE
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 

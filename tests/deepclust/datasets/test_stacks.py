@@ -142,3 +142,28 @@ def test_a_stack_that_does_not_fit_is_skipped_beside_one_that_does_and_two_archi
     np.savez(tmp_path / "c.npz", train_images=images(3))
     with pytest.raises(DataError, match=r"expected one \.npz of images in .*, got a\.npz, c\.npz"):
         stacks.load(str(tmp_path), find.images(tmp_path))
+
+
+def test_an_array_of_one_colour_picture_is_no_stack_of_lines(tmp_path: Path) -> None:
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, images(12, 12, 3))
+    with pytest.raises(DataError, match=r"a\.npy: .*, got one picture of \(12, 12, 3\); save it as"):
+        load(tmp_path)
+
+
+def test_folders_of_stacks_are_said_to_be_no_classes(tmp_path: Path) -> None:
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "x.npy", images(3))
+    found = load(tmp_path)
+    assert (found.classes, len(found.warnings)) == ([], 1)
+    assert found.warnings[0].startswith(
+        "taken as unlabelled training images: the .npy files in cat, dog; if the folders"
+    )
+
+
+def test_names_that_mean_no_label_are_no_classes_of_an_archive_either(tmp_path: Path) -> None:
+    names = np.array(["cat", "nan", "dog", "Unlabelled", "", "None"])
+    np.savez(tmp_path / "x.npz", train_images=images(6), train_labels=names)
+    found = load(tmp_path)
+    assert (found.classes, found.labels.tolist()) == (["cat", "dog"], [0, -1, 1, -1, -1, -1])
