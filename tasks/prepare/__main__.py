@@ -169,7 +169,7 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
 
 
 def doubts(images: Collection[decode.Inspected], measured: Collection[depth.Measured], reading: Reading) -> list[str]:
-    """Warnings of pages that are not read, of depths whose black and white are settled apart, and of few grey levels."""
+    """Warnings of few grey levels, of pages that are not read, and of depths whose white is settled apart."""
     warnings = depth.few_levels(measured, reading.white)
     several = sum(one.has_pages for one in images)
     if several and reading.pages == "first":

@@ -157,9 +157,7 @@ def test_folders_of_stacks_are_said_to_be_no_classes(tmp_path: Path) -> None:
         np.save(tmp_path / folder / "x.npy", images(3))
     found = load(tmp_path)
     assert (found.classes, len(found.warnings)) == ([], 1)
-    assert found.warnings[0].startswith(
-        "taken as unlabelled training images: the .npy files in cat, dog; if the folders"
-    )
+    assert found.warnings[0].startswith("taken as unlabelled training images: the .npy files in cat, dog; if these are")
 
 
 def test_names_that_mean_no_label_are_no_classes_of_an_archive_either(tmp_path: Path) -> None:

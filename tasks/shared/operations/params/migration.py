@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml.comments import CommentedMap
+
 from tasks.shared.operations.params import overrides
 
 # Keys that are new, with the value that comes nearest to what was done before.
@@ -56,8 +58,8 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
         *parents, last = dotted.split(".")
         section = document
         for part in parents:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and last not in section:
+            section = section.get(part) if isinstance(section, CommentedMap) else None
+        if isinstance(section, CommentedMap) and last not in section:
             section.insert(max(0, len(section) - 1), last, value)  # the empty line below belongs to the last key
             yield f"{dotted}: new, {value}"
     if whole:
