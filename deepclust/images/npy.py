@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from deepclust.errors import DataError
 
+_BUFFER = 1 << 20  # bytes that are written at once
+
 
 class Header(NamedTuple):
     """What is known of an array without its values.
@@ -85,7 +87,7 @@ class RowFile:
         self.count = 0
         self._shape = shape
         self._dtype = np.dtype(dtype)
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=_BUFFER)
 
     def __enter__(self) -> RowFile:
         self._head = self._write_header()

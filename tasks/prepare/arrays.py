@@ -64,7 +64,8 @@ def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str
         for start in range(0, len(indices), 4 * workers * step):  # so that few results wait at once
             some = indices[start : start + 4 * workers * step]
             parts = [some[begin : begin + step] for begin in range(0, len(some), step)]
-            for part, results in zip(parts, pool.map(attempt, parts), strict=True):
+            attempts = pool.map(attempt, parts) if workers > 1 else map(attempt, parts)
+            for part, results in zip(parts, attempts, strict=True):
                 yield from zip(part, results, strict=True)
             if time.monotonic() > due:
                 print(f"{what}: {start + len(some)} of {len(indices)} images", flush=True)
