@@ -63,7 +63,13 @@ def main() -> None:
             partial = stack.enter_context(export.whole(arguments.out))
             file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
         done = run(model, root, files.images, file, matrix, add, values.embed.batch_size, values.data.max_pixels)
-    skipped = len(files.images) - done + len(files.skipped)
+        skipped, total = len(files.images) - done + len(files.skipped), len(files.images) + len(files.skipped)
+        most = values.data.max_skipped if arguments.max_skipped is None else arguments.max_skipped
+        if skipped > most * total:
+            raise DataError(
+                f"expected at most {most:g} of the images to be skipped (data.max_skipped), got {skipped} of {total}; "
+                "see the reasons above, or give --max-skipped"
+            )
     print(f"{done} images assigned, {skipped} skipped, {files.ignored} other files ignored", file=sys.stderr)
 
 
@@ -74,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the table here (CSV)")
     parser.add_argument("--embeddings", type=Path, help="write the embeddings here (.npy), rows as in the table")
     parser.add_argument("--export", type=Path, help="a new folder: the images, one folder a cluster")
+    parser.add_argument("--max-skipped", type=float, help="fraction in place of data.max_skipped, from 0 to 1")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="with --export: copy the images (the default)")
     how.add_argument("--link", action="store_true", help="with --export: symbolic links to the images")

@@ -45,7 +45,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         lineage.write(Path("artifacts", stage), {})
 
     def main(*words: str) -> dict[str, dict[str, Any]]:
-        monkeypatch.setattr("sys.argv", ["assign", "--encoder", "pixels", *words])
+        most = [] if "--max-skipped" in words else ["--max-skipped", "1"]
+        monkeypatch.setattr("sys.argv", ["assign", "--encoder", "pixels", *most, *words])
         assign.main()
         captured = capsys.readouterr()
         said[:] = captured.err.splitlines()
@@ -149,6 +150,20 @@ def test_what_is_missing_is_one_line_that_says_what_to_run(run: Run, capsys: pyt
     fails("they belong to another encoder", "new")
     Path("artifacts/cluster/pixels/centroids.npy").unlink()
     fails("expected clusters in artifacts/cluster/pixels, found none; run its cluster stage", "new")
+
+
+def test_more_skipped_images_than_max_skipped_are_one_line_and_no_table(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("new/a.psd").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="2"):
+        run("new", "--out", "table.csv", "--max-skipped", "0.19")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: expected at most 0.19 of the images to be skipped (data.max_skipped), got 1 of 5; see the reasons "
+        "above, or give --max-skipped"
+    )
+    assert not Path("table.csv").exists()
+    assert len(run("new", "--max-skipped", "0.2")) == 4
 
 
 def test_every_image_that_is_left_out_is_named_and_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
