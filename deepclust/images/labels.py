@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
@@ -119,10 +119,13 @@ def united(labels: Sequence[str | None], what: str, warnings: list[str], *, numb
         labels: None is no label.
         what: They are called so in a warning.
         warnings: Where it is said.
-        numbers: Whether equal numbers, such as 1 and 1.0, are one label too, if all are numbers.
+        numbers: Whether equal numbers, such as 1 and 1.0, are one label too.
     """
     counts = Counter(label for label in labels if label is not None)
-    key: Callable[[str], str | Decimal] = Decimal if numbers and all(map(_NUMBER.fullmatch, counts)) else same
+
+    def key(label: str) -> str | Decimal:
+        return Decimal(label) if numbers and _NUMBER.fullmatch(label) else same(label)
+
     spellings: dict[str | Decimal, list[str]] = {}
     for label, _ in sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0])):
         spellings.setdefault(key(label), []).append(label)

@@ -93,12 +93,16 @@ def doubts(paths: Collection[str]) -> list[str]:
         all(name.sides for name in names) and any(name.others in paired for name in names if name.sides[0] in _TEST)
     ):
         return [f"the {len(inside)} classes look like parts of a data set: {shown}; {remedy}"]
-    common = next(iter(inside.values()))
-    if len(common) > 1 and "" not in common and all(each == common for each in inside.values()):
-        what = "look like its splits" if all(_name(each).sides for each in common) else "might be the classes"
+    below = set().union(*inside.values())
+    if "" not in below and all(_name(each).sides for each in below):
         return [
-            f"all {len(inside)} classes ({shown}) have the same sub-folders, which {what}: {_some(sorted(common))}; "
-            + ("move them above the class folders" if "splits" in what else remedy)
+            f"all {len(inside)} classes ({shown}) have sub-folders that look like splits: {_some(sorted(below))}; move "
+            "them above the class folders"
+        ]
+    if "" not in below and len(below) > 1 and all(each == below for each in inside.values()):
+        return [
+            f"all {len(inside)} classes ({shown}) have the same sub-folders, which might be the classes: "
+            f"{_some(sorted(below))}; {remedy}"
         ]
     return []
 

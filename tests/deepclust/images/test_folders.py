@@ -155,7 +155,11 @@ def test_folders_that_wrap_a_data_set_or_a_side_are_no_classes(
         ),
         (
             [f"{kind}/{side}/1.png" for kind in ("cat", "dog") for side in ("train", "test")],
-            "(cat, dog) have the same sub-folders, which look like its splits: test, train; move them above the class",
+            "(cat, dog) have sub-folders that look like splits: test, train; move them above the class folders",
+        ),
+        (
+            ["images/train/1.png", "images/val/2.png", "masks/train/1.png"],
+            "(images, masks) have sub-folders that look like splits: train, val; move them above",
         ),
         (
             [f"{camera}/{kind}/1.png" for camera in ("left", "right") for kind in ("cat", "dog")],

@@ -107,7 +107,7 @@ def test_a_table_that_does_not_fit_is_one_line_of_error(tmp_path: Path, text: st
             ["1", "1", "2", "1", "2"],
             "labels that are taken as one class: '1' = '1.0'; spell",
         ),
-        (["1", "1.0", "b", "1", "b"], ["1", "1.0", "b", "1", "b"], None),
+        (["1", "1.0", "unsure", "1", "unsure"], ["1", "1", "unsure", "1", "unsure"], "'1' = '1.0'; spell"),
         (["10", "1_0", "1e1", "2", "2"], ["10", "1_0", "1e1", "2", "2"], None),
         (["9007199254740992", "9007199254740993", "3", "3", "3"],) * 2 + (None,),  # one number as floats
         (["Cat", "cat ", "cat", "dog", "dog"], ["cat", "cat", "cat", "dog", "dog"], "'cat' = 'Cat'; spell them alike"),
