@@ -92,7 +92,10 @@ class _Stack:
 
     def __init__(self, series: Any) -> None:
         self._series, self.first = series, series.keyframe
-        shape, axes = series.get_shape(squeeze=False), series.get_axes(squeeze=False)
+        # With axes of length 1, which tifffile left out by default before version 2026.5.2.
+        whole = hasattr(series, "get_shape")
+        shape = series.get_shape(squeeze=False) if whole else series.shape
+        axes = series.get_axes(squeeze=False) if whole else series.axes
         own = math.prod(self.first.shape)
         inside = next((at for at in range(len(shape)) if math.prod(shape[at:]) == own), len(shape))
         self._outside = list(zip(axes[:inside], shape[:inside], strict=True))
