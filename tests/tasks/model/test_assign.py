@@ -166,6 +166,15 @@ def test_more_skipped_images_than_max_skipped_are_one_line_and_no_table(
     assert len(run("new", "--max-skipped", "0.2")) == 4
 
 
+def test_nothing_is_written_into_the_folder_of_images(run: Run) -> None:
+    def seen() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (Path("new"), *Path("new").rglob("*"))}
+
+    before = seen()
+    run("new", "--out", "table.csv", "--embeddings", "e.npy", "--export", "sorted")
+    assert seen() == before
+
+
 def test_every_image_that_is_left_out_is_named_and_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.psd", "sub/b.dng", "notes.txt", "c.png"):
         Path("new", name).write_bytes(b"x")

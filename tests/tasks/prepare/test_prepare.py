@@ -450,7 +450,7 @@ def test_pages_that_are_not_read_are_warned_of(suffix: str, mode: str) -> None:
     assert run(pages="middle", max_skipped=0.9)["warnings"] == []
 
 
-def test_pages_of_deep_tiffs_and_frames_of_dicom_are_warned_of_and_bands_are_none(tmp_path: Path) -> None:
+def test_pages_of_deep_tiffs_are_warned_of_and_bands_are_no_pages() -> None:
     tifffile = pytest.importorskip("tifffile")
     for number in range(3):
         noise(f"{number}.png")
