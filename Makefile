@@ -3,7 +3,7 @@
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
 #   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…
-#   make lint       ruff and mypy;  make lock: pin the dependencies anew
+#   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make audit: are weaknesses of them known?
 
 PYTHON ?= python3
 ENGINE ?= docker
@@ -15,7 +15,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: pipeline test serve stop image lint lock setup
+.PHONY: pipeline test serve stop image lint lock audit setup
 .DEFAULT_GOAL := pipeline
 
 pipeline: setup
@@ -42,6 +42,10 @@ image:
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet -o requirements.lock
+
+# Strict: a package that the advisories' source does not know counts as a failure, not as a package without weaknesses.
+audit: $(BIN)/uv
+	$(BIN)/uv tool run --quiet pip-audit==2.10.1 --strict --disable-pip --require-hashes -r requirements.lock
 
 setup: $(READY)
 
