@@ -10,72 +10,114 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import cast
 
-from prefect.settings import PREFECT_API_URL, temporary_settings
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 
+from flows import access
+from tasks.shared.operations.lock import locked
 from tasks.shared.operations.processes import child_processes
 from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.operations.text import masked
 
-HOME = Path(".prefect")  # the runs of this workspace; `make serve` shows them too
 _PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores
 
 
 @contextlib.contextmanager
-def configured() -> Iterator[str]:
+def configured(*, hold: Sequence[int] = ()) -> Iterator[str]:
     """Use the server that is configured, else start one that ends with this process; yields its address.
 
     Prefect would start a temporary server itself, but a flow ended by SIGKILL would leave that one running.
 
+    Args:
+        hold: Descriptors that the started server's supervisor keeps open, such as a locked file's.
+
     Raises:
-        StageError: If the server does not come up.
+        StageError: If the server does not come up, or refuses this client.
     """
-    url = PREFECT_API_URL.value() or _start()
-    with temporary_settings({PREFECT_API_URL: url}):
+    if url := PREFECT_API_URL.value():
+        settings = {PREFECT_API_URL: url}
+        _admitted(url)
+    else:
+        settings = {PREFECT_API_AUTH_STRING: access.credential()}
+        settings[PREFECT_API_URL] = url = _start(hold)
+    with temporary_settings(settings):
         yield url
 
 
-def _start() -> str:
-    family = child_processes.ChildProcesses(grace=3)
+def _admitted(url: str) -> None:
+    """Refuse a server that can not be used, in seconds, where Prefect would try for minutes."""
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 20}),
+            get_client(sync_client=True) as client,
+        ):
+            client.hello()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+            raise StageError(refused(url)) from error
+        why = masked(str(error).partition("\n")[0]) or type(error).__name__
+        raise StageError(
+            f"expected a Prefect server at {masked(url)} (PREFECT_API_URL), got {why}; start it, or unset the variable"
+        ) from error
+
+
+def refused(url: str) -> str:
+    """What to do about a server that answers with status 401."""
+    return (
+        f"expected PREFECT_API_AUTH_STRING to be what the server at {masked(url)} asks for, but it refuses the request "
+        f'(status 401); if `make serve` started it: export PREFECT_API_AUTH_STRING="$(cat {access.FILE})"'
+    )
+
+
+def _start(hold: Sequence[int]) -> str:
+    family = child_processes.ChildProcesses(grace=3, hold=hold)
     atexit.register(family.stop)  # not sooner: Prefect sends its last logs while the interpreter exits
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    HOME.mkdir(exist_ok=True)
+    access.HOME.mkdir(mode=0o700, exist_ok=True)
     # To a file, because a server that is being stopped prints errors about its own cancelled tasks.
-    log = HOME / "server.log"
-    with log.open("wb") as errors:
+    log = access.HOME / "server.log"
+    with locked("server"), log.open("wb") as errors:  # two servers can not migrate one database at once
+        port = _free_port()
+        url = f"http://127.0.0.1:{port}/api"
         server = family.start(
             [
                 *(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)),
                 *("--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"),
             ],
-            env={"PREFECT_HOME": str(HOME.resolve())},
+            env=access.server_environment(url),
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-    begin = time.monotonic()
-    while not answers(url):
-        if server.poll() is not None:
-            raise StageError(f"Prefect's server ended with status {server.returncode}; see {log}")
-        if time.monotonic() - begin > _PATIENCE:
-            raise StageError(f"Prefect's server did not answer within {_PATIENCE:g} s; is the machine overloaded?")
-        time.sleep(0.2)
+        begin = time.monotonic()
+        while not answers(url):
+            if server.poll() is not None:
+                raise StageError(f"Prefect's server ended with status {server.returncode}; see {log}")
+            if time.monotonic() - begin > _PATIENCE:
+                raise StageError(f"Prefect's server did not answer within {_PATIENCE:g} s; is the machine overloaded?")
+            time.sleep(0.2)
     return url
 
 
 def answers(url: str) -> bool:
-    """Whether a Prefect server answers at this address (`…/api`)."""
+    """Whether a Prefect server answers at this address (`…/api`). It need not admit who asks."""
     with (
         contextlib.suppress(OSError, http.client.HTTPException, ValueError),
-        get(f"{url}/health", seconds=2) as reply,
+        get(f"{url}/health", seconds=5) as reply,
     ):
         return reply.status == 200 and reply.read().strip() == b"true"
     return False
 
 
-def get(url: str, *, seconds: float) -> http.client.HTTPResponse:
+def get(url: str, *, seconds: float, auth: str | None = None) -> http.client.HTTPResponse:
     """Open an address of the server, without the environment's proxy, which may not reach this machine.
 
     Raises:
@@ -83,7 +125,10 @@ def get(url: str, *, seconds: float) -> http.client.HTTPResponse:
         http.client.HTTPException: If what answers does not speak HTTP.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return cast(http.client.HTTPResponse, opener.open(url, timeout=seconds))
+    request = urllib.request.Request(url)
+    if auth:
+        request.add_unredirected_header("Authorization", access.authorization(auth))
+    return cast(http.client.HTTPResponse, opener.open(request, timeout=seconds))
 
 
 def _free_port() -> int:
