@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from threading import Semaphore
 from typing import Any
 
@@ -21,7 +23,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
-from flows import server
+from flows import server, watchdog
 from flows.stage import RETRIES, RETRY_SECONDS
 from tasks.report import summary
 from tasks.shared.operations import params, tracking
@@ -30,6 +32,9 @@ from tasks.shared.operations.params import overrides
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.shared.outputs import environment
+
+# The workspace that `main` has locked since before it started the server. A flow that a worker runs locks it itself.
+_held: ContextVar[Workspace] = ContextVar("_held")
 
 
 def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
@@ -83,7 +88,7 @@ def pretrain_and_eval(
     """
     logger = get_run_logger()
     try:
-        with Workspace() as workspace:
+        with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
             return _run(workspace, targets, overrides, force)
     except DeepclustError as error:
         logger.error("error: %s", error)
@@ -100,26 +105,26 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     _check(targets, edits)
     if edits:
         logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
-    stages = workspace.select(targets)
-    unchanged = set() if force else workspace.unchanged()
-    logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
-    parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
-    status = "KILLED"
-    try:
-        report = _run_stages(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {})
-        status = "FAILED" if report.failed else "FINISHED"
-    finally:
-        workspace.stop()
-        if parent:
-            tracking.close_pipeline(parent, status)
-    table = summary.comparison() if "report" in report.outcomes else []
+    with watchdog.stages_run():
+        stages = workspace.select(targets)
+        unchanged = set() if force else workspace.unchanged()
+        logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
+        parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
+        status = "KILLED"
+        try:
+            report = _run_stages(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {})
+            status = "FAILED" if report.failed else "FINISHED"
+        finally:
+            workspace.stop()
+            if parent:
+                tracking.close_pipeline(parent, status)
+        table = summary.comparison() if "report" in report.outcomes else []
+        text = summary.text(stages, report, table)
+        logger.log(logging.ERROR if report.failed else logging.INFO, "\n%s", text)
     if table:
         create_markdown_artifact(summary.markdown(table), key="comparison", description="Encoders compared")
-    text = summary.text(stages, report, table)
     if report.failed:
-        logger.error("\n%s", text)
         return Failed(message="failed: " + ", ".join(report.failed))
-    logger.info("\n%s", text)
     return Completed(message=f"{len(stages)} stages up to date")
 
 
@@ -156,6 +161,17 @@ def _run_stages(
     return report
 
 
+@contextmanager
+def _hold() -> Iterator[Workspace]:
+    """Lock the workspace for the flow that the body calls."""
+    with Workspace() as workspace:
+        token = _held.set(workspace)
+        try:
+            yield workspace
+        finally:
+            _held.reset(token)
+
+
 def main() -> None:
     """Run the flow here, on an embedded server if none is configured."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
@@ -164,13 +180,17 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     arguments = parser.parse_args()
     with errors_as_one_line():
-        with Workspace():  # refuse what can not run before the server is started, which takes a while
-            _check(arguments.targets, arguments.override)
         try:
-            with server.configured():
-                state = pretrain_and_eval(
-                    targets=arguments.targets, overrides=arguments.override, force=arguments.force, return_state=True
-                )
+            with _hold() as workspace:
+                # Refuse what can not run before the server is started, which takes a while.
+                _check(arguments.targets, arguments.override)
+                with server.configured(hold=workspace.descriptors):
+                    state = pretrain_and_eval(
+                        targets=arguments.targets,
+                        overrides=arguments.override,
+                        force=arguments.force,
+                        return_state=True,
+                    )
         except KeyboardInterrupt:
             sys.exit(130)
         except TerminationSignal:

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import httpx
@@ -23,7 +24,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import access
+from flows import access, watchdog
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.processes import child_processes
 from tasks.shared.operations.processes.dvc_runner import StageError
@@ -36,7 +37,8 @@ _PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores
 def configured(*, hold: Sequence[int] = ()) -> Iterator[str]:
     """Use the server that is configured, else start one that ends with this process; yields its address.
 
-    Prefect would start a temporary server itself, but a flow ended by SIGKILL would leave that one running.
+    Prefect would start a temporary server itself, but a flow ended by SIGKILL would leave that one running. If the
+    server is lost, the process ends: see watchdog.py.
 
     Args:
         hold: Descriptors that the started server's supervisor keeps open, such as a locked file's.
@@ -50,7 +52,10 @@ def configured(*, hold: Sequence[int] = ()) -> Iterator[str]:
     else:
         settings = {PREFECT_API_AUTH_STRING: access.credential()}
         settings[PREFECT_API_URL] = url = _start(hold)
-    with temporary_settings(settings):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(temporary_settings(settings))
+        if answers(url):  # else it is only reached in ways that Prefect knows, such as a proxy
+            stack.enter_context(watchdog.watched(masked(url), partial(answers, url)))
         yield url
 
 

@@ -14,7 +14,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import server
+from flows import server, watchdog
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, Workspace, check
@@ -32,7 +32,7 @@ def stage(name: str) -> State[Any]:
     """
     logger = get_run_logger()
     try:
-        with Workspace(alone=False) as workspace:
+        with watchdog.stages_run(), Workspace(alone=False) as workspace:
             if workspace.one(name) == "prepare":
                 check(params.load())
             outcome = _run(workspace, name)

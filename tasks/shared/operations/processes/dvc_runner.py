@@ -89,13 +89,18 @@ class Workspace:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         # The supervisors hold the lock too: after a SIGKILL to the flow, none begins until its stages are gone.
-        self._children = child_processes.ChildProcesses(hold=[self._lock.fileno()])
+        self._children = child_processes.ChildProcesses(hold=self.descriptors)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
         if self._lock:
             self._lock.close()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The lock's descriptor: a process that keeps it open keeps other flows out as long as it lives."""
+        return [self._lock.fileno()] if self._lock else []
 
     def stop(self) -> None:
         """End every running stage; none can be started afterwards."""
