@@ -34,7 +34,6 @@ SOURCE_BATCH = 256
 PREDICTIONS = [
     *("classifier", "setting", "batch_size", "shift", "path", "adapter", "guarded", "prediction", "confidence")
 ]
-SECONDS = ["classifier", "setting", "batch_size", "adapter", "guarded", "seconds_per_image"]
 Rows = list[dict[str, Any]]
 
 
@@ -115,7 +114,6 @@ def main() -> None:
             }
         )
         stage.write_text(here.folder / "table.csv", stage.table(table, measuring.COLUMNS))
-        stage.write_text(here.folder / "seconds.csv", stage.table(seconds, SECONDS))
         here.curve(table, measuring.COLUMNS)
 
 
@@ -153,7 +151,7 @@ def source_batches(seed: int) -> Iterator[Tensor]:
 
 
 class Measured(NamedTuple):
-    """Rows of table.csv and seconds.csv, and why adapters do not apply."""
+    """Rows of table.csv, the seconds an image of each adapter, and why adapters do not apply."""
 
     table: Rows
     seconds: Rows

@@ -117,7 +117,7 @@ def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]
         for group in groups
         if (group.classifier, group.batch_size) == (groups[0].classifier, groups[0].batch_size)
     ]
-    names, means = adaptation.mean_table(groups, table(made / "seconds.csv"))
+    names, means = adaptation.mean_table(groups)
     with (made / "predictions.csv").open(encoding="utf-8") as file:
         predicted = len(list(itertools.islice(file, 2))) > 1  # the rest may be long
     metrics, linear = comparison.stage_metrics("adapt", encoder), comparison.stage_metrics("linear", encoder)

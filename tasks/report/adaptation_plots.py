@@ -51,12 +51,10 @@ class Mean(NamedTuple):
 
     Attributes:
         percent: Mean errors.
-        milliseconds: Of an image; a guard asks the source model and bn as well.
         best: Whether it is the group's smallest error.
     """
 
     percent: tuple[str, str]
-    milliseconds: tuple[str, str]
     best: tuple[bool, bool]
 
 
@@ -186,9 +184,8 @@ def indicators(group: Group) -> list[Grid]:
     return grids
 
 
-def mean_table(found: Sequence[Group], seconds: Sequence[Row]) -> tuple[list[str], dict[str, list[Mean]]]:
+def mean_table(found: Sequence[Group]) -> tuple[list[str], dict[str, list[Mean]]]:
     """Adapters, and for each group that has errors their means, in the adapters' order."""
-    cost = {(_key(row), _who(row)): float(row["seconds_per_image"]) for row in seconds}
     measured = [(group, means) for group in found if (means := group.means())]
     names = list(dict.fromkeys(name for group, _ in measured for name, _ in group.adapters))
     table = {}
@@ -198,10 +195,6 @@ def mean_table(found: Sequence[Group], seconds: Sequence[Row]) -> tuple[list[str
         table[", ".join(group.key)] = [
             Mean(
                 percent=(_percent(means.get(free)), _percent(means.get(guarded))),
-                milliseconds=(
-                    _milliseconds(cost.get((group.key, free))),
-                    _milliseconds(cost.get((group.key, guarded))),
-                ),
                 best=(means.get(free) == best, means.get(guarded) == best),
             )
             for free, guarded in pairs
@@ -332,10 +325,3 @@ def _percent(value: float | None) -> str:
 
 def _points(value: float) -> str:
     return f"{value * 100:.1f} points"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    value = seconds * 1000
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
