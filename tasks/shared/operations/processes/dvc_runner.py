@@ -11,6 +11,7 @@ import difflib
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from tasks.shared.outputs import layout
 
 LOCK = layout.STATE / "flow.lock"
 TAIL = 20  # lines of a failed stage's output that are shown
+_OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # name of a file in DVC's cache
 _STATUS = (sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json")
 _REPRO = (sys.executable, "-P", repro.__file__)
 
@@ -207,6 +209,24 @@ class Workspace:
         if marker.exists():
             raise PreemptedStage(f"{stage} was preempted: it was told to stop, and goes on when it is run again")
         raise StageError(_failure(stage, status, list(tail)))
+
+
+def drop_damaged() -> int:
+    """Hash all that DVC's cache holds, and remove what is damaged, with a line each; how many there were.
+
+    Raises:
+        StageError: If there is no workspace of DVC's here, or another DVC process works in it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo, repo.lock:
+            objects = (file for file in Path(repo.cache.local.path).glob("??/*") if _OBJECT.fullmatch(file.name))
+            records = Path(repo.stage_cache.cache_dir).glob("??/*/*")
+            return sum(map(repro.is_dropped, objects)) + sum(map(repro.is_dropped_run, records))
+    except DvcException as error:
+        raise StageError(f"DVC can not read the cache of {Path.cwd()}: {repro.in_one_line(error)}") from error
 
 
 def check(values: schema.Params, targets: Sequence[str] = ()) -> None:

@@ -4,14 +4,24 @@ python repro.py STAGE run|force
 
 A child process of the flow (dvc_runner.py), so that stopping it stops the stage. The exit status is one of `WHAT`, or 1
 after a line that begins with `ERROR: `.
+
+DVC takes a read-only file of its cache for whole (3.67.1, `LocalHashFileDB.check`), restores a damaged one without a
+word, and keeps it when the stage runs again. Here each is hashed before it is used; a damaged one is removed, so that
+DVC runs the stage and stores the file anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 WHAT = {0: "run", 10: "unchanged", 11: "restored"}
 _ATTEMPTS = 60  # of getting the lock for files that another DVC process works on
@@ -34,6 +44,7 @@ def main(stage: str, *, force: bool) -> int:
         try:
             with options.func(options).repo as repo:
                 repo.scm_context.quiet = True
+                _refuse_damaged(repo, stage)
                 changed = repo.reproduce(stage, single_item=True, force=force)
         except DvcException as error:
             if isinstance(error.__cause__ or error, LockError) and attempts < _ATTEMPTS:
@@ -42,6 +53,74 @@ def main(stage: str, *, force: bool) -> int:
             print("ERROR:", in_one_line(error))
             return 1
         return 0 if log.getvalue() else 11 if changed else 10
+
+
+def _refuse_damaged(repo: Any, stage: str) -> None:
+    """Make this repository's cache hash what it is asked for, once in this process."""
+    from dvc.stage.cache import StageCache
+    from dvc_data.hashfile.db.local import LocalHashFileDB
+    from dvc_objects.errors import ObjectFormatError
+
+    whole: set[tuple[str, int, int]] = set()
+
+    def check(oid: str, check_hash: bool = True, _info: Any = None) -> Any:
+        path = Path(cache.oid_to_path(oid))
+        stat = path.stat()
+        state = (oid, stat.st_ino, stat.st_mtime_ns)
+        if state not in whole:
+            if is_dropped(path):
+                raise ObjectFormatError(f"{path} is damaged")
+            whole.add(state)
+        return LocalHashFileDB.check(cache, oid, check_hash, _info)
+
+    class Runs(StageCache):  # type: ignore[misc]
+        def _load_cache(self, key: str, value: str) -> Any:
+            if is_dropped_run(Path(self._get_cache_path(key, value))):
+                return None
+            run = super()._load_cache(key, value)
+            look(out.get("md5") for out in (run or {}).get("outs", []))
+            return run
+
+    def look(oids: Iterator[str | None]) -> None:
+        """Check the lists of the folders' files now: DVC reads them before it asks."""
+        for oid in filter(None, oids):
+            with suppress(FileNotFoundError, ObjectFormatError):
+                check(oid)
+
+    cache = repo.cache.local
+    cache.check = check
+    repo.stage_cache = Runs(repo)
+    look(out.hash_info.value for found in repo.stage.collect(stage) for out in found.outs if out.hash_info)
+
+
+def is_dropped(path: Path) -> bool:
+    """Whether a file of the cache was not what its name says, and is removed."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+    except FileNotFoundError:
+        return False
+    return found != (path.parent.name + path.name).removesuffix(".dir") and _drop(path)
+
+
+def is_dropped_run(path: Path) -> bool:
+    """Whether the record of a run was not what its name says, and is removed."""
+    from dvc.stage.cache import _get_cache_hash
+    from dvc.utils.serialize import load_yaml
+
+    try:
+        found = _get_cache_hash(load_yaml(path))
+    except FileNotFoundError:
+        return False
+    except Exception:  # whatever a parser makes of damaged text
+        found = None
+    return found != path.name and _drop(path)
+
+
+def _drop(path: Path) -> bool:
+    path.unlink(missing_ok=True)
+    print(f"warning: {os.path.relpath(path)} in DVC's cache was damaged and is removed; what needs it is made anew")
+    return True
 
 
 def in_one_line(error: BaseException) -> str:
