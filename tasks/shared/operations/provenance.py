@@ -58,9 +58,17 @@ def code_deps(stage: str, method: str) -> list[str]:
 
 def deps(stage: str) -> list[str]:
     """What a stage depends on in dvc.yaml, with `${key}` for its encoder and `${item}` for the encoder's method."""
-    stated = _stages(ROOT / "dvc.yaml")[stage]
-    found: list[str] = stated.get("do", stated)["deps"]
-    return found
+    return list(_stated(stage)["deps"])
+
+
+def param_keys(stage: str) -> list[str]:
+    """The keys of params.yaml that a stage depends on in dvc.yaml, with `${key}` for its encoder."""
+    return list(_stated(stage)["params"])
+
+
+def _stated(stage: str) -> dict[str, Any]:
+    found = _stages(ROOT / "dvc.yaml")[stage]
+    return dict(found.get("do", found))
 
 
 @cache

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.errors import PreemptedError
-from tasks.shared.operations import params, tracking
+from tasks.shared.operations import params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import launcher, signals
@@ -128,10 +128,10 @@ def write_text(path: Path, text: str) -> None:
 def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
 
-    A user's mistake, a full or read-only disk, and an unreachable tracking server end the process with status 2 and
-    one line on stderr, SIGTERM with status 143. A run that saved its state before it stopped (PreemptedError) ends
-    with one line and status 143 or 130. The old outputs are then still there. Any other exception is a bug and keeps
-    its traceback.
+    A user's mistake, parameters, code or inputs that change meanwhile, a full or read-only disk, and an unreachable
+    tracking server end the process with status 2 and one line on stderr, SIGTERM with status 143. A run that saved its
+    state before it stopped (PreemptedError) ends with one line and status 143 or 130. The old outputs are then still
+    there. Any other exception is a bug and keeps its traceback.
     """
     per_encoder = stage not in layout.ONCE
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
@@ -146,13 +146,15 @@ def running(stage: str) -> Iterator[Here]:
         environment.prepare()
         environment.limit_threads()
         with launcher.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:
-            values = params.load(whole=stage != "prepare")  # which uses no method; the next stage checks them
-            if encoder is not None:
-                values.method(encoder)
+            raw = params.read()
+            values = params.parse(raw, whole=stage != "prepare")  # which uses no method; the next stage checks them
+            method = values.method(encoder) if encoder is not None else ""
+            before: snapshot.Snapshot | None = None
             partial = _partial(layout.out(stage, encoder))
             sources = lineage.inputs(stage, *([encoder] if encoder else values.encoders))
             with launcher.together():
                 if launcher.is_main():
+                    before = snapshot.take(stage, encoder, raw, method=method)
                     lineage.check(sources)
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
@@ -161,7 +163,8 @@ def running(stage: str) -> Iterator[Here]:
             here = Here(stage, encoder, values, partial, run, lineage.hashes(sources))
             yield here
             with launcher.together():
-                if launcher.is_main():
+                if before:
+                    before.check()
                     here.commit()
 
 
