@@ -10,23 +10,47 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, PydanticCustomError
 
 from deepclust.errors import ConfigError
 
+_MOST = 2**31 - 1  # what every library takes for a whole number
+
+
+def check_name(text: str) -> str:
+    """The name of an encoder, which stands in paths and in the name of its model. Raises: ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(text)):
+        raise ValueError(f"expected a name of at most 64 letters (a-z, A-Z), digits, _ and -, got {text!r}; rename it")
+    return text
+
+
+def _folder(text: str) -> str:
+    if not text.strip() or "\0" in text or os.path.normpath(text) == os.curdir:
+        raise ValueError(f"expected the path of a folder, got {text!r}; name one, such as path/to/images")
+    if text.startswith("~"):
+        raise ValueError(f"expected a path that DVC can follow, got {text!r}; write it out, without `~`")
+    return text
+
+
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Several = Annotated[int, Field(strict=True, ge=2)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
+Natural = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+Several = Annotated[int, Field(strict=True, ge=2, le=_MOST)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Width = Annotated[int, Field(strict=True, ge=1, le=2**16)]  # of a layer
+OptionalWidth = Annotated[int, Field(strict=True, ge=0, le=2**16)]
+Few = Annotated[int, Field(strict=True, ge=1, le=64)]
+MaxPixels = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 Pixels = Annotated[int, Field(strict=True, ge=8, le=1024)]
 Flag = Annotated[bool, Field(strict=True)]
 Auto = Literal["auto"]
@@ -35,14 +59,16 @@ Backbone = Annotated[str, Field(pattern=r"^(small|medium|resnet18|resnet34|resne
 BY_NAME = Field(discriminator="name")  # for Annotated[One | Other, BY_NAME], whose `name` says which it is
 Turn = Annotated[float, Field(strict=True, ge=0, le=0.5)]
 SetShare = Annotated[float, Field(strict=True, gt=0, lt=1)]
-AtLeastTen = Annotated[int, Field(strict=True, ge=10)]
+AtLeastTen = Annotated[int, Field(strict=True, ge=10, le=_MOST)]
 Severity = Annotated[int, Field(strict=True, ge=1, le=5)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Name = Annotated[str, AfterValidator(check_name)]  # of an encoder; dots divide the paths of parameters, as DVC's
+Folder = Annotated[str, AfterValidator(_folder)]  # that DVC depends on
 NotEmpty = Field(min_length=1)  # for Annotated[tuple[…, ...], NotEmpty]
 
 _FILE = "params.yaml"  # pydantic's context where a file is read, which states every option
 _STATED = "every parameter is stated in params.yaml (`python -m tasks.params migrate` adds those that are new)"
 _MOST_COMPLAINTS = 3
+_LONGEST = 200  # characters of a value that are shown
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound="type[Any]")
 
@@ -177,7 +203,7 @@ def _visible(location: Iterable[int | str], raw: Any) -> list[str]:
         items = dict(enumerate(raw)) if isinstance(raw, list | tuple) else raw
         if isinstance(items, Mapping) and part in items:
             raw = items[part]
-            parts.append(str(part))
+            parts.append(str(part) if str(part).isprintable() else repr(part)[1:-1])
     return parts
 
 
@@ -185,6 +211,7 @@ def _shown(item: Any) -> str:
     """What came, and the remedy for text that YAML reads as a date, a number or a truth value."""
     value = as_dict(item["input"]) if isinstance(item["input"], Config) else item["input"]
     shown = str(value) if isinstance(value, datetime.date) else repr(value)
+    shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} …"
     unquoted = item["type"] == "string_type" and isinstance(value, datetime.date | int | float)
     return f"{shown}; put it into quotes" if unquoted else shown
 

@@ -18,11 +18,19 @@ TIMEOUT = 10  # seconds without an answer: a machine that is offline should say 
 
 
 def cache() -> Path:
-    """`$DEEPCLUST_CACHE`, else `$XDG_CACHE_HOME/deepclust`, else ~/.cache/deepclust."""
-    if own := os.environ.get("DEEPCLUST_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "deepclust"
+    """`$DEEPCLUST_CACHE`, else `$XDG_CACHE_HOME/deepclust`, else ~/.cache/deepclust.
+
+    Raises:
+        DataError: If it lies in the home of a user who has none.
+    """
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(os.environ.get("DEEPCLUST_CACHE") or Path(shared) / "deepclust")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"expected a folder for downloads at {path}, there is no such home; set DEEPCLUST_CACHE"
+        ) from error
 
 
 def warn(message: str) -> None:

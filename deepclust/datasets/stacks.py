@@ -83,7 +83,7 @@ def load(path: str, files: find.Files) -> Stacks:
     Raises:
         DataError: If there is no stack that can be read, more than one .npz, or one beyond memory.
     """
-    root = Path(path).expanduser()
+    root = Path(path)
     warnings = files.warnings_of_stage()
     parts: list[Part] = []
     for name in files.stacks:

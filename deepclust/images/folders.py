@@ -55,7 +55,7 @@ def load(path: str, files: find.Files, *, max_pixels: int) -> Folder:
     Raises:
         DataError: If it holds no images, or labels.csv does not fit it.
     """
-    root = Path(path).expanduser()
+    root = Path(path)
     if not files.images:
         reason = "".join("; the first left out: {path}: {reason}".format(**item) for item in files.skipped[:1])
         raise DataError(

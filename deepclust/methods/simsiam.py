@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.config import Count, Flag, config
+from deepclust.config import Flag, Width, config
 from deepclust.methods.parts import base, heads, options
 from deepclust.models import backbones
 
@@ -35,13 +35,13 @@ def _projector(inputs: int, hidden: int, outputs: int, *, layers: int) -> nn.Seq
 class Config(options.TrainedConfig):
     """SimSiam's options."""
 
-    hidden_dim: Count = 2048
+    hidden_dim: Width = 2048
     """Width of the projector's hidden layers."""
-    dim: Count = 2048
+    dim: Width = 2048
     """Dimension of the projections."""
     projector_layers: Literal[2, 3] = 3
     """Layers of the projector; two are the authors' choice at CIFAR's size."""
-    predictor_dim: Count = 512
+    predictor_dim: Width = 512
     """Width of the predictor's bottleneck."""
     constant_predictor_rate: Flag = True
     """Whether the predictor's learning rate stays constant (section 4.2)."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepclust.config import Config, Count, Positive, Share, Turn, config
+from deepclust.config import Config, Few, Positive, Share, Turn, config
 from deepclust.models.features import to_float
 from deepclust.seeding import Part, uniform
 
@@ -31,7 +31,7 @@ _BLUR_SIGMA = (0.1, 2.0)
 class Crop(Config):
     """Random resized crops of one resolution."""
 
-    count: Count = 2
+    count: Few = 2
     """How many of each image."""
     size: Positive = 1.0
     """Side after resizing: whole pixels, or a share of the image's side if at most 1."""

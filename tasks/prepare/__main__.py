@@ -105,7 +105,7 @@ def find(data: Data) -> Source:
     """The source that the parameters name, with its warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
-        files = finding.images(Path(data.folder).expanduser(), data.follow_links)
+        files = finding.images(Path(data.folder), data.follow_links)
         if files.stacks:
             source = stacks.load(data.folder, files)
         else:

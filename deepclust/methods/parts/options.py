@@ -6,7 +6,19 @@ import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from deepclust.clustering import kmeans
-from deepclust.config import Auto, Backbone, Config, Count, Natural, NotEmpty, Positive, Several, config
+from deepclust.config import (
+    Auto,
+    Backbone,
+    Config,
+    Count,
+    Natural,
+    NotEmpty,
+    OptionalWidth,
+    Positive,
+    Several,
+    Width,
+    config,
+)
 from deepclust.errors import ConfigError
 from deepclust.methods.parts import sizes
 from deepclust.training.optim import SGD, Optimiser, Precision
@@ -60,9 +72,9 @@ class TrainedConfig(Config):
     """The resolutions of the crops."""
     colour: Colour = Colour()
     """Flip and colour augmentation."""
-    hidden_dim: Natural = 2048
+    hidden_dim: OptionalWidth = 2048
     """Width of the projection head's hidden layer; 0 for a linear head."""
-    dim: Count = 128
+    dim: Width = 128
     """Dimension of the embeddings."""
 
     @property

@@ -170,6 +170,7 @@ def rewrite(path: Path, change: Callable[[Any], None]) -> str:
 def _edit(path: Path, change: Callable[[Any], None], *, write: bool, whole: bool = True) -> tuple[str, Params | None]:
     """The change as a diff, and the parameters after it; everything is checked before anything is written."""
     params.read(path)  # a missing or broken file is reported in the usual words
+    path = path.resolve()  # what a link points to is changed, not the link
     before = path.read_text(encoding="utf-8")
     yaml = round_trip()
     document = yaml.load(before)
@@ -248,13 +249,19 @@ def _set(document: Any, override: str) -> None:
 def _value(text: str, dotted: str, encoders: Any) -> Any:
     """What stands behind an override's `=`, by the declared type of its parameter."""
     kinds = declared.members(dotted.split("."), encoders)
-    if text and declared.is_text(kinds):
+    if declared.is_text(kinds) and (text or type(None) not in kinds):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"{dotted}: expected text in UTF-8, got {text!r}; rename it")  # DVC can not read it
         return None if type(None) in kinds and text in ("null", "~") else _text(text)
     try:
-        return round_trip().load(text)
-    except YAMLError as error:
+        value = round_trip().load(text)
+        params.check_extent(value)
+        return value
+    except RecursionError:
+        raise ConfigError(f"{dotted}: {params.TOO_DEEP}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{dotted}: {error}") from None
+    except (YAMLError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote lists in the shell") from error
 
 

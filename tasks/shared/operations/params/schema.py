@@ -19,17 +19,21 @@ from deepclust.config import (
     Config,
     Count,
     Flag,
+    Folder,
+    MaxPixels,
     Name,
     Natural,
     NotEmpty,
     NotNegative,
     Pixels,
     Positive,
+    Seed,
     SetShare,
     Several,
     Severity,
     Share,
     as_dict,
+    check_name,
     config,
     hint,
     parse,
@@ -50,7 +54,7 @@ class Data(Config):
 
     source: Literal["FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10", "folder"]
     """Name of a published data set, or folder."""
-    folder: str
+    folder: Folder
     """The images, where source is folder; a DVC dependency in any case."""
     image_size: Pixels | Auto
     """Pixels of a side; auto: the data set's own, for a folder the median shorter side, at most 64."""
@@ -74,7 +78,7 @@ class Data(Config):
     """Share of the labelled training images that recipes and champions are chosen on."""
     max_skipped: Share
     """Share of unreadable files above which preparing fails."""
-    max_pixels: Count
+    max_pixels: MaxPixels
     """An image with more pixels is skipped unread."""
 
 
@@ -130,6 +134,10 @@ class Pretrain(_WithSections):
     """auto: go on with a run that was cut off, if there is one; require: refuse if there is none; never: begin anew."""
     checkpoint: Checkpoint
     """How often an unfinished run's state is saved."""
+
+    def _check(self) -> None:
+        for name in self.sections:  # an encoder that is not in `encoders` can be trained by hand
+            check_name(name)
 
     def network(self) -> dict[str, Any]:
         """What all encoders have in common, without the blocks, which are part of each one's options."""
@@ -211,7 +219,7 @@ class Adapt(_WithSections):
     """Corruptions of the test images."""
     severities: Annotated[tuple[Severity, ...], NotEmpty]
     """Strengths of each corruption, 1 to 5."""
-    domains: str
+    domains: Folder
     """A folder domain/class/images that is met as it is; a DVC dependency in any case."""
     images: Count
     """Most test images of each shift."""
@@ -271,7 +279,7 @@ class Report(Config):
 class Params(Config):
     """All of params.yaml."""
 
-    seed: Natural
+    seed: Seed
     """Decides everything that is random."""
     encoders: Annotated[dict[Name, str], NotEmpty]
     """The encoders that go through the stages, each with its method."""

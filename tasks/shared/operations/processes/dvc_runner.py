@@ -237,23 +237,21 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
         targets: Stages and groups of stages.
 
     Raises:
-        StageError: If a folder of images begins with `~`, which DVC takes for a folder's name, or is to be read and is
-            not there; or if a target is no stage of dvc.yaml with these parameters.
+        StageError: If a folder of images is to be read and is not there, or a target is no stage of dvc.yaml with
+            these parameters.
     """
     reads = {"data.folder": (values.data.folder, values.data.source == "folder")}
     for name, (folder, read) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
-        if folder.startswith("~"):
-            raise StageError(
-                f"{name}: expected a path that DVC can follow, got {folder!r}; write it out, without `~`: "
-                f"{name}=/absolute/path"
-            )
         if read and not Path(folder).exists():
             raise StageError(
                 f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
                 f"name another one: {name}=path/to/images"
             )
     stages = []
-    for name, stated in params.read(Path("dvc.yaml"))["stages"].items():
+    graph = params.read(Path("dvc.yaml")).get("stages")
+    if not isinstance(graph, dict) or not all(isinstance(stated, dict) for stated in graph.values()):
+        raise StageError("expected stages in dvc.yaml, got none that can be read; restore the file")
+    for name, stated in graph.items():
         stages += [f"{name}@{encoder}" for encoder in values.encoders] if "foreach" in stated else [name]
     for target in targets:
         _members(target, stages)
