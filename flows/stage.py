@@ -33,8 +33,9 @@ def stage(name: str) -> State[Any]:
     logger = get_run_logger()
     try:
         with watchdog.stages_run(), Workspace(alone=False) as workspace:
+            values = params.load()  # before DVC reads the file
             if workspace.one(name) == "prepare":
-                check(params.load())
+                check(values)
             outcome = _run(workspace, name)
     except DeepclustError as error:
         logger.error("error: %s", error)

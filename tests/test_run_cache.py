@@ -27,7 +27,8 @@ _STAGE = """
 import json, re, sys
 from pathlib import Path
 from tasks.shared.outputs import layout, lineage
-stage, *encoders = sys.argv[1:]
+stage, *names = sys.argv[1:]
+encoders = [name.partition("@")[2] for name in names]
 with open("state/ran", "a") as ran:
     print(stage, file=ran)
 read = lineage.inputs(stage, *encoders)

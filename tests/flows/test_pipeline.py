@@ -21,7 +21,6 @@ import flows.pipeline as module
 from flows.pipeline import pretrain_and_eval
 from tasks.report import comparison, summary
 from tasks.shared.operations import tracking
-from tasks.shared.operations.params import overrides
 from tasks.shared.operations.processes.dvc_runner import Workspace
 from tasks.shared.outputs import layout
 from tests import pipelines
@@ -147,8 +146,7 @@ def test_a_target_may_be_an_encoder_that_an_override_adds_and_a_folder_that_dvc_
     status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
     assert (status, called.call_args.kwargs["targets"]) == (0, ["embed@swav"])
     capsys.readouterr()
-    for folder, remedy in (("~/x", "write it out, without `~`: data.folder=/"), ("nowhere", "create it, or name")):
-        overrides.apply(["data.source=folder", f"data.folder={folder}"])
-        status, called = _main(monkeypatch)
+    for folder, remedy in (("~/x", "write it out, without `~`"), ("nowhere", "create it, or name")):
+        status, called = _main(monkeypatch, "--override", "data.source=folder", f"data.folder={folder}")
         assert (status, called.called) == (2, False), "before the server starts"
         assert re.match(rf"error: data.folder: expected a .*{remedy}.*\n$", capsys.readouterr().err)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepclust import config
 from deepclust.errors import PreemptedError
 from tasks.shared.operations import params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
@@ -138,7 +139,10 @@ def running(stage: str) -> Iterator[Here]:
     if per_encoder:
         parser.add_argument("encoder", help="an encoder of params.yaml")
     arguments = parser.parse_args()
-    encoder: str | None = arguments.encoder if per_encoder else None
+    encoder: str | None = None
+    if per_encoder:  # DVC gives the name of its stage, such as embed@swav
+        with errors_as_one_line():
+            encoder = config.parse(config.Name, arguments.encoder.rpartition(f"{stage}@")[2], "encoder")
     if launcher.wanted(stage):
         with _marked_if_told_to_stop(layout.preempted(stage, encoder)):
             sys.exit(launcher.start(f"tasks.{stage}", sys.argv[1:]))
