@@ -3,7 +3,7 @@
 python -m tasks.assign --encoder swav PATH [--out TABLE.csv] [--embeddings FILE.npy] [--export FOLDER [--link]]
 
 The table goes to stdout without --out; all messages go to stderr. `--export` sorts the images into a folder for each
-cluster. A run that fails leaves no table, embeddings or folder.
+cluster. A run that fails leaves no table, embeddings or folder; a file that is there stays without `--overwrite`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def main() -> None:
         environment.prepare()
         values = params.load()
         values.method(arguments.encoder)
+        files_of = {"--out": arguments.out or Path("/dev/stdout"), "--embeddings": arguments.embeddings}
+        export.check(files_of, {"--export": arguments.export}, overwrite=arguments.overwrite)
         root, files = find(arguments.path, values.data.follow_links)
         add, matrix = None, None
         file: TextIO = sys.stdout
@@ -80,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the table here (CSV)")
     parser.add_argument("--embeddings", type=Path, help="write the embeddings here (.npy), rows as in the table")
     parser.add_argument("--export", type=Path, help="a new folder: the images, one folder a cluster")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out and --embeddings name")
     parser.add_argument("--max-skipped", type=float, help="fraction in place of data.max_skipped, from 0 to 1")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="with --export: copy the images (the default)")

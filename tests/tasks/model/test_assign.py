@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,72 @@ def test_table_embeddings_and_exported_files_have_the_same_rows_whatever_the_chu
     for name, path in files.items():
         assert path.is_symlink() == (how == "--link")
         assert path.read_bytes() == Path("new", name.split("/", 1)[1]).read_bytes()
+
+
+def test_an_existing_file_is_replaced_only_when_asked_and_behind_a_link_its_target(run: Run) -> None:
+    Path("real.csv").write_text("mine")
+    Path("table.csv").symlink_to("real.csv")
+    for path in ("real.csv", "table.csv"):
+        with pytest.raises(SystemExit, match="2"):
+            run("new", "--out", path)
+        assert Path("real.csv").read_text() == "mine"
+    run("new", "--out", "table.csv", "--overwrite")
+    assert Path("table.csv").is_symlink()
+    assert list(rows(Path("real.csv").read_text())) == sorted(BRIGHTNESS)
+    Path("new.csv").symlink_to("sub/made.csv")  # which is not there yet
+    Path("sorted").symlink_to("really", target_is_directory=True)
+    run("new", "--out", "new.csv", "--export", "sorted")
+    assert list(rows(Path("sub/made.csv").read_text())) == sorted(BRIGHTNESS)
+    assert sorted(path.name for path in Path("really").iterdir()) == ["cluster-00", "cluster-01"]
+
+
+def test_pipes_and_devices_are_written_to_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
+    os.mkfifo("pipe")
+    with ThreadPoolExecutor() as pool:
+        content = pool.submit(Path("pipe").read_text)
+        run("new", "--out", "pipe", "--embeddings", "/dev/null")
+        assert list(rows(content.result(timeout=30))) == sorted(BRIGHTNESS)
+    assert stat.S_ISFIFO(Path("pipe").lstat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").lstat().st_mode)
+    with Path("log").open("w") as log, ThreadPoolExecutor() as pool:
+        log.write("before\n")
+        log.flush()
+        run("new", "--out", f"/dev/fd/{log.fileno()}")  # as /dev/stdout is where a shell redirects it
+        before, _, table = Path("log").read_text().partition("\n")
+        assert (before, list(rows(table))) == ("before", sorted(BRIGHTNESS))
+        content = pool.submit(Path("pipe").read_bytes)
+        with pytest.raises(SystemExit, match="2"):
+            run("new", "--out", "pipe", "--max-skipped", "-1")
+        Path("pipe").write_bytes(b"")  # lets the reader go
+        assert content.result(timeout=30) == b""
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--out", "a", "--embeddings", "new/../a"], "--embeddings and --out in two places"),
+        (["--out", "same", "--embeddings", "a"], "in two places"),
+        (["--out", "a/t.csv", "--export", "a"], "--export and --out in two places"),
+        (["--out", "a", "--export", "a/sorted"], "--out and --export in two places"),
+        (["--embeddings", "/dev/stdout"], "in two places"),
+        (["--out", "new"], "expected a file for --out, got the folder new"),
+        (["--embeddings", "there.npy"], "expected a new file for --embeddings, there.npy is there"),
+    ],
+)
+def test_places_that_do_not_fit_are_one_line_before_any_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    Path("same").symlink_to("a")
+    Path("there.npy").write_bytes(b"mine")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(assign, "find", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit, match="2"):
+        run("new", *words)
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+    assert Path("there.npy").read_bytes() == b"mine"
 
 
 def test_a_failure_half_way_leaves_neither_table_nor_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
