@@ -38,50 +38,52 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def verified(target: Path, urls: Iterable[str], *, md5: str) -> Path:
+def verified(target: Path, urls: Iterable[str], *, sha256: str) -> Path:
     """A file of the cache, downloaded if it is missing or damaged.
 
     Args:
         target: Where it lies, or is to lie.
         urls: Mirrors, tried in order.
-        md5: The published MD5 of the file.
+        sha256: The published SHA-256 of the file.
 
     Raises:
         DataError: If no mirror gives the file.
     """
     if target.exists():
-        got = _md5(target)
-        if got == md5:
+        got = _sha256(target)
+        if got == sha256:
             return target
-        warn(f"{target} is damaged (expected MD5 {md5}, got {got}); downloading it again")
+        warn(f"{target} is damaged (expected SHA-256 {sha256}, got {got}); downloading it again")
     problems = []
     for url in urls:
         try:
-            download(url, target, md5=md5)
+            download(url, target, sha256=sha256)
         except DataError as error:
             problems.append(str(error))
         else:
             return target
     raise DataError(
         f"expected {target.name} from its mirrors, got: {'; '.join(problems)}; connect this machine and run again, "
-        f"or put the file (MD5 {md5}) at {target}"
+        f"or put the file (SHA-256 {sha256}) at {target}"
     )
 
 
-def download(url: str, target: Path, *, md5: str | None = None) -> None:
+def download(url: str, target: Path, *, sha256: str | None = None) -> None:
     """Download one file, whole or not at all.
 
     Raises:
-        DataError: If the server can not be reached, or sends something whose MD5 differs.
+        DataError: If the server can not be reached, or sends something whose SHA-256 differs.
     """
     assert url.startswith(("http://", "https://")), url
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url}", flush=True)
+    if url.startswith("http://"):
+        warn(f"{url} is not encrypted: others can see what is fetched, and only its SHA-256 tells whether it is right")
     partial: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             partial = Path(file.name)
-            sum_ = hashlib.md5(usedforsecurity=False)
+            sum_ = hashlib.sha256()
             with _network(url, "can not be reached"):
                 answer = urllib.request.urlopen(url, timeout=TIMEOUT)
             with answer:
@@ -92,8 +94,8 @@ def download(url: str, target: Path, *, md5: str | None = None) -> None:
                         break
                     sum_.update(chunk)
                     file.write(chunk)
-        if md5 and sum_.hexdigest() != md5:
-            raise DataError(f"{url} sent a file of MD5 {sum_.hexdigest()} where {md5} was expected")
+        if sha256 and sum_.hexdigest() != sha256:
+            raise DataError(f"{url} sent a file of SHA-256 {sum_.hexdigest()} where {sha256} was expected")
         partial.replace(target)
     finally:
         if partial:
@@ -110,6 +112,6 @@ def _network(url: str, failed: str) -> Iterator[None]:
         raise DataError(f"{url} {failed} ({reason})") from error
 
 
-def _md5(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

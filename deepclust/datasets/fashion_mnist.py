@@ -27,7 +27,7 @@ FILES = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+MIRROR = "https://fashion-mnist.s3.eu-central-1.amazonaws.com"
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 APT_LIMIT = 300  # seconds for each of apt's commands

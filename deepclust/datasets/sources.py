@@ -3,6 +3,9 @@
 torchvision's classes read the same arrays, which the tests compare, but: its CIFAR unpickles, its MNIST wants unpacked
 files that it does not check, its SVHN hashes once more what `download.verified` has hashed, and its STL10 holds 3 GB in
 memory.
+
+The SHA-256 sums are those that TensorFlow Datasets publishes (github.com/tensorflow/datasets,
+tensorflow_datasets/url_checksums/{mnist,kmnist,cifar10,cifar100,svhn_cropped,stl10}.txt).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from deepclust.images.source import Source
 Parts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 STL10_IMAGES = {"train": 5000, "unlabeled": 100000, "test": 8000}
 DIGITS = [str(digit) for digit in range(10)]
+TORONTO = "https://www.cs.toronto.edu/~kriz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,38 +92,46 @@ def _fashion_mnist() -> tuple[list[str], Parts, Parts]:
     return fashion_mnist.CLASSES, _mnists("train", arrays), _mnists("t10k", arrays)
 
 
-def _idx(folder: str, mirrors: list[str], classes: list[str], md5: dict[str, str]) -> tuple[list[str], Parts, Parts]:
+def _idx(folder: str, mirrors: list[str], classes: list[str], sha256: dict[str, str]) -> tuple[list[str], Parts, Parts]:
     arrays = {}
-    for name, sum_ in md5.items():
+    for name, sum_ in sha256.items():
         urls = [f"{mirror}/{name}.gz" for mirror in mirrors]
-        arrays[name] = idx.read(download.verified(download.cache() / folder / f"{name}.gz", urls, md5=sum_))
+        arrays[name] = idx.read(download.verified(download.cache() / folder / f"{name}.gz", urls, sha256=sum_))
     return classes, _mnists("train", arrays), _mnists("t10k", arrays)
 
 
 def _mnist() -> tuple[list[str], Parts, Parts]:
-    mirrors = ["https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist"]
-    md5 = {
-        "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
-        "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
-        "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
+    mirrors = [
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        "https://storage.googleapis.com/cvdf-datasets/mnist",
+    ]
+    sha256 = {
+        "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     }
-    return _idx("mnist", mirrors, DIGITS, md5)
+    return _idx("mnist", mirrors, DIGITS, sha256)
 
 
 def _kmnist() -> tuple[list[str], Parts, Parts]:
-    md5 = {
-        "train-images-idx3-ubyte": "bdb82020997e1d708af4cf47b453dcf7",
-        "train-labels-idx1-ubyte": "e144d726b3acfaa3e44228e80efcd344",
-        "t10k-images-idx3-ubyte": "5c965bf0a639b31b8f53240b1b52f4d7",
-        "t10k-labels-idx1-ubyte": "7320c461ea6c1c855c0b718fb2a4b134",
+    sha256 = {
+        "train-images-idx3-ubyte": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+        "train-labels-idx1-ubyte": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        "t10k-images-idx3-ubyte": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+        "t10k-labels-idx1-ubyte": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
     }
     classes = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
-    return _idx("kmnist", ["http://codh.rois.ac.jp/kmnist/dataset/kmnist"], classes, md5)
+    return _idx("kmnist", _encrypted_first("codh.rois.ac.jp/kmnist/dataset/kmnist"), classes, sha256)
 
 
-def _archive(name: str, url: str, md5: str) -> Path:
-    return download.verified(download.cache() / name, [f"{url}/{name}"], md5=md5)
+def _encrypted_first(place: str) -> list[str]:
+    """Both addresses of a host that publishes its own as http: where https is not answered, the SHA-256 is enough."""
+    return [f"https://{place}", f"http://{place}"]
+
+
+def _archive(name: str, url: str, sha256: str) -> Path:
+    return download.verified(download.cache() / name, [f"{url}/{name}"], sha256=sha256)
 
 
 def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -137,31 +149,33 @@ def _records(content: bytes, label_bytes: int) -> Parts:
 
 
 def _cifar10() -> tuple[list[str], Parts, Parts]:
-    url, md5 = "https://www.cs.toronto.edu/~kriz", "c32a1d4ab5d03f1284b67883e8d87530"
+    url, sha256 = TORONTO, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
     folder = "cifar-10-batches-bin"
     names = [f"{folder}/data_batch_{number}.bin" for number in range(1, 6)]
-    files = _members(
-        _archive("cifar-10-binary.tar.gz", url, md5), [*names, f"{folder}/test_batch.bin", f"{folder}/batches.meta.txt"]
-    )
+    archive = _archive("cifar-10-binary.tar.gz", url, sha256)
+    files = _members(archive, [*names, f"{folder}/test_batch.bin", f"{folder}/batches.meta.txt"])
     train = _records(b"".join(files[name] for name in names), 1)
     return files[f"{folder}/batches.meta.txt"].decode().split(), train, _records(files[f"{folder}/test_batch.bin"], 1)
 
 
 def _cifar100() -> tuple[list[str], Parts, Parts]:
-    url, md5 = "https://www.cs.toronto.edu/~kriz", "03b5dce01913d631647c71ecec9e9cb8"
+    url, sha256 = TORONTO, "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"
     names = [f"cifar-100-binary/{name}" for name in ("train.bin", "test.bin", "fine_label_names.txt")]
-    files = _members(_archive("cifar-100-binary.tar.gz", url, md5), names)
+    files = _members(_archive("cifar-100-binary.tar.gz", url, sha256), names)
     return files[names[2]].decode().split(), _records(files[names[0]], 2), _records(files[names[1]], 2)
 
 
 def _svhn() -> tuple[list[str], Parts, Parts]:
     from scipy.io import loadmat
 
-    url = "http://ufldl.stanford.edu/housenumbers"
-    md5 = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b198d9cc73"}
+    sha256 = {
+        "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+    }
     parts = []
-    for name, sum_ in md5.items():
-        content = loadmat(download.verified(download.cache() / "svhn" / name, [f"{url}/{name}"], md5=sum_))
+    for name, sum_ in sha256.items():
+        urls = _encrypted_first(f"ufldl.stanford.edu/housenumbers/{name}")
+        content = loadmat(download.verified(download.cache() / "svhn" / name, urls, sha256=sum_))
         labels = content["y"].astype(np.int64).ravel() % 10  # the digit 0 is published as 10
         parts.append((content["X"].transpose(3, 0, 1, 2), labels))
     return DIGITS, parts[0], parts[1]
@@ -170,7 +184,9 @@ def _svhn() -> tuple[list[str], Parts, Parts]:
 def _stl10() -> tuple[list[str], Parts, Parts]:
     """The 100,000 images of its unlabelled split belong to train."""
     archive = _archive(
-        "stl10_binary.tar.gz", "http://ai.stanford.edu/~acoates/stl10", "91f7769df0f17e558f3565bffb0c7dfb"
+        "stl10_binary.tar.gz",
+        "https://ai.stanford.edu/~acoates/stl10",
+        "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
     )
     names = [f"stl10_binary/{name}" for name in ("train_y.bin", "test_y.bin", "class_names.txt")]
     small = _members(archive, names)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import scipy.io
 from scipy.io import savemat
 from torchvision import datasets
 
@@ -149,20 +151,54 @@ def test_a_file_is_downloaded_if_its_sum_is_wrong_and_is_right_or_nothing(
     (served[0] / "a").write_bytes(b"content")
     cache.mkdir()
     (cache / "a").write_bytes(b"damaged")
-    md5 = hashlib.md5(b"content").hexdigest()
+    sha256 = hashlib.sha256(b"content").hexdigest()
     mirrors = [f"{NOWHERE}/a", f"{served[1]}/none", f"{served[1]}/a"]
-    assert download.verified(cache / "a", mirrors, md5=md5).read_bytes() == b"content"
-    assert "is damaged" in capsys.readouterr().err
-    assert download.verified(cache / "a", [f"{NOWHERE}/a"], md5=md5) == cache / "a"
-    with pytest.raises(DataError, match=rf"put the file \(MD5 {'0' * 32}\) at {cache / 'b'}"):
-        download.verified(cache / "b", [f"{served[1]}/a"], md5="0" * 32)
+    assert download.verified(cache / "a", mirrors, sha256=sha256).read_bytes() == b"content"
+    warned = capsys.readouterr().err
+    assert "is damaged" in warned
+    assert f"{served[1]}/a is not encrypted" in warned
+    assert download.verified(cache / "a", [f"{NOWHERE}/a"], sha256=sha256) == cache / "a"
+    one_line = rf"^[^\n]*sent a file of SHA-256 {sha256} where[^\n]* \(SHA-256 {'0' * 64}\) at {cache / 'b'}$"
+    with pytest.raises(DataError, match=one_line):
+        download.verified(cache / "b", [f"{served[1]}/a"], sha256="0" * 64)
     assert list(cache.iterdir()) == [cache / "a"]
+
+
+@pytest.mark.parametrize("name", [name for name in sources.LOADERS if name != "FashionMNIST"])
+def test_every_file_is_asked_for_by_https_first_and_checked_by_sha256_before_it_is_opened(
+    served: tuple[Path, str], cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked = []
+
+    def answer(url: str, timeout: float) -> object:
+        asked.append(url)
+        return urlopen(f"{served[1]}/forged", timeout=timeout)
+
+    (served[0] / "forged").write_bytes(b"forged")
+    monkeypatch.setattr(download.urllib.request, "urlopen", answer)
+    for module, reader in ((sources.tarfile, "open"), (idx, "read"), (scipy.io, "loadmat")):
+        monkeypatch.setattr(module, reader, lambda *_, **__: pytest.fail("opened"))
+    forged = hashlib.sha256(b"forged").hexdigest()
+    with pytest.raises(DataError, match=rf"^[^\n]*sent a file of SHA-256 {forged} where [0-9a-f]{{64}} was[^\n]*$"):
+        sources.load(name)
+    assert asked[0].startswith("https://")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_fashion_mnist_comes_by_https() -> None:
+    assert fashion_mnist.MIRROR.startswith("https://")
+
+
+def test_a_cache_in_the_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPCLUST_CACHE", "~nouser/cache")
+    with pytest.raises(DataError, match=r"^expected a folder for downloads at ~nouser/cache,[^\n]*$"):
+        download.cache()
 
 
 @pytest.fixture
 def unverified(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Whatever lies in the cache is taken, by torchvision too, as if its sum were right."""
-    monkeypatch.setattr(sources.download, "verified", lambda target, urls, md5: target)
+    monkeypatch.setattr(sources.download, "verified", lambda target, urls, sha256: target)
     for kind in (datasets.SVHN, datasets.STL10):
         monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
     (cache / "svhn").mkdir(parents=True)
