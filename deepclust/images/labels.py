@@ -151,6 +151,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _rows(file: Path, name: str) -> list[Row]:
     """The lines that are not empty, the first of which names the columns."""
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "a broken link" if not file.exists() else "no file"
+        raise DataError(f"{name}: expected a table, got {found}; replace or remove {file}")
     content = file.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

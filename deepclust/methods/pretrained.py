@@ -98,6 +98,10 @@ def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, 
             'are not read: convert it once, `state = torch.load("FILE", map_location="cpu", weights_only=True); '
             'state = state.get("state_dict", state); safetensors.torch.save_file(state, "FILE.safetensors")`'
         )
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected weights in {str(path)!r}, found {'no file' if path.exists() else 'none'}; mend the path"
+        )
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

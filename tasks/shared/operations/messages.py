@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deepclust.errors import DeepclustError, PreemptedError
 from tasks.shared.operations.processes import launcher, preemption
+
+# torch has a type of its own for a GPU's memory only.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|not enough memory")
 
 
 @contextmanager
@@ -19,6 +23,11 @@ def errors_as_one_line() -> Iterator[None]:
         launcher.end(preemption.status(), f"preempted: {error}", error)
     except DeepclustError as error:
         launcher.end(2, f"error: {error}", error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        wanted = " ".join(str(error).split())[:200]
+        launcher.end(2, f"error: expected the work to fit into memory, it does not ({wanted}); lower the sizes", error)
     except OSError as error:
         if error.errno is None or os.environ.get("DEEPCLUST_TRACEBACK"):
             raise

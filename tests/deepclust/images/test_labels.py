@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,24 @@ def test_of_several_tables_one_is_read_and_the_others_are_named(tmp_path: Path) 
     assert found == {"x/1.png": "a", "y/2.png": "b"}
     assert len(said) == 1
     assert said[0].startswith("not used beside labels.csv: Labels.tsv, x/labels.tsv; put all labels into one table")
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (Path.mkdir, "a folder"),
+        (lambda path: path.symlink_to("nowhere"), "a broken link"),
+        (lambda path: path.symlink_to(path.name), "a broken link"),
+        (os.mkfifo, "no file"),
+    ],
+)
+def test_a_table_that_is_no_file_is_one_line_and_nobody_waits_for_a_pipe(
+    tmp_path: Path, make: Callable[[Path], None], found: str
+) -> None:
+    touch(tmp_path, "x/1.png", "x/2.png")
+    make(tmp_path / "labels.csv")
+    with pytest.raises(DataError, match=rf"^labels\.csv: expected a table, got {found}; replace or remove [^\n]*$"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["label.csv", "Labels.xlsx", "labels.csv.txt"])

@@ -1,6 +1,7 @@
 """An encoder comes back as it was saved, or not at all; weights of a file are taken whole."""
 
 import hashlib
+import os
 
 import pytest
 import timm
@@ -171,6 +172,14 @@ def test_stated_statistics_go_before_the_usual_ones_and_a_backbone_of_ours_needs
     assert torch.equal(taken(small, mean=[0.3], std=[0.2])(batch(1)), fresh()(batch(1)))
 
 
+def test_nobody_waits_for_weights_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"^expected weights in '.*/pipe\.safetensors', found no file; mend the path$"
+    ):
+        taken({"weights": str(tmp_path / "pipe.safetensors"), "sha256": "0" * 64})
+
+
 RENAMED = {"bn1.bias": None, "module.bn1.bias": torch.ones(64)}
 
 
@@ -181,7 +190,8 @@ RENAMED = {"bn1.bias": None, "module.bn1.bias": torch.ones(64)}
         ({"bn1.weight": torch.zeros(3)}, {}, CheckpointError, r"bn1.weight of shape \(64,\).*got \(3"),
         ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, {}, ConfigError, r"of 1 channel\(s\), .*; got 3 channels"),
         ({}, {"sha256": "0" * 64}, ConfigError, r"^sha256: .*, {sha256}; got 000"),
-        ({}, {"weights": "none.safetensors"}, CheckpointError, r"can not read it \(No such file or directory\)"),
+        ({}, {"weights": "none.safetensors"}, CheckpointError, r"in 'none.safetensors', found none; mend"),
+        ({}, {"weights": "a\0.safetensors"}, CheckpointError, r"found none; mend"),
         ({}, {"weights": "net.pth"}, ConfigError, r"a .safetensors file or timm, got 'net.pth'; .*save_file\(state"),
         ({}, {"weights": "timm", "backbone": "timm/test_vit"}, ConfigError, r"^sha256: expected null with weights: t"),
         ({}, {"weights": "timm", "sha256": None}, ConfigError, r"timm needs a backbone timm/NAME.TAG, got 'r"),
