@@ -93,6 +93,8 @@ def main() -> None:
     names = [name for name, *_ in arguments.tries]
     if len(set(names)) < len(names):
         parser.error(f"expected a name of its own for each --try, got {', '.join(names)}")
+    if paths := [name for name in names if name in ("", ".", "..") or "/" in name]:
+        parser.error(f"expected a name for each --try, got the path {paths[0]!r}")
     environment.prepare()
     os.chdir(ROOT)
     folder = (arguments.keep or Path(tempfile.mkdtemp(prefix="deepclust-recipes-"))).resolve()

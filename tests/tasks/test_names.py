@@ -87,6 +87,18 @@ def test_dvc_deletes_nothing_for_a_name_that_leads_elsewhere(root: Path, name: s
     assert not Path("got").exists()
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("name", ["swav", "linear@swav", "../dvc.yaml:linear@swav"])
+def test_a_stage_takes_an_encoder_by_hand_and_its_own_name_from_dvc_below_the_root_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    overrides.apply(["encoders=[swav]"])
+    monkeypatch.setattr(sys, "argv", ["tasks.linear", name])
+    with pytest.raises(SystemExit, match="2"):
+        stage("linear")()
+    assert "expected prepared data in " in capsys.readouterr().err
+
+
 @contextmanager
 def refused(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
     """The body ends with status 2 and one line that shows the name as Python writes it, and leaves all files alone."""
@@ -146,7 +158,8 @@ def test_every_entrance_refuses_a_hostile_name_and_a_file_with_one(
                 main()
         hostile(HOSTILE)
     with disable_run_logger():
-        state = flows.stage.stage.fn("prepare")
-    assert (state.is_failed(), "touch marker" in state.message) == (True, True)
+        for name in ("prepare", "embed@swav", f"embed@{HOSTILE}"):
+            state = flows.stage.stage.fn(name)
+            assert (state.is_failed(), "expected a name of at most" in state.message) == (True, True)
     assert not list(Path("..").rglob("marker"))
     assert not Path("got").exists()
