@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from typing import Any, BinaryIO
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from deepclust.images import depth, formats
 from deepclust.images.readers import planes
 
 _BYTES_A_PIXEL = 64  # of a page, at most
+_OME_PLANES = 1 << 18  # that a file's header may state
 _ALONE: Any = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}  # read no other files that a file names
 # What Pillow reads as well, with how many samples.
 _PLAIN = {
@@ -53,6 +55,8 @@ def read(file: BinaryIO, *, pages: str | int, bands: tuple[int, ...], max_pixels
         DataError: If it is of a kind that is not read, has no such page or band, or is too large.
     """
     with TiffFile(file, **_ALONE) as tiff:
+        if tiff.is_ome and not _has_sound_ome(tiff):
+            tiff.is_ome = False  # its pages are read as they are
         if not tiff.series:
             raise DataError("a TIFF without a picture")
         if _is_camera_raw(tiff.pages[0]):
@@ -79,6 +83,44 @@ def _is_camera_raw(first: Any) -> bool:
         or first.photometric in (PHOTOMETRIC.CFA, PHOTOMETRIC.LINEAR_RAW)
         or (first.is_reduced and "SubIFDs" in first.tags)
     )
+
+
+def _has_sound_ome(tiff: TiffFile) -> bool:
+    """Whether the numbers of an OME header are such that tifffile, which lists all planes they state, ends soon."""
+    left = _OME_PLANES
+    try:
+        for element in ElementTree.fromstring(tiff.ome_metadata or "").iter():
+            stated = element.attrib
+            if element.tag.endswith("Pixels"):
+                left -= _stated_planes(element, tiff)
+            elif "Start" in stated and "End" in stated:  # an axis within another one
+                left -= abs(int((float(stated["End"]) - float(stated["Start"])) / float(stated.get("Step", 1))))
+            if left < 0:
+                return False
+    except (ElementTree.ParseError, ArithmeticError, LookupError, ValueError):
+        return False
+    return True
+
+
+def _stated_planes(pixels: ElementTree.Element, tiff: TiffFile) -> int:
+    """How many planes a picture has by its sizes and by its parts. Raises: LookupError, ValueError."""
+    order, count = pixels.attrib["DimensionOrder"], len(tiff.pages)
+    if not order.startswith("XY") or sorted(order[2:]) != ["C", "T", "Z"]:
+        raise ValueError(order)
+    width, height, *outer = (abs(int(pixels.attrib[f"Size{axis}"])) for axis in order)
+    parts = [part.attrib for part in pixels if part.tag.endswith("TiffData")]
+    inside = [int(part.get("PlaneCount") or part.get("NumPlanes") or "IFD" in part) or count for part in parts]
+    total = math.prod(outer) + sum(map(abs, inside))
+    if total > _OME_PLANES:
+        return total
+    # tifffile divides by the size of one page: the first, if that is the first plane, else one where a part begins.
+    begins = {int(part.get("IFD", 0)) for part in parts}
+    first = [part for part in parts if not any(int(part.get(f"First{axis}", 0)) for axis in "ZCT")]
+    if len(first) == 1 and int(first[0].get("IFD", 0)) == 0:
+        begins = {0}
+    models = [tiff.pages[number] for number in {0, *begins} if number < count]
+    pyramids = max(len(page.subifds or ()) for page in models) * count
+    return total + width * height * math.prod(outer) // max(1, min(page.size for page in models)) + pyramids
 
 
 class _Stack:

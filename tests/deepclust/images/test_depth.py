@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -260,3 +261,39 @@ def test_values_that_are_missing_or_above_what_a_pnm_states_are_refused(
     (tmp_path / "a.pgm").write_bytes(content)
     with pytest.raises(DataError, match=reason):
         settled([tmp_path / "a.pgm"])
+
+
+_PART = '<TiffData IFD="0" PlaneCount="1"/>'
+_LIFETIMES = '<Value><Modulo><ModuloAlongT Type="lifetime" Start="0" End="10000000"/></Modulo></Value>'
+
+
+@pytest.mark.parametrize(
+    ("stated", "parts", "annotation"),
+    [
+        ({"Z": 10_000_000}, _PART, ""),
+        ({}, '<TiffData IFD="0" PlaneCount="10000000"/>', ""),
+        ({"X": 100_000, "Y": 100_000}, '<TiffData IFD="1"/>', ""),
+        ({}, "<TiffData/>" * 100_000, ""),
+        ({}, _PART, f'<XMLAnnotation ID="A" Namespace="dimension/modulo">{_LIFETIMES}</XMLAnnotation>'),
+    ],
+    ids=["size", "part", "model", "parts", "axis"],
+)
+def test_planes_that_an_ome_header_only_claims_cost_nothing_and_the_pages_there_are_read(
+    stated: dict[str, int], parts: str, annotation: str, tmp_path: Path
+) -> None:
+    sizes = " ".join(f'Size{axis}="{size}"' for axis, size in ({"X": SIDE, "Y": SIDE, "Z": 3} | stated).items())
+    xml = (
+        '<?xml version="1.0"?><OME><StructuredAnnotations>' + annotation + "</StructuredAnnotations><Image>"
+        f'<Pixels DimensionOrder="XYZCT" Type="uint16" SizeC="1" SizeT="1" {sizes}>{parts}</Pixels></Image></OME>'
+    )
+    values = camera(3)
+    tifffile.imwrite(tmp_path / "a.ome.tif", values, description=xml, metadata=None, photometric="minisblack")
+    begin = time.process_time()
+    tracemalloc.start()
+    seen = inspect(tmp_path / "a.ome.tif", Reading(pages="max"), max_pixels=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen.measured is not None
+    assert (seen.measured.low, seen.measured.high) == (values.max(axis=0).min(), values.max())
+    assert peak < 64e6
+    assert time.process_time() - begin < 4
