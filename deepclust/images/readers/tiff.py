@@ -118,9 +118,10 @@ def _stated_planes(pixels: ElementTree.Element, tiff: TiffFile) -> int:
     first = [part for part in parts if not any(int(part.get(f"First{axis}", 0)) for axis in "ZCT")]
     if len(first) == 1 and int(first[0].get("IFD", 0)) == 0:
         begins = {0}
-    models = [tiff.pages[number] for number in {0, *begins} if number < count]
+    models: list[Any] = [tiff.pages[number] for number in {0, *begins} if number < count]
     pyramids = max(len(page.subifds or ()) for page in models) * count
-    return total + width * height * math.prod(outer) // max(1, min(page.size for page in models)) + pyramids
+    smallest = max(1, min(int(page.size) for page in models))
+    return total + width * height * math.prod(outer) // smallest + pyramids
 
 
 class _Stack:
