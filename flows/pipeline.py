@@ -31,6 +31,7 @@ from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import overrides
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
+from tasks.shared.operations.text import safe_lines
 from tasks.shared.outputs import environment
 
 # The workspace that `main` has locked since before it started the server. A flow that a worker runs locks it itself.
@@ -91,8 +92,9 @@ def pretrain_and_eval(
         with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
             return _run(workspace, targets, overrides, force)
     except DeepclustError as error:
-        logger.error("error: %s", error)
-        return Failed(message=str(error))
+        message = safe_lines(str(error))
+        logger.error("error: %s", message)
+        return Failed(message=message)
 
 
 def _check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
@@ -104,7 +106,7 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
     logger = get_run_logger()
     _check(targets, edits)
     if edits:
-        logger.info("params.yaml:\n%s", overrides.apply(edits) or "says so already")
+        logger.info("params.yaml:\n%s", safe_lines(overrides.apply(edits)) or "says so already")
     with watchdog.stages_run():
         stages = workspace.select(targets)
         unchanged = set() if force else workspace.unchanged()

@@ -32,6 +32,7 @@ from flows.server import answers, get, refused
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
 POOL = "deepclust"
@@ -223,23 +224,21 @@ def serve() -> None:
     _prefect(url, auth, "deploy", "--all")
     if _pid("worker") is None:
         raise StageError(f"expected the worker to run, but it ended; see {FOLDER / 'worker.log'}")
-    print(f"server      {url.removesuffix('/api')} ({how})")
-    print(f"pool        {POOL}")
-    print("deployment  pretrain-and-eval/local")
-    print(f"worker      {how_worker}, log in {FOLDER / 'worker.log'}")
-    print(f"\nexport PREFECT_API_URL={url}")
+    say(f"server      {url.removesuffix('/api')} ({how})")
+    say(f"pool        {POOL}")
+    say("deployment  pretrain-and-eval/local")
+    say(f"worker      {how_worker}, log in {FOLDER / 'worker.log'}")
+    say("", f"export PREFECT_API_URL={url}")
     if _is_ours(url):
-        print(f'export PREFECT_API_AUTH_STRING="$(cat {access.FILE})"')
-    print(
-        f"{os.path.relpath(Path(sys.executable).with_name('prefect'))} deployment run pretrain-and-eval/local --watch"
-    )
-    print("make stop   ends what was started here")
+        say(f'export PREFECT_API_AUTH_STRING="$(cat {access.FILE})"')
+    say(f"{os.path.relpath(Path(sys.executable).with_name('prefect'))} deployment run pretrain-and-eval/local --watch")
+    say("make stop   ends what was started here")
 
 
 def stop() -> None:
     """End the worker and the server that were started here, with what they run."""
     for name in ("worker", "server"):
-        print(f"{name:<8}{'stopped' if _end(name) else 'was not running'}")
+        say(f"{name:<8}{'stopped' if _end(name) else 'was not running'}")
 
 
 def _end(name: str) -> bool:

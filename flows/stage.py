@@ -18,6 +18,7 @@ from flows import server, watchdog
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, Workspace, check
+from tasks.shared.operations.text import safe_lines
 
 RETRIES = 5  # of a preempted stage
 RETRY_SECONDS = 5.0  # before each
@@ -38,8 +39,9 @@ def stage(name: str) -> State[Any]:
                 check(values)
             outcome = _run(workspace, name)
     except DeepclustError as error:
-        logger.error("error: %s", error)
-        return Failed(message=str(error))
+        message = safe_lines(str(error))
+        logger.error("error: %s", message)
+        return Failed(message=message)
     return Completed(message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
 
 

@@ -14,6 +14,7 @@ from deepclust.datasets import domains
 from deepclust.errors import DataError
 from deepclust.images import decode, find
 from deepclust.images.reading import Reading
+from tasks.shared.operations.text import say
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
     found, notes = domains.load(root, files, classes)
     notes = [*(f"warning: {warning}" for warning in files.warnings_of_stage()), *notes]
     for note in [*(f"skipped {item['path']}: {item['reason']}" for item in files.skipped), *notes]:
-        print(note, flush=True)
+        say(note)
     reading = Reading.of(statistics)
     shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels")}
 
@@ -58,7 +59,7 @@ def load(
                 try:
                     image = decode.read_image(root / domain.paths[row], reading, max_pixels=max_pixels, **shape)
                 except DataError as error:
-                    print(f"skipped {domain.paths[row]}: {error}", flush=True)
+                    say(f"skipped {domain.paths[row]}: {error}")
                 else:
                     kept.append(row)
                     yield image[None]

@@ -23,6 +23,7 @@ from deepclust.evaluation import metrics
 from deepclust.models.devices import default_device
 from tasks.cluster import gallery, prototypes
 from tasks.shared.operations.params import schema
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, prepared, stage
 
 MOST_AUTOMATIC_CLUSTERS = 100
@@ -51,11 +52,11 @@ def main() -> None:
         if primary > count:
             raise ConfigError(f"cluster.k: expected at most {count}, the training images; got {primary}; lower it")
         for k in sorted(set(options.other_k) - set(ks) - {primary}):
-            print(f"{here.encoder}: k = {k} left out, it is more than the training images ({count})")
+            say(f"{here.encoder}: k = {k} left out, it is more than the training images ({count})")
         device = default_device()
         if kmeans.engine_used(options.engine, device) != options.engine:
             where = "" if device.type == "cpu" else f" for {device.type}"
-            print(f"{here.encoder}: faiss is not installed{where}, nearest centroids by torch")
+            say(f"{here.encoder}: faiss is not installed{where}, nearest centroids by torch")
         fits = fit(features["train"], ks, options, here.params.seed)
         with distributed.together():
             if distributed.is_main():
@@ -84,7 +85,7 @@ def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Te
     for k in fits:
         scores[k] = scorer.mean(fits[k])
         numbers = [f"{key} {value['mean']:.3f}" for key, value in scores[k].items() if isinstance(value, dict)]
-        print(f"{here.encoder}: k = {k}: {', '.join(numbers)}", flush=True)
+        say(f"{here.encoder}: k = {k}: {', '.join(numbers)}")
     own = prototypes.Prototypes(here.encoder, default_device())
     assigned = {split: own.assign(features[split]) for split in layout.SPLITS}
     other = {str(k): scores[k] for k in fits if k != primary}

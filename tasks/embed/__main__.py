@@ -17,6 +17,7 @@ from deepclust import distributed
 from deepclust.evaluation import metrics
 from deepclust.models import encoder, features
 from deepclust.models.devices import default_device
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, prepared, stage
 
 
@@ -35,7 +36,7 @@ def main() -> None:
                 batch_size=here.params.embed.batch_size,
                 device=device,
             )
-            print(f"{here.encoder}: {count} {split} images embedded in {trained.feature_dim} dimensions", flush=True)
+            say(f"{here.encoder}: {count} {split} images embedded in {trained.feature_dim} dimensions")
         with distributed.together():
             if distributed.is_main():
                 embedded = np.load(here.folder / f"{layout.SPLITS[-1]}.npy", mmap_mode="r", allow_pickle=False)

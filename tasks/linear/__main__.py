@@ -15,6 +15,7 @@ from torch import Tensor
 from deepclust.evaluation import probing
 from deepclust.models.devices import default_device
 from tasks.shared.operations.params import schema
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, prepared, stage
 
 NO_LABELS = "no labelled training images"
@@ -32,7 +33,7 @@ def main() -> None:
         if not labelled:
             description |= {"classes": [], "reason": NO_LABELS}
             here.metrics({"labelled": 0, "reason": NO_LABELS})
-            print(f"{here.encoder}: {NO_LABELS}, nothing to classify")
+            say(f"{here.encoder}: {NO_LABELS}, nothing to classify")
         else:
             embeddings = {
                 split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), allow_pickle=False))
@@ -40,16 +41,14 @@ def main() -> None:
             }
             for k in here.params.linear.neighbours:
                 if k > labelled:
-                    print(
-                        f"{here.encoder}: kNN of {k}: all {labelled} labelled training images vote, there are no more"
-                    )
+                    say(f"{here.encoder}: kNN of {k}: all {labelled} labelled training images vote, there are no more")
             metrics, classifier = evaluate(embeddings, labels, prepared.heldout(), len(classes), here.params.linear)
             here.metrics(metrics)
             weights = {"weight": classifier.weight, "bias": classifier.bias}
             stored = {name: value.cpu().contiguous() for name, value in weights.items()}
             save_file(stored, here.folder / "classifier.safetensors")
             numbers = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
-            print(f"{here.encoder}: {', '.join(numbers)}")
+            say(f"{here.encoder}: {', '.join(numbers)}")
         stage.write_text(here.folder / "classifier.json", stage.json_text(description))
 
 

@@ -25,6 +25,7 @@ from deepclust.models import backbones
 from tasks.shared.operations import params, provenance, store, tracking
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, lineage, prepared
 
 ALIAS = "champion"
@@ -191,7 +192,7 @@ def main() -> None:
         if name:
             values.method(name)
         if not store.enabled():
-            print(f"tracking is off ({store.SWITCH}), nothing is registered")
+            say(f"tracking is off ({store.SWITCH}), nothing is registered")
             return
         for encoder in [name] if name else list(values.encoders):
-            print(register(encoder), flush=True)
+            say(register(encoder))

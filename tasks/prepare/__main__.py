@@ -28,6 +28,7 @@ from deepclust.images.source import Source
 from tasks.prepare import arrays, sides
 from tasks.shared.operations import last_preparation
 from tasks.shared.operations.params.schema import Data
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, stage
 
 AUTO_SIZES = (8, 64)  # pixels: from and to
@@ -70,7 +71,7 @@ def main() -> None:
         np.save(here.folder / "train" / "heldout.npy", settled.heldout)
         moved = last_preparation.warning(here.folder)
         for warning in [*settled.warnings, *([moved] if moved else [])]:
-            print(f"warning: {warning}", flush=True)
+            say(f"warning: {warning}")
         train = here.folder / "train" / "images.npy"
         _, image_size, _, channels = np.load(train, mmap_mode="r", allow_pickle=False).shape
         shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(decoded.reading)
@@ -93,11 +94,10 @@ def main() -> None:
             | {"classes": len(source.classes), "skipped": len(decoded.skipped)}
         )
         named = f" ({', '.join(source.classes[:5])}{' …' if len(source.classes) > 5 else ''})" if source.classes else ""
-        print(
+        say(
             f"{source.name}: {images['train']} training and {images['test']} test images of {image_size} x "
             f"{image_size} x {channels}, {len(source.classes)} classes{named}, {len(settled.heldout)} labelled images "
-            f"held out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored",
-            flush=True,
+            f"held out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored"
         )
 
 
@@ -113,15 +113,15 @@ def find(data: Data) -> Source:
     else:
         source = sources.load(data.source)
     for warning in source.warnings:
-        print(f"warning: {warning}", flush=True)
-    print(f"{source.name}: {len(source.paths)} images", flush=True)
+        say(f"warning: {warning}")
+    say(f"{source.name}: {len(source.paths)} images")
     return source
 
 
 def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:
     """Say what the stage `adapt` will make of the domains, before anything is trained. Raises: DataError."""
     for note in domains.load(root, finding.images(root, follow_links), classes)[1]:
-        print(note, flush=True)
+        say(note)
 
 
 def read(folder: Path, source: Source, data: Data) -> Decoded:
@@ -140,11 +140,9 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
     measured = [one.measured for one in seen.values() if one.measured]
     reading = Reading(**how, white=depth.settle(measured, data.white))
     for name, (black, white) in reading.white.items():
-        print(
-            f"{source.name}: of {name} pixels, {black:.10g} is black and {white:.10g} is white (data.white)", flush=True
-        )
+        say(f"{source.name}: of {name} pixels, {black:.10g} is black and {white:.10g} is white (data.white)")
     for warning in (warnings := doubts(seen.values(), measured, reading)):
-        print(f"warning: {warning}", flush=True)
+        say(f"warning: {warning}")
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
     shape = (image_size, image_size, channels)
 
@@ -163,7 +161,7 @@ def read(folder: Path, source: Source, data: Data) -> Decoded:
                 sums[index] = result[1]
     skipped = [*source.skipped, *({"path": source.paths[index], "reason": failed[index]} for index in sorted(failed))]
     for line in about_skipped(skipped):
-        print(line, flush=True)
+        say(line)
     ids = [seen[index].sha256 for index in sums]
     return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped, warnings)
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from deepclust.errors import DataError
 from deepclust.images import npy
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import environment
 
 _CHUNK_BYTES = 1 << 22
@@ -68,7 +69,7 @@ def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str
             for part, results in zip(parts, attempts, strict=True):
                 yield from zip(part, results, strict=True)
             if time.monotonic() > due:
-                print(f"{what}: {start + len(some)} of {len(indices)} images", flush=True)
+                say(f"{what}: {start + len(some)} of {len(indices)} images")
                 due = time.monotonic() + _REPORT_SECONDS
 
 

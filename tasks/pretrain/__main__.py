@@ -25,6 +25,7 @@ from deepclust.training import loop
 from tasks.pretrain import history
 from tasks.shared.operations.observers import callbacks, checkpoints, progress
 from tasks.shared.operations.processes import launcher, preemption
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import prepared, stage
 
 CURVE = ["step", "epoch", "loss", "rate"]
@@ -115,7 +116,7 @@ def _train(
         decided = {name: value for name, value in as_dict(config).items() if getattr(stated, name) == "auto"}
         _announce(here, config, decided, images=len(images), image_size=image_size, device=device)
         if run.step:
-            print(f"{here.encoder}: goes on after update {run.step}", flush=True)
+            say(f"{here.encoder}: goes on after update {run.step}")
 
     def normalise(crops: Tensor) -> Tensor:
         normalised: Tensor = (crops - trained.mean) / trained.std
@@ -177,13 +178,13 @@ def _announce(
     wanted = here.params.pretrain.shared.precision
     precision = loop.effective_precision(wanted, device)
     if precision != wanted:
-        print(f"{here.encoder}: {device.type} has no {wanted} worth using, training in {precision}")
-    print(
+        say(f"{here.encoder}: {device.type} has no {wanted} worth using, training in {precision}")
+    say(
         f"{here.encoder}: {images} images of {image_size} px, {config.epochs} epochs of "
         f"{images // config.batch_size} steps on {device.type} in {precision}, {torch.get_num_threads()} thread(s)"
     )
     if decided:
-        print(f"{here.encoder}: automatic sizes: {', '.join(f'{name} {value}' for name, value in decided.items())}")
+        say(f"{here.encoder}: automatic sizes: {', '.join(f'{name} {value}' for name, value in decided.items())}")
     sys.stdout.flush()
     here.run.log_params({f"auto.{name}": value for name, value in decided.items()} | {"precision_used": precision})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
 
@@ -44,11 +45,11 @@ def main() -> None:
                 path.unlink()
             elif delete:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            print(f"{'removed' if delete else 'would remove'} {path}")
+            say(f"{'removed' if delete else 'would remove'} {path}")
         if not paths:
-            print("nothing: all results are of encoders that params.yaml lists")
+            say("nothing: all results are of encoders that params.yaml lists")
         elif not delete:
-            print("to do so: python -m tasks.report.prune --delete")
+            say("to do so: python -m tasks.report.prune --delete")
 
 
 if __name__ == "__main__":

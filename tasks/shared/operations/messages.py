@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deepclust.errors import DeepclustError, PreemptedError
 from tasks.shared.operations.processes import launcher, preemption
+from tasks.shared.operations.text import show_traceback
 
 # torch has a type of its own for a GPU's memory only.
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|not enough memory")
@@ -16,7 +18,10 @@ _OUT_OF_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|not enoug
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2, a preemption into one line and the signal's status."""
+    """Turn a user's mistake into one line and status 2, a preemption into one line and the signal's status.
+
+    Any other exception is a bug and keeps its traceback, without the passwords in it.
+    """
     try:
         yield
     except PreemptedError as error:
@@ -30,6 +35,10 @@ def errors_as_one_line() -> Iterator[None]:
         launcher.end(2, f"error: expected the work to fit into memory, it does not ({wanted}); lower the sizes", error)
     except OSError as error:
         if error.errno is None or os.environ.get("DEEPCLUST_TRACEBACK"):
+            sys.excepthook = show_traceback
             raise
         where = f": {error.filename}" if error.filename else ""
         launcher.end(2, f"error: {error.strerror}{where}; make room or repair it and run again", error)
+    except Exception:
+        sys.excepthook = show_traceback
+        raise

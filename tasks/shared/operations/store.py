@@ -7,9 +7,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from deepclust.errors import TrackingError
+from tasks.shared.operations.text import masked, safe
 
 SWITCH = "DEEPCLUST_TRACKING"
 
@@ -51,10 +51,8 @@ def errors() -> Iterator[None]:
         # A full or read-only disk, which messages.py reports, is an OSError with a number; the network's have none.
         if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        netloc = urlsplit(uri()).netloc
-        place = uri().replace(netloc, netloc.rpartition("@")[2]) if netloc else uri()  # without a password
         raise TrackingError(
-            f"expected a working MLflow store at {place}, got: {line(error)}; start or mend it, change "
+            f"expected a working MLflow store at {masked(uri())}, got: {line(error)}; start or mend it, change "
             f"MLFLOW_TRACKING_URI, or set {SWITCH}=off"
         ) from error
 
@@ -70,8 +68,9 @@ def line(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
+            return safe(cause.strerror.lower())
         if isinstance(cause, sqlite3.Error):
-            return str(cause)
+            return safe(str(cause))
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    # Masked before it is cut: half an address is not known as one.
+    return safe(" ".join(str(error).split()))[:300] or type(error).__name__

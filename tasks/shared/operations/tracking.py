@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from tasks.shared.operations.lock import locked
 from tasks.shared.operations.params import load as load_params
 from tasks.shared.operations.params.schema import Params
 from tasks.shared.operations.processes.signals import TERMINATED, sigterm_exits
+from tasks.shared.operations.text import masked, warn
 from tasks.shared.outputs import environment
 
 PARENT = "DEEPCLUST_PARENT_RUN"
@@ -58,7 +58,7 @@ class Run:
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, once per name."""
-        self._log("params", [(name, str(value)[:6000]) for name, value in values.items()])
+        self._log("params", [(name, masked(str(value))[:6000]) for name, value in values.items()])
 
     def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """Log numbers in one request; None, NaN and infinities are left out."""
@@ -73,7 +73,7 @@ class Run:
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Set tags, replacing those of the same name."""
-        self._log("tags", [(name, str(value)[:5000]) for name, value in values.items()])
+        self._log("tags", [(name, masked(str(value))[:5000]) for name, value in values.items()])
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
@@ -99,7 +99,7 @@ class Run:
             if not store.failed(error):
                 raise
             if not self._warned:
-                print(f"warning: tracking stopped working, the stage goes on ({store.line(error)})", file=sys.stderr)
+                warn(f"tracking stopped working, the stage goes on ({store.line(error)})")
             self._warned = True
 
 
@@ -130,7 +130,7 @@ def close_pipeline(run_id: str, status: str) -> None:
     try:
         Run(connect()[0], run_id).finish(status)
     except TrackingError as error:
-        print(f"warning: run {run_id} stays open in MLflow ({error})", file=sys.stderr)
+        warn(f"run {run_id} stays open in MLflow ({error})")
 
 
 @contextmanager

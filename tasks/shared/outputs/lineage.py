@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from deepclust.errors import CheckpointError
 from tasks.shared.operations import provenance
+from tasks.shared.operations.text import warn
 from tasks.shared.outputs import layout
 
 FILE = "lineage.json"
@@ -93,10 +93,9 @@ def check(paths: Iterable[Path]) -> None:
         if others or any(_folder(path) in stale for path in sources):
             stale.append(folder)
     if unknown:
-        print(
-            f"warning: whether the artifacts of {', '.join(unknown)} belong together is not known, since an earlier "
-            f"version made them; `dvc repro {' '.join(unknown)}` makes them anew",
-            file=sys.stderr,
+        warn(
+            f"whether the artifacts of {', '.join(unknown)} belong together is not known, since an earlier "
+            f"version made them; `dvc repro {' '.join(unknown)}` makes them anew"
         )
     if stale:
         since = "; ".join(f"{path} has changed since {', '.join(stages)} ran" for path, stages in changed.items())

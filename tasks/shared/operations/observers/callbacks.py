@@ -6,7 +6,6 @@ It writes to MLflow, to the terminal and under state/, and can stop a run, but n
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +19,7 @@ from deepclust.methods.parts.base import Method
 from deepclust.models import encoder
 from deepclust.training import loop
 from tasks.shared.operations.observers import probe
+from tasks.shared.operations.text import warn
 from tasks.shared.outputs import layout, stage
 
 _RUN = "run"  # file beside the encoder that is kept: name of the run that it is of
@@ -75,7 +75,7 @@ class Watch:
         """
         report = self._dog.epoch(done)
         for alarm in report.alarms:
-            print(f"warning: epoch {done.epoch + 1}: {alarm.message}", file=sys.stderr, flush=True)
+            warn(f"epoch {done.epoch + 1}: {alarm.message}")
         self._logged.append((done, self._probe(done, means | report.indicators)))
         if not report.alarms:
             self._keep(done.epoch + 1)
@@ -119,4 +119,4 @@ class Watch:
             partial.rename(self._folder)
             self._good = epochs
         except OSError as error:  # not worth ending the training for
-            print(f"warning: the encoder of epoch {epochs} could not be kept ({error})", file=sys.stderr, flush=True)
+            warn(f"the encoder of epoch {epochs} could not be kept ({error})")

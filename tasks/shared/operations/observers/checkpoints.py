@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from deepclust.training import checkpoint, resume
 from tasks.shared.operations import provenance
 from tasks.shared.operations.observers import earlier_run
 from tasks.shared.operations.processes import launcher
+from tasks.shared.operations.text import say, warn
 from tasks.shared.outputs import layout, prepared, stage
 
 MODES = ("auto", "require", "never")
@@ -65,9 +65,9 @@ class Run:
             raise CheckpointError(f"{found}; or set pretrain.resume to auto to begin anew")
         if self._found is None and launcher.is_main():
             if line := earlier_run.difference(here.encoder):
-                print(line, flush=True)
+                say(line)
             if mode == "auto" and (misfit := self._misfit(parts)):
-                print(f"{here.encoder}: begins anew, beside an unfinished run: {misfit}", flush=True)
+                say(f"{here.encoder}: begins anew, beside an unfinished run: {misfit}")
         self.step = self._found.step if self._found else 0
         """Updates made so far."""
 
@@ -92,7 +92,7 @@ class Run:
         try:
             self._store.clear()
         except CheckpointError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
             return
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from deepclust.evaluation import probing
 from deepclust.models import encoder, features
 from deepclust.training import loop
 from tasks.shared.operations import tracking
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import prepared
 
 BANK = 5000
@@ -56,7 +57,7 @@ class Probe:
             values["knn_heldout"] = self._accuracy()
         self._run.log_metrics(values, step=done.epoch + 1)
         numbers = ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
-        print(f"epoch {done.epoch + 1}: {numbers}", flush=True)
+        say(f"epoch {done.epoch + 1}: {numbers}")
         return values
 
     def _accuracy(self) -> float:

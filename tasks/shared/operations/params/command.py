@@ -15,6 +15,7 @@ from pathlib import Path
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import migration, overrides, showing
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
 
@@ -32,14 +33,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_as_one_line():
         if arguments.command == "apply":
-            print(overrides.apply_recipe(arguments.recipe) or f"{layout.PARAMS} says so already", end="\n")
+            say(*(overrides.apply_recipe(arguments.recipe) or f"{layout.PARAMS} says so already").split("\n"))
         elif arguments.command == "show":
             showing.show(params.load(), arguments.encoder, sys.stdout)
         elif arguments.command == "migrate":
             for file in arguments.files:
                 lines, difference = migration.migrate(file)
-                print(*(lines or [f"{file} is of today already"]), sep="\n")
-                print(difference, end="")
+                say(*(lines or [f"{file} is of today already"]), *difference.splitlines())
         else:
             params.load()
-            print(f"{layout.PARAMS} is valid")
+            say(f"{layout.PARAMS} is valid")

@@ -26,6 +26,7 @@ from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import declared
 from tasks.shared.operations.params.schema import Params, merged
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
 
@@ -315,4 +316,4 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with errors_as_one_line():
-        print(apply(arguments.overrides) or f"{layout.PARAMS} says so already", end="\n")
+        say(*(apply(arguments.overrides) or f"{layout.PARAMS} says so already").split("\n"))

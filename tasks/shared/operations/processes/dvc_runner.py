@@ -27,6 +27,7 @@ from deepclust.errors import StageError as StageError
 from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import child_processes, repro
+from tasks.shared.operations.text import safe
 from tasks.shared.outputs import layout
 
 LOCK = layout.STATE / "flow.lock"
@@ -181,7 +182,7 @@ class Workspace:
 
         Args:
             stage: A stage of `graph`; those upstream of it must be up to date.
-            on_line: Receives each line of output as it comes.
+            on_line: Receives each line of output as it comes, fit to be logged (`text.safe`).
             force: Run even if nothing has changed.
             env: Added to the stage's environment.
 
@@ -196,8 +197,8 @@ class Workspace:
         tail: deque[str] = deque(maxlen=200)
 
         def note(line: str) -> None:
-            tail.append(line)
-            on_line(line)
+            tail.append(safe(line))
+            on_line(safe(line))
 
         status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
         if status in repro.WHAT:

@@ -27,6 +27,7 @@ import psutil
 from deepclust.errors import ConfigError, DeepclustError, StageError
 from tasks.shared.operations.processes import child_processes, worker
 from tasks.shared.operations.processes.worker import end, has_begun, is_main, is_worker, joined, note_begun, together
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import environment
 
 __all__ = ["end", "has_begun", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
@@ -82,7 +83,7 @@ def start(module: str, arguments: Sequence[str]) -> int:
     if found and not (found.order == 2 and told):
         status, line = found.status, found.line
     if line:
-        print(line, file=sys.stderr)
+        say(line, file=sys.stderr)
     return status
 
 

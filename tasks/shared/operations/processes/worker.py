@@ -24,6 +24,7 @@ from typing import NamedTuple, NoReturn
 
 from deepclust.errors import DeepclustError, PeerError
 from tasks.shared.operations.processes import signals
+from tasks.shared.operations.text import say, show_traceback, warn
 from tasks.shared.outputs import environment
 
 FOLDER = "DEEPCLUST_LAUNCHER"  # path of the launcher's folder
@@ -75,7 +76,7 @@ def joined() -> Iterator[None]:
     _die_with_the_launcher()
     if is_main() and (count := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
-        print(f"warning: a process was lost; all start again ({count} of at most {most} times)", file=sys.stderr)
+        warn(f"a process was lost; all start again ({count} of at most {most} times)")
     from deepclust import distributed
 
     try:
@@ -92,11 +93,11 @@ def joined() -> Iterator[None]:
         raise
     except Exception as error:
         if not _is_loss(error):
-            sys.excepthook(*sys.exc_info())
+            show_traceback(type(error), error, error.__traceback__)
         elif _wait_for_outcome(seconds=2):
             _leave(0)
         else:
-            print(f"warning: process {os.environ['RANK']} lost the others: {in_one_line(error)}", file=sys.stderr)
+            warn(f"process {os.environ['RANK']} lost the others: {in_one_line(error)}")
         _leave(1)
 
 
@@ -128,7 +129,7 @@ def end(status: int, line: str, error: BaseException) -> NoReturn:
     if FOLDER in os.environ:
         _add_outcome(status, line, weak=isinstance(error, PeerError))
         _leave(0)
-    print(line, file=sys.stderr)
+    say(line, file=sys.stderr)
     if is_worker():  # torchrun itself is the launcher
         _leave(status)
     sys.exit(status)

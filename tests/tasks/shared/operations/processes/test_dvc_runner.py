@@ -90,6 +90,13 @@ def test_a_failure_carries_the_stages_own_error_and_its_tail_and_is_preemption_w
     with pytest.raises(StageError, match=r"^embed@random failed: exit status 255") as other:
         _run(workspace, "embed@random")
     assert not isinstance(other.value, PreemptedStage)
+    loud = r"printf 'error: no remote at https://ann:s3cr3t@host\033[2J\n'; exit 1"
+    monkeypatch.setattr(dvc_runner, "_REPRO", ("sh", "-c", loud))
+    seen: list[str] = []
+    with pytest.raises(StageError) as last:
+        workspace.run_stage("embed@random", on_line=seen.append)
+    assert seen == [line := r"error: no remote at https://***@host\x1b[2J"]
+    assert str(last.value) == f"embed@random failed: {line.removeprefix('error: ')}\n  | {line}"
 
 
 def test_a_stage_that_this_flow_stops_is_not_preempted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
