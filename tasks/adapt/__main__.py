@@ -27,7 +27,8 @@ from deepclust.models.devices import default_device
 from deepclust.models.features import to_float
 from tasks.adapt import classifiers, domains
 from tasks.shared.operations.params import schema
-from tasks.shared.outputs import prepared, stage
+from tasks.shared.operations.text import say
+from tasks.shared.outputs import prepared, stage, tables
 
 SOURCE_IMAGES = 1024  # training images, without their labels, for statistics and confidence without a shift
 SOURCE_BATCH = 256
@@ -63,7 +64,7 @@ class LongTable:
             self._file.open("a", encoding="utf-8", newline="") as out,
         ):
             whole = (row for row in csv.DictReader(rows, self._columns) if counts(row, failed))
-            csv.DictWriter(out, self._columns, lineterminator="\n").writerows(whole)
+            tables.Writer(out, self._columns).add(whole)
         self._unsettled.write_bytes(b"")
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ def main() -> None:
         for kind in values.classifiers:
             found = classifiers.build(kind, here.encoder, here.params, source_images)
             if found.model is None:
-                print(f"{kind}: not applicable: {found.reason}", flush=True)
+                say(f"{kind}: not applicable: {found.reason}")
                 not_applicable[kind] = found.reason
                 continue
             several = f"{kind}: " if len(values.classifiers) > 1 else ""
@@ -123,7 +124,7 @@ def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
     test = prepared.load("test")
     rows = shifts.choose(test.labels, count=options.images, seed=seed)
     if len(rows) < options.images:
-        print(f"adapt.images {options.images}: there are {len(rows)} test images to choose from, all are used")
+        say(f"adapt.images {options.images}: there are {len(rows)} test images to choose from, all are used")
     clean = shifts.Shift(*shifts.CLEAN, test.images[rows], test.labels[rows], [test.paths[row] for row in rows])
     yield clean
     for corruption in options.corruptions:
@@ -193,10 +194,10 @@ def run(
             whole.seconds.extend(part.seconds)
             failed = part.not_applicable.items()
             whole.not_applicable.update({f"{name}, {setting}, batches of {batch_size}": why for name, why in failed})
-            print(f"\n{kind}, {setting}, batches of {batch_size}: {time.perf_counter() - begin:.0f} s", flush=True)
-            print(show(part.table, part.seconds), flush=True)
+            say("", f"{kind}, {setting}, batches of {batch_size}: {time.perf_counter() - begin:.0f} s")
+            say(*show(part.table, part.seconds))
     for name, reason in whole.not_applicable.items():
-        print(f"{name}: not applicable: {reason}", flush=True)
+        say(f"{name}: not applicable: {reason}")
     return whole
 
 
@@ -309,7 +310,7 @@ def mean_errors(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def show(table: Rows, seconds: Rows) -> str:
+def show(table: Rows, seconds: Rows) -> list[str]:
     """A line for each adapter: mean error over the shifts without and with a guard, worst shift, milliseconds."""
     means = mean_errors(row for row in table if "error" in row and (row["shift"], row["severity"]) != shifts.CLEAN)
     cost = {(row["adapter"], row["guarded"]): row["seconds_per_image"] * 1000 for row in seconds}
@@ -321,7 +322,7 @@ def show(table: Rows, seconds: Rows) -> str:
         ahead = f"{means[name] - means['source']:+.3f}" if name in means else ""
         cells = [f"{value:.4f}" if value is not None else "" for value in both]
         lines.append(f"{name:14}{cells[0]:>8}{cells[1]:>9}{ahead:>10}{worst:>8}{cost.get((name, 0), np.nan):8.2f}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python -m tasks.assign --encoder swav PATH [--out TABLE.csv] [--embeddings FILE.npy] [--export FOLDER [--link]]
 
 The table goes to stdout without --out; all messages go to stderr. `--export` sorts the images into a folder for each
-cluster. A run that fails leaves no table, embeddings or folder; a file that is there stays without `--overwrite`.
+cluster. `--spreadsheet` keeps names in the table from being formulas (tasks/shared/outputs/tables.py). A run that fails
+leaves no table, embeddings or folder; a file that is there stays without `--overwrite`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,8 @@ from deepclust.images import find as finding
 from tasks.model import export
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.outputs import environment, layout, lineage
+from tasks.shared.operations.text import say, warn
+from tasks.shared.outputs import environment, layout, lineage, tables
 
 if TYPE_CHECKING:
     from deepclust import bundle
@@ -64,7 +65,8 @@ def main() -> None:
         if arguments.out:
             partial = stack.enter_context(export.whole(arguments.out))
             file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
-        done = run(model, root, files.images, file, matrix, add, values.embed.batch_size, values.data.max_pixels)
+        sizes = values.embed.batch_size, values.data.max_pixels
+        done = run(model, root, files.images, file, matrix, add, *sizes, spreadsheet=arguments.spreadsheet)
         skipped, total = len(files.images) - done + len(files.skipped), len(files.images) + len(files.skipped)
         most = values.data.max_skipped if arguments.max_skipped is None else arguments.max_skipped
         if skipped > most * total:
@@ -72,7 +74,7 @@ def main() -> None:
                 f"expected at most {most:g} of the images to be skipped (data.max_skipped), got {skipped} of {total}; "
                 "see the reasons above, or give --max-skipped"
             )
-    print(f"{done} images assigned, {skipped} skipped, {files.ignored} other files ignored", file=sys.stderr)
+    say(f"{done} images assigned, {skipped} skipped, {files.ignored} other files ignored", file=sys.stderr)
 
 
 def _arguments() -> argparse.Namespace:
@@ -80,6 +82,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("path", type=Path, help="an image, or a folder of images")
     parser.add_argument("--encoder", required=True, help="an encoder of params.yaml whose clusters are made")
     parser.add_argument("--out", type=Path, help="write the table here (CSV)")
+    parser.add_argument(
+        "--spreadsheet", action="store_true", help="an apostrophe before cells that a spreadsheet would compute"
+    )
     parser.add_argument("--embeddings", type=Path, help="write the embeddings here (.npy), rows as in the table")
     parser.add_argument("--export", type=Path, help="a new folder: the images, one folder a cluster")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out and --embeddings name")
@@ -106,9 +111,9 @@ def find(path: Path, follow_links: bool) -> tuple[Path, finding.Files]:
         root, files = path, finding.images(path, follow_links)
     files.skip_stacks("NumPy stack, which only prepare reads: save its images as PNG or TIFF")
     for warning in files.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     for item in files.skipped:
-        print(f"skipped {item['path']}: {item['reason']}", file=sys.stderr)
+        say(f"skipped {item['path']}: {item['reason']}", file=sys.stderr)
     if not files.images:
         raise DataError(
             f"expected images in {path}, found none: {len(files.skipped)} skipped and {files.ignored} other files; "
@@ -126,6 +131,8 @@ def run(
     add: Callable[[Path, str, str], None] | None,
     batch_size: int,
     max_pixels: int,
+    *,
+    spreadsheet: bool,
 ) -> int:
     """Read, embed and assign, a chunk at a time.
 
@@ -138,8 +145,8 @@ def run(
     step = max(1, min(batch_size, _CHUNK_BYTES // (model.image_size**2 * model.channels)))
     digits = max(2, len(str(len(model.clusters.centroids) - 1)))
     columns = ["path", "cluster", "distance", *(["class", "probability"] if model.classes else [])]
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
+    writer = tables.Writer(table, columns, spreadsheet=spreadsheet)
+    writer.header()
     done = 0
     for names, images in read(model, root, paths, step, max_pixels):
         found = model.assign(images)
@@ -148,7 +155,7 @@ def run(
             if found.probabilities is not None:
                 best = int(found.probabilities[index].argmax())
                 row |= {"class": model.classes[best], "probability": f"{found.probabilities[index, best]:.6g}"}
-            writer.writerow(row)
+            writer.add([row])
             if add:
                 add(root / name, f"cluster-{found.clusters[index]:0{digits}}", name)
         if matrix:
@@ -178,7 +185,7 @@ def read(
             chunk = paths[start : start + step]
             for name, result in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if isinstance(result, str):
-                    print(f"skipped {name}: {result}", file=sys.stderr)
+                    say(f"skipped {name}: {result}", file=sys.stderr)
                 else:
                     names.append(name)
                     images.append(result)

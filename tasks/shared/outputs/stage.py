@@ -10,7 +10,6 @@ the body, but only the main one tracks and writes outputs.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import shutil
@@ -28,7 +27,7 @@ from tasks.shared.operations import params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import launcher, signals
-from tasks.shared.outputs import environment, layout, lineage
+from tasks.shared.outputs import environment, layout, lineage, tables
 
 
 @dataclass
@@ -106,9 +105,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 def table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
     """Rows as CSV text; floats with six significant digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
+    writer = tables.Writer(text, columns)
+    writer.header()
+    writer.add({key: _rounded(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -266,3 +266,20 @@ def test_one_file_is_treated_like_a_folder_of_one(run: Run, capsys: pytest.Captu
         with pytest.raises(SystemExit, match="2"):
             run(f"new/{name}")
         assert words in capsys.readouterr().err
+
+
+def test_names_stay_as_they_are_and_for_a_spreadsheet_none_is_a_formula(run: Run) -> None:
+    names = ["=1+1.png", "@x.png", "a\nb\x1b[2J.png", "a\rb.png"]
+    Path("odd").mkdir()
+    for name in names:
+        Image.new("L", (9, 9), 20).save(Path("odd", name))
+    Path("odd/no\x1b[31m.png").write_bytes(b"")
+    run("odd", "--out", "table.csv")
+    with Path("table.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == names
+    assert said[0].startswith(r"skipped no\x1b[31m.png: ")
+    run("odd", "--out", "people.csv", "--spreadsheet")
+    with Path("people.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["path"] for row in found] == ["'=1+1.png", "'@x.png", *names[2:]]
+    assert all(float(row["distance"]) >= 0 for row in found)
