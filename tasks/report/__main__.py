@@ -9,7 +9,6 @@ import base64
 import csv
 import itertools
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tasks.report import adaptation_plots as adaptation
 from tasks.report import comparison, plots, prune
 from tasks.shared.operations import provenance, store
 from tasks.shared.operations.params import schema
+from tasks.shared.operations.text import safe, say, warn
 from tasks.shared.outputs import layout, prepared, stage
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -38,7 +38,7 @@ def main() -> None:
     with stage.running("report") as here:
         encoders = list(here.params.encoders)
         if left := prune.unlisted(encoders):
-            print(f"{len(left)} results are of encoders that are not listed: python -m tasks.report.prune shows them")
+            say(f"{len(left)} results are of encoders that are not listed: python -m tasks.report.prune shows them")
         rows = comparison.collect(encoders)
         stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
         pictures = draw(here.folder, rows, here.params)
@@ -52,16 +52,16 @@ def main() -> None:
         here.run.log_artifact(here.folder / layout.COMPARISON.name)
         if store.enabled():
             register_all([str(row["encoder"]) for row in rows], here.run.run_id)
-        print(f"\n{comparison.comparison_text(rows)}\n", *comparison.verdict(rows), sep="\n", flush=True)
+        say("", *comparison.comparison_text(rows).split("\n"), "", *comparison.verdict(rows))
 
 
 def register_all(encoders: Iterable[str], run_id: str) -> None:
     """Register models. A tracking server that is lost is a warning, since the report is finished and worth keeping."""
     try:
         for encoder in encoders:
-            print(f"registered {register.register(encoder, run_id)}", flush=True)
+            say(f"registered {register.register(encoder, run_id)}")
     except TrackingError as error:
-        print(f"warning: not all models are registered, `python -m tasks.register` does it ({error})", file=sys.stderr)
+        warn(f"not all models are registered, `python -m tasks.register` does it ({error})")
 
 
 def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
         pictures["galleries"][encoder] = f"gallery-{encoder}.png"
         shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
         pictures["adaptation"][encoder] = adapted(folder, encoder, values)
-        print(f"{encoder}: pictures drawn", flush=True)
+        say(f"{encoder}: pictures drawn")
     return pictures
 
 
@@ -208,7 +208,11 @@ def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
 def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: schema.Params) -> str:
     """The HTML, with the folder's pictures inside."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        finalize=lambda value: safe(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["inline"] = lambda name: (
         "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()

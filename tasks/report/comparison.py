@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from deepclust.errors import DataError
+from tasks.shared.operations.text import printable
 from tasks.shared.outputs import layout
 
 BASELINES = ("pixels", "random")
@@ -152,8 +154,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
     names = columns(rows)
     lines = [[title(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
-    lines += [[shown(row, name) for name in names] for row in rows]
+    lines += [[_literal(shown(row, name)) for name in names] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "no encoders"
+
+
+def _literal(cell: str) -> str:
+    """A cell whose text is no Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~&])", r"\\\1", printable(cell))
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:

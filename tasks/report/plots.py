@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +15,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from tasks.report.adaptation_plots import Curve, name_of
+from tasks.shared.operations.text import printable
 
 GREY = "#9aa3ad"
 INK = "#2b3440"
 ACCENT = "#2f6fde"
 _LEGEND_AT_MOST = 20
 _MARKS_AT_MOST = 150
+_LONGEST_NAME = 60  # characters
 _ADAPTERS = {  # an adapter has one colour in all pictures
     "source": INK,
     "bn": "#e08a1e",
@@ -58,8 +62,18 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, without the software's name and version, and close it."""
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # The font's own box stands for a character that it lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+
+
+def plain(name: str) -> str:
+    """Text from the data as matplotlib shows it letter by letter: never a formula, one line, and not too long."""
+    text = printable(name)
+    text = text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
+    return text.replace("$", r"\$")
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, Any]:
@@ -83,7 +97,7 @@ def training(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
             for axis, (name, points) in zip(row, found.items(), strict=False):
                 look = {"color": ACCENT if name == "loss" else INK, "linewidth": 1.4}
                 axis.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else "", **look)
-                axis.set_title(f"{encoder}: {name.replace('_', ' ')}")
+                axis.set_title(plain(f"{encoder}: {name.replace('_', ' ')}"))
                 axis.set_xlabel("step")
                 axis.set_xlim(-0.02 * last, 1.02 * last)
     return figure
@@ -108,10 +122,10 @@ def scores(encoders: Sequence[str], values: Mapping[str, Sequence[float | None]]
             axis.barh(places[measured], widths, color=colours, height=0.68)
             for place, value in zip(places[measured], widths, strict=True):
                 axis.annotate(f" {value:.3f}", (max(value, 0), place), va="center", fontsize=8)
-            axis.set_title(name)
+            axis.set_title(plain(name))
             axis.set_xlim(right=max([*widths, 1e-9]) * 1.3)
             axis.grid(axis="y", visible=False)
-            axis.set_yticks(places, encoders)
+            axis.set_yticks(places, [plain(encoder) for encoder in encoders])
             axis.xaxis.set_major_locator(plt.MaxNLocator(3))
     return figure
 
@@ -142,19 +156,20 @@ def evaluation(panels: Sequence[Panel], encoders: Sequence[str], baselines: int)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, panel in zip(axes.flat, panels, strict=False):
+            drawn = []
             for index, encoder in enumerate(encoders):
                 x, mean, std = np.array(panel.lines.get(encoder) or np.empty((0, 3))).T
                 look = {"color": shades[index], "linestyle": "--" if index < baselines else "-", "linewidth": 1.5}
-                axis.plot(x, mean, marker=marks[index % len(marks)], markersize=4, label=encoder, **look)
+                drawn += axis.plot(x, mean, marker=marks[index % len(marks)], markersize=4, **look)
                 axis.fill_between(x, mean - std, mean + std, color=shades[index], alpha=0.12, linewidth=0)
             ticks = sorted({point[0] for points in panel.lines.values() for point in points})
             axis.set_xscale("log")
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.margins(x=0.12)
-            axis.set_title(panel.title)
+            axis.set_title(plain(panel.title))
             axis.set_xlabel(panel.label)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(encoders), 8))
+        _legend_below(figure, drawn, encoders, columns=8)
     return figure
 
 
@@ -196,9 +211,9 @@ def _scatter(
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_visible(False)
     if len(names) <= _LEGEND_AT_MOST:
-        handles = [axis.scatter([], [], s=22, color=colours[index], label=name) for index, name in enumerate(names)]
+        handles = [axis.scatter([], [], s=22, color=colour) for colour in colours]
         place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        axis.legend(handles=handles, fontsize=8, handletextpad=0.1, labelspacing=0.5, **place)
+        axis.legend(handles, [plain(name) for name in names], fontsize=8, handletextpad=0.1, labelspacing=0.5, **place)
 
 
 def palette(count: int) -> list[Any]:
@@ -222,6 +237,7 @@ def stream(curve: Curve) -> Figure:
     with plt.rc_context(_STYLE):
         figure, axes = _panels(1, 1, (11.4, 3.9 if len(curve.segments) > 1 else 3.3))
         axis = axes[0, 0]
+        drawn = []
         for who in lines:
             points: list[tuple[float, float]] = []
             for part in curve.segments:
@@ -232,20 +248,24 @@ def stream(curve: Curve) -> Figure:
             # Markers where batches are few, since a segment of one batch is no line.
             marks = "." if len(points) <= _MARKS_AT_MOST else ""
             look = {"marker": marks, "markersize": 5, "linestyle": "--" if who[1] else "-", "linewidth": width}
-            axis.plot(x, y, color=colours[who[0]], label=name_of(who), zorder=3 if who[0] == "source" else 2, **look)
+            drawn += axis.plot(x, y, color=colours[who[0]], zorder=3 if who[0] == "source" else 2, **look)
         last = max(seen for part in curve.segments for found in part.lines.values() for seen, _ in found)
         stops = [*[part.start for part in curve.segments[1:]], last]
         for part, stop in zip(curve.segments, stops, strict=True):
             if part.start:
                 axis.axvline(part.start, color=GREY, linewidth=0.6)
-            # A folder's name, which matplotlib would read as a formula if it held two dollar signs.
-            plain = {"parse_math": False, "annotation_clip": False, "rotation": 35, "fontsize": 8}
+            look = {"annotation_clip": False, "rotation": 35, "fontsize": 8}
             middle = ((part.start + stop) / 2, 1.02)
-            axis.annotate(part.title, middle, xycoords=("data", "axes fraction"), **plain)
+            axis.annotate(plain(part.title), middle, xycoords=("data", "axes fraction"), **look)
         axis.set_xlim(0, last * 1.005)
         axis.set_ylim(0, 100 if curve.label != "error" else None)
         axis.set_xlabel("images seen")
         axis.set_ylabel(f"{curve.label}, percent")
         axis.grid(axis="x", visible=False)
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 7))
+        _legend_below(figure, drawn, [name_of(who) for who in lines], columns=7)
     return figure
+
+
+def _legend_below(figure: Figure, lines: Sequence[Line2D], names: Sequence[str], *, columns: int) -> None:
+    """A legend of lines and their names: matplotlib's own labels of lines are left out if they begin with `_`."""
+    figure.legend(lines, [plain(name) for name in names], loc="outside lower center", ncols=min(len(names), columns))
