@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -28,6 +29,14 @@ DOORS = {
     "timm": ("deepclust/models/backbones.py", "deepclust/training/optim.py"),
 }
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+# Who prints without `text.say`: that module itself, one of numbers alone, one that quotes as Python does, and a script
+# whose lines dvc_runner.py passes on.
+PRINTS = (
+    "tasks/shared/operations/text.py",
+    "tasks/shared/operations/observers/progress.py",
+    "tasks/shared/outputs/environment.py",
+    "tasks/shared/operations/processes/repro.py",
+)
 MOST_MODULES = 12
 # Each file of these folders is one paper's, and all keep one contract, so their number says nothing.
 IMPLEMENTATIONS = ("deepclust/methods", "deepclust/adaptation/adapters")
@@ -71,6 +80,13 @@ def test_no_folder_has_more_than_a_dozen_modules() -> None:
         if folder.relative_to(ROOT).as_posix().removeprefix("tests/") not in IMPLEMENTATIONS:
             modules = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
             assert len(modules) <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {len(modules)} modules"
+
+
+def test_lines_for_the_terminal_are_printed_where_control_characters_and_passwords_are_taken_out() -> None:
+    for file in FILES:
+        path = file.relative_to(ROOT).as_posix()
+        if not path.startswith(("deepclust/", *PRINTS)):
+            assert not re.search(r"\bprint\(", file.read_text(encoding="utf-8")), f"{path}: use text.say or text.warn"
 
 
 def test_no_pickle_is_loaded() -> None:
