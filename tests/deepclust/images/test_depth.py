@@ -286,7 +286,7 @@ def test_planes_that_an_ome_header_only_claims_cost_nothing_and_the_pages_there_
         '<?xml version="1.0"?><OME><StructuredAnnotations>' + annotation + "</StructuredAnnotations><Image>"
         f'<Pixels DimensionOrder="XYZCT" Type="uint16" SizeC="1" SizeT="1" {sizes}>{parts}</Pixels></Image></OME>'
     )
-    values = camera(3)
+    values = camera(3)[::-1]  # the brightest pixel is on the last page
     tifffile.imwrite(tmp_path / "a.ome.tif", values, description=xml, metadata=None, photometric="minisblack")
     begin = time.process_time()
     tracemalloc.start()
@@ -294,6 +294,6 @@ def test_planes_that_an_ome_header_only_claims_cost_nothing_and_the_pages_there_
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seen.measured is not None
-    assert (seen.measured.low, seen.measured.high) == (values.max(axis=0).min(), values.max())
+    assert seen.measured.high == values[2].max() == 610
     assert peak < 64e6
     assert time.process_time() - begin < 4
