@@ -10,21 +10,23 @@ folders of several stages, which `load` takes one by one.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from deepclust.config import as_dict
+from deepclust import files
+from deepclust.config import Count, Flag, as_dict
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.images.reading import Reading
-from deepclust.models import encoder, features
+from deepclust.models import encoder, features, weights
 from deepclust.models.devices import default_device
 
 CENTROIDS, CLUSTERS = "centroids.npy", "cluster.json"
@@ -160,7 +162,7 @@ def load(
         encoder=trained.to(device or default_device()),
         clusters=found,
         classifier=load_classifier(classifier or folder, trained.feature_dim),
-        reading=_reading((statistics or folder) / STATISTICS),
+        reading=load_reading((statistics or folder) / STATISTICS, trained.description),
     )
 
 
@@ -171,18 +173,16 @@ def load_clusters(folder: Path, feature_dim: int) -> Clusters:
         CheckpointError: If they are missing, damaged, or were made for features of another dimension.
     """
     try:
-        centroids = torch.from_numpy(np.load(folder / CENTROIDS, allow_pickle=False)).float()
-        normalise = bool(_read(folder / CLUSTERS)["normalise"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"expected clusters in {folder}, found none; run its cluster stage") from error
-    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
-        raise CheckpointError(f"the clusters in {folder} are damaged ({error}); run its cluster stage again") from error
-    if centroids.ndim != 2 or centroids.shape[1] != feature_dim:
+        description = files.record(folder / CLUSTERS, {"k": Count, "normalise": Flag})
+        centroids = files.array(folder / CENTROIDS, (description["k"], None), np.float32, finite=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; run its cluster stage") from error
+    if centroids.shape[1] != feature_dim:
         raise CheckpointError(
-            f"expected centroids (clusters, {feature_dim}) in {folder}, got {tuple(centroids.shape)}; they belong to "
+            f"expected centroids (clusters, {feature_dim}) in {folder}, got {centroids.shape}; they belong to "
             "another encoder: run its embed and cluster stages again"
         )
-    return Clusters(centroids, normalise)
+    return Clusters(torch.from_numpy(np.array(centroids)), description["normalise"])
 
 
 def load_classifier(folder: Path, feature_dim: int) -> Classifier | None:
@@ -191,37 +191,45 @@ def load_classifier(folder: Path, feature_dim: int) -> Classifier | None:
     Raises:
         CheckpointError: If it is damaged, or was made for features of another dimension.
     """
+    if not (folder / CLASSIFIER).exists():
+        return None
     try:
-        classes = list(_read(folder / CLASSIFIER)["classes"]) if (folder / CLASSIFIER).exists() else []
-        if not classes:
-            return None
-        tensors = load_file(folder / WEIGHTS)
-        weight, bias = tensors["weight"], tensors["bias"]
-    except Exception as error:  # safetensors raises its own, undocumented types on damaged files
-        raise CheckpointError(f"the classifier in {folder} is damaged ({error}); run its linear stage again") from error
-    if weight.shape != (len(classes), feature_dim) or bias.shape != (len(classes),):
+        classes: list[str] = files.record(folder / CLASSIFIER, {"classes": list[str]})["classes"]
+        tensors = weights.load(folder / WEIGHTS) if classes else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; run its linear stage") from error
+    if tensors is None:
+        return None
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != {
+        "weight": ((len(classes), feature_dim), torch.float32),
+        "bias": ((len(classes),), torch.float32),
+    }:
+        shapes = ", ".join(f"{name} {shape} {str(dtype)[6:]}" for name, (shape, dtype) in sorted(found.items()))
         raise CheckpointError(
-            f"expected a classifier ({len(classes)} classes, {feature_dim} features) in {folder}, got "
-            f"{tuple(weight.shape)} and bias {tuple(bias.shape)}; it belongs to another encoder: run its embed and "
-            "linear stages again"
+            f"expected a float32 classifier ({len(classes)} classes, {feature_dim} features) in {folder / WEIGHTS}, "
+            f"got {shapes}; it belongs to another encoder: run its embed and linear stages again"
         )
-    return Classifier(classes, weight, bias)
+    return Classifier(classes, tensors["weight"], tensors["bias"])
 
 
-def _reading(path: Path) -> Reading:
+def load_reading(path: Path, description: Mapping[str, Any]) -> Reading:
+    """Read how files became pixels.
+
+    Args:
+        path: A description of the training images; their size and channels may be missing.
+        description: Of the encoder, whose size and channels they must have.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or of other images than the encoder's.
+    """
+    shape = {name: Literal[description[name]] for name in ("image_size", "channels")}
     try:
-        return Reading.of(_read(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"expected a description of the images in {path}, found none; run prepare") from error
-    except (ValueError, ConfigError) as error:
-        raise CheckpointError(
-            f"the description of the images in {path} is damaged ({error}); run prepare again"
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+        return Reading.of(files.record(path, {"resize": str}, shape))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; run prepare") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; run prepare") from error
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
@@ -53,11 +54,15 @@ Few = Annotated[int, Field(strict=True, ge=1, le=64)]
 MaxPixels = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 Pixels = Annotated[int, Field(strict=True, ge=8, le=1024)]
 Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Side = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of images that were saved, in pixels
+Channels = Annotated[int, Field(strict=True, ge=1, le=64)]
 Auto = Literal["auto"]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hexadecimal
 Backbone = Annotated[str, Field(pattern=r"^(small|medium|resnet18|resnet34|resnet50|timm/[A-Za-z0-9_.-]+)$")]
 BY_NAME = Field(discriminator="name")  # for Annotated[One | Other, BY_NAME], whose `name` says which it is
 Turn = Annotated[float, Field(strict=True, ge=0, le=0.5)]
+Voters = Annotated[str, Field(pattern=r"^k[0-9]+_t[0-9.e+-]+$")]  # kNN's number of neighbours and temperature
 SetShare = Annotated[float, Field(strict=True, gt=0, lt=1)]
 AtLeastTen = Annotated[int, Field(strict=True, ge=10, le=_MOST)]
 Severity = Annotated[int, Field(strict=True, ge=1, le=5)]
@@ -161,6 +166,29 @@ def parse(kind: type[_T], raw: Any, path: str) -> _T:
         return TypeAdapter(kind).validate_python(raw, context=_FILE)
     except ValidationError as error:
         raise ConfigError(explain(error, raw, path)) from None
+
+
+def check_fields(raw: Any, stated: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
+    """Check a mapping that was read from a file.
+
+    Args:
+        raw: What was read.
+        stated: The types of keys that it must have.
+        optional: The types of keys that it may have; all others are not looked at.
+
+    Raises:
+        ConfigError: With the dotted path, what was expected and what came.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"expected a mapping, got {reprlib.repr(raw)}")
+    if absent := [name for name in stated if name not in raw]:
+        raise ConfigError(f"expected {', '.join(absent)}, found none")
+    for name, kind in {**stated, **optional}.items():
+        if name in raw:
+            try:
+                TypeAdapter(kind).validate_python(raw[name])
+            except ValidationError as error:
+                raise ConfigError(explain(error, raw[name], name)) from None
 
 
 def explain(error: ValidationError, raw: Any, path: str = "") -> str:

@@ -116,7 +116,10 @@ def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, framework="pt") as opened:
             header = (opened.metadata() or {}).get(HEADER)
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(header) if header else {}  # noqa: SIM118  # no mapping
+            stated = json.loads(header) if header else {}
+            if header:
+                config.check_fields(stated, {"mean": list[config.Share], "std": list[config.Positive]}, {})
+            return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
     except Exception as error:  # safetensors raises its own, undocumented types on damaged files
         raise CheckpointError(f"the weights {path} are damaged ({error}); fetch them again") from error
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepclust import seeding
+from deepclust import files, seeding
+from deepclust.config import Channels, Count, Positive, Share, Side
 from deepclust.errors import CheckpointError, ConfigError
-from deepclust.models import backbones
+from deepclust.models import backbones, weights
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
 HEADER = "deepclust"  # the one key of our files' metadata: with several, safetensors would write them in any order
-_OPTIONS = ("backbone", "image_size", "channels", "mean", "std", "stem", "network_channels", "input_size")
+_OPTIONS = {
+    "backbone": str,
+    "image_size": Side,
+    "channels": Literal[1, 3],
+    "mean": list[Share],
+    "std": list[Positive],
+    "stem": str | None,
+    "network_channels": Channels,
+    "input_size": Side | None,
+}
+_STATED = _OPTIONS | {"feature_dim": Count}
 
 
 class Encoder(nn.Module):
@@ -120,27 +131,24 @@ def load(folder: Path) -> Encoder:
         CheckpointError: If a file is missing or damaged, or the weights are not exactly the backbone's.
     """
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else None
-    except FileNotFoundError as error:
+        description = files.record(folder / DESCRIPTION, _STATED, {"ignored": list[str]})
+        tensors = weights.load(folder / WEIGHTS)
+        encoder = Encoder(**{key: description[key] for key in _OPTIONS})
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; run its pretrain stage") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; run its pretrain stage") from error
+    if encoder.feature_dim != description["feature_dim"]:
         raise CheckpointError(
-            f"expected an encoder in {folder}, found no {DESCRIPTION}; run its pretrain stage"
-        ) from error
-    except Exception as error:  # safetensors raises its own, undocumented types on damaged files
-        raise CheckpointError(f"the encoder in {folder} is damaged ({error}); run its pretrain stage again") from error
-    if weights is None:
-        raise CheckpointError(f"expected weights in {folder / WEIGHTS}, found none; run its pretrain stage")
-    if absent := [key for key in _OPTIONS if key not in description]:
-        raise CheckpointError(
-            f"the encoder in {folder} is damaged: {DESCRIPTION} lacks {', '.join(absent)}; run its pretrain stage again"
+            f"expected features of {encoder.feature_dim} dimensions in {folder / DESCRIPTION}, as backbone "
+            f"{description['backbone']!r} gives, got {description['feature_dim']}; run its pretrain stage"
         )
-    encoder = Encoder(**{key: description[key] for key in _OPTIONS})
     encoder.description |= {key: description[key] for key in ("ignored",) if key in description}
     try:
-        encoder.load_state_dict(weights, strict=True)
+        encoder.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"the weights in {folder} are not those of backbone {description['backbone']!r} "
-            f"({' '.join(str(error).split())[:200]}); run its pretrain stage again"
+            f"the weights in {folder / WEIGHTS} are not those of backbone {description['backbone']!r} "
+            f"({' '.join(str(error).split())[:200]}); run its pretrain stage"
         ) from error
     return encoder.eval().requires_grad_(False)

@@ -37,6 +37,7 @@ _DEFINITION = "tasks/model/mlflow_model.py"
 CODE = (
     "deepclust/bundle.py",
     "deepclust/distributed.py",
+    "deepclust/files.py",
     "deepclust/images/depth.py",
     "deepclust/images/reading.py",
     "deepclust/models",

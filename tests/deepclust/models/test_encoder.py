@@ -99,6 +99,13 @@ def truth(net, pictures, mean, std):
     return net(Normalize(mean, std)(pictures)).detach()
 
 
+def test_a_description_in_a_file_of_weights_that_is_none_of_ours_is_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"conv1.weight": torch.zeros(1)}, path, metadata={encoder.HEADER: '{"mean": [0.5]}'})
+    with pytest.raises(CheckpointError, match=r"weights.safetensors are damaged \(expected std, found none\)"):
+        taken(named(path))
+
+
 HALF = [0.5] * 3
 
 
