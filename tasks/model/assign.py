@@ -49,8 +49,7 @@ def main() -> None:
         file: TextIO = sys.stdout
         if arguments.export:
             add = stack.enter_context(export.sorted_folder(arguments.export, link=arguments.link))
-        parts = [layout.out(stage, arguments.encoder) for stage in ("pretrain", "cluster", "linear")]
-        lineage.check([layout.STATISTICS, *parts])
+        lineage.check(layout.predicting(arguments.encoder))
         from deepclust import bundle  # imports torch, which takes seconds: mistakes in the arguments come first
 
         model = bundle.load(

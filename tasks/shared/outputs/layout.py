@@ -62,3 +62,20 @@ def runs(encoder: str) -> Path:
 def last_good(encoder: str) -> Path:
     """The encoder of the last epoch without an alarm, kept until its run has ended."""
     return state("pretrain", encoder) / "last_good"
+
+
+def predicting(encoder: str) -> list[Path]:
+    """All that a prediction depends on; without labels there are no weights of a classifier."""
+    pretrain, cluster, linear = (out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))
+    return [
+        *(pretrain / "encoder.safetensors", pretrain / "encoder.json", cluster / "centroids.npy"),
+        *(cluster / "cluster.json", linear / "classifier.json", linear / "classifier.safetensors", STATISTICS),
+    ]
+
+
+def stage_of(path: Path) -> str:
+    """The stage that writes a file or folder of artifacts, metrics or plots, as DVC names it."""
+    names = list(path.parts[1:3])
+    if path.parts[0] != ARTIFACTS.name:
+        names[-1] = Path(names[-1]).stem  # a file's; an encoder may have dots in its name
+    return names[0] if names[0] in ONCE else "@".join(names)

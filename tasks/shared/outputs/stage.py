@@ -68,7 +68,7 @@ class Here:
             for path, text in self._files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partials[path].write_text(text, encoding="utf-8")
-            lineage.write(self.folder, self._made_from)
+            lineage.write(self.folder, self._made_from, self._files)
             shutil.rmtree(target, ignore_errors=True)
             self.folder.replace(target)
             for path, partial in partials.items():

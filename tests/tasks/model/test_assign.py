@@ -44,10 +44,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for name, value in BRIGHTNESS.items():
         (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (16, 20), value).save(tmp_path / "new" / name)
-    for stage in ("pretrain/pixels", "cluster/pixels", "linear/pixels", "prepare"):
-        lineage.write(Path("artifacts", stage), {})
 
     def main(*words: str) -> dict[str, dict[str, Any]]:
+        for stage in ("pretrain/pixels", "cluster/pixels", "linear/pixels", "prepare"):
+            lineage.write(Path("artifacts", stage), {})
         most = [] if "--max-skipped" in words else ["--max-skipped", "1"]
         monkeypatch.setattr("sys.argv", ["assign", "--encoder", "pixels", *most, *words])
         assign.main()

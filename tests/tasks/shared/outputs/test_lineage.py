@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.errors import CheckpointError
+from deepclust.errors import CheckpointError, DataError
 from tasks.model import assign, register
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout, lineage
@@ -42,6 +42,7 @@ def test_an_artifact_has_the_hash_of_each_file_and_of_each_artifact_of_its_deps(
     assert prepared == {
         "outputs": {name: hashed(layout.PREPARED / name) for name in sorted(names) if name != "lineage.json"},
         "inputs": {},
+        "reported": {"metrics/prepare.json": hashed(layout.metrics("prepare"))},
     }
     folder = hashlib.sha256(json.dumps(_read("pretrain", "pcl")["outputs"], sort_keys=True).encode()).hexdigest()
     assert embedded["inputs"] == {
@@ -125,7 +126,8 @@ def test_what_is_absent_is_not_compared_and_what_an_earlier_version_made_is_warn
 
 
 def test_a_damaged_lineage_is_one_line(here: Path) -> None:
-    for text in ("", "[]", '{"outputs": {}, "inputs": 3}'):
+    outside = {"outputs": {"../../../params.yaml": "0" * 64}, "inputs": {}, "reported": {}}
+    for text in ("", "[]", '{"outputs": {}, "inputs": 3, "reported": {}}', json.dumps(outside)):
         (layout.out("linear", "swav") / "lineage.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"linear/swav/lineage.json is damaged; run `dvc repro linear@swav`$"):
+        with pytest.raises(DataError, match=r"linear/swav/lineage.json.*; remove it and run `dvc repro linear@swav`$"):
             lineage.check(lineage.inputs("adapt", "swav"))
