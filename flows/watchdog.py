@@ -1,4 +1,4 @@
-"""Ends a flow whose Prefect server is gone: Prefect itself would try for minutes, and print tracebacks.
+"""Ends a flow whose Prefect server is gone: Prefect itself would try for minutes, and show tracebacks.
 
 The stages need no server and go on to their end; only then is the process ended.
 """
@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from tasks.shared.operations.text import say
 
 PATIENCE = 20.0  # seconds without an answer: a busy server may need some, and one that is started again too
 _INTERNALS = ("prefect.events", "prefect.client", "prefect._internal")
@@ -49,7 +51,7 @@ def watched(url: str, answers: Callable[[], bool]) -> Iterator[None]:
             if answers():
                 last = time.monotonic()
             elif time.monotonic() - last > PATIENCE and not _running.is_set() and not left.is_set():
-                print(_LOST.format(url=url), file=sys.stderr, flush=True)
+                say(_LOST.format(url=url), file=sys.stderr)
                 os._exit(1)  # in order it would end only after Prefect's retries
 
     def worth_reading(record: logging.LogRecord) -> bool:

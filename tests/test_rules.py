@@ -37,6 +37,19 @@ PRINTS = (
     "tasks/shared/outputs/environment.py",
     "tasks/shared/operations/processes/repro.py",
 )
+# How files are read that another stage may have written: in tasks/ only through `read`, but for what is named here.
+READS = re.compile(r"\b(np\.load|open_memmap|json\.loads?|csv\.(Dict)?[rR]eader|load_file|safe_open|memmap)\(")
+OTHER_FILES = {
+    "flows/serve.py": "what Prefect's server answers",
+    "tasks/shared/outputs/read.py": "the door",
+    "tasks/prepare/arrays.py": "arrays of this stage",
+    "tasks/prepare/__main__.py": "arrays of this stage",
+    "tasks/embed/__main__.py": "arrays of this stage",
+    "tasks/adapt/__main__.py": "rows of this stage",
+    "tasks/shared/operations/last_preparation.py": "DVC's cache; damage costs a warning",
+    "tasks/shared/operations/processes/dvc_runner.py": "what DVC prints",
+    "tasks/shared/operations/processes/worker.py": "what a worker of this run wrote",
+}
 MOST_MODULES = 12
 # Each file of these folders is one paper's, and all keep one contract, so their number says nothing.
 IMPLEMENTATIONS = ("deepclust/methods", "deepclust/adaptation/adapters")
@@ -87,6 +100,11 @@ def test_lines_for_the_terminal_are_printed_where_control_characters_and_passwor
         path = file.relative_to(ROOT).as_posix()
         if not path.startswith(("deepclust/", *PRINTS)):
             assert not re.search(r"\bprint\(", file.read_text(encoding="utf-8")), f"{path}: use text.say or text.warn"
+
+
+def test_files_between_the_stages_are_read_through_one_door() -> None:
+    found = {file.relative_to(ROOT).as_posix() for file in FILES if READS.search(file.read_text(encoding="utf-8"))}
+    assert {name for name in found if name.startswith(("tasks/", "flows/"))} == OTHER_FILES.keys()
 
 
 def test_no_pickle_is_loaded() -> None:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from deepclust.adaptation import shifts
 from deepclust.datasets import domains
-from deepclust.errors import DataError
+from deepclust.errors import ConfigError, DataError
 from deepclust.images import decode, find
 from deepclust.images.reading import Reading
 from tasks.shared.operations.text import say
+from tasks.shared.outputs import layout, read
 
 
 def load(
@@ -48,10 +49,13 @@ def load(
     notes = [*(f"warning: {warning}" for warning in files.warnings_of_stage()), *notes]
     for note in [*(f"skipped {item['path']}: {item['reason']}" for item in files.skipped), *notes]:
         say(note)
-    reading = Reading.of(statistics)
+    try:
+        reading = Reading.of(statistics)
+    except ConfigError as error:
+        raise read.damaged(layout.STATISTICS, f"{layout.STATISTICS} is damaged: {error}") from error
     shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels")}
 
-    def read(domain: domains.Domain) -> shifts.Shift:
+    def decoded(domain: domains.Domain) -> shifts.Shift:
         kept: list[int] = []
 
         def readable() -> Iterator[NDArray[np.uint8]]:
@@ -73,4 +77,4 @@ def load(
         images = shifts.keep(readable(), (size, size, shape["channels"]), work / domain.name)
         return shifts.Shift(domain.name, 0, images, domain.labels[kept], [domain.paths[row] for row in kept])
 
-    return [read(domain) for domain in found]
+    return [decoded(domain) for domain in found]

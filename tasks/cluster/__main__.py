@@ -41,11 +41,7 @@ def main() -> None:
     with stage.running("cluster") as here:
         assert here.encoder
         options = here.params.cluster
-        # Memory-mapped, copied on write because torch has no read-only tensors.
-        features = {
-            split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), mmap_mode="c", allow_pickle=False))
-            for split in layout.SPLITS
-        }
+        features = {split: torch.from_numpy(rows) for split, rows in prepared.embeddings(here.encoder).items()}
         count = len(features["train"])
         primary = primary_k(options, classes=len(prepared.meta()["classes"]), images=count)
         ks = [primary, *(k for k in options.other_k if k != primary and k <= count)]

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
+from deepclust.config import Count
+from deepclust.errors import CheckpointError
 from deepclust.evaluation import metrics
 from deepclust.methods.parts import heads
-from tasks.shared.outputs import layout, prepared
+from deepclust.models import weights
+from tasks.shared.outputs import layout, prepared, read
 
 Assignments = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
 """For each head, the strongest prototype of each image and its score."""
@@ -34,10 +36,24 @@ class Prototypes:
     def __init__(self, encoder: str, device: torch.device) -> None:
         folder = layout.out("pretrain", encoder)
         self._prototypes: dict[str, Tensor] = {}
-        if (folder / "prototypes.safetensors").exists():
-            self._head = heads.load_projection(load_file(folder / "projection.safetensors")).to(device)
-            stored = load_file(folder / "prototypes.safetensors")
-            self._prototypes = {name: stored[name].to(device) for name in sorted(stored, key=int)}
+        path, projection = folder / "prototypes.safetensors", folder / "projection.safetensors"
+        if not (path.exists() or projection.exists()):
+            return
+        features: int = read.record(folder / "encoder.json", {"feature_dim": Count})["feature_dim"]
+        try:
+            self._head = heads.load_projection(weights.load(projection)).to(device)
+            first, *_, last = (parameter.shape for parameter in self._head.parameters())
+            if first[1] != features:
+                raise CheckpointError(f"expected a head of {features} features, got one of {first[1]}")
+        except CheckpointError as error:
+            raise read.damaged(projection, f"{projection} is damaged: {error}") from error
+        try:
+            stored = weights.load(path)
+            if not all(name.isdecimal() and rows.shape[1:] == last for name, rows in stored.items()):
+                raise CheckpointError(f"expected numbered prototypes of {last[0]} dimensions, got others")
+        except CheckpointError as error:
+            raise read.damaged(path, f"{path} is damaged: {error}") from error
+        self._prototypes = {name: stored[name].to(device) for name in sorted(stored, key=int)}
 
     def assign(self, features: Tensor) -> Assignments:
         """Strongest prototype of each image and its score, for each head.

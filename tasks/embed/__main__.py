@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepclust import distributed
+from deepclust.errors import CheckpointError
 from deepclust.evaluation import metrics
 from deepclust.models import encoder, features
 from deepclust.models.devices import default_device
@@ -28,10 +29,17 @@ def main() -> None:
         trained = encoder.load(layout.out("pretrain", here.encoder)).to(device)
         # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
         trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shape = tuple(trained.description[name] for name in ("image_size", "image_size", "channels"))
         for split in layout.SPLITS:
+            images = prepared.images(split)
+            if images.shape[1:] != shape:
+                raise CheckpointError(
+                    f"expected an encoder of images {images.shape[1:]}, got one of {shape}; run "
+                    f"`dvc repro pretrain@{here.encoder}`"
+                )
             count = embed(
                 trained,
-                prepared.images(split),
+                images,
                 here.folder / f"{split}.npy",
                 batch_size=here.params.embed.batch_size,
                 device=device,

@@ -35,10 +35,7 @@ def main() -> None:
             here.metrics({"labelled": 0, "reason": NO_LABELS})
             say(f"{here.encoder}: {NO_LABELS}, nothing to classify")
         else:
-            embeddings = {
-                split: torch.from_numpy(np.load(layout.embeddings(here.encoder, split), allow_pickle=False))
-                for split in layout.SPLITS
-            }
+            embeddings = {split: torch.from_numpy(rows) for split, rows in prepared.embeddings(here.encoder).items()}
             for k in here.params.linear.neighbours:
                 if k > labelled:
                     say(f"{here.encoder}: kNN of {k}: all {labelled} labelled training images vote, there are no more")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -20,15 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from deepclust import bundle
+from deepclust.config import Number
 from deepclust.errors import DataError
 from deepclust.models import backbones
 from tasks.shared.operations import params, provenance, store, tracking
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.text import say
-from tasks.shared.outputs import layout, lineage, prepared
+from tasks.shared.outputs import layout, lineage, prepared, read
 
 ALIAS = "champion"
+_SCORES = {"linear": "knn_heldout", "embed": "rankme"}  # by the stage that measures them
 _CONTENT, _DATA = "content", "data.hash"
 # What the stored model needs; timm only where the encoder is one of its networks.
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch", "torchvision")
@@ -84,8 +86,9 @@ def register(encoder: str, run_id: str | None = None) -> str:
     """
     name = f"deepclust-{encoder}"
     files = _files(encoder)
-    lineage.check([layout.PREPARED, *(layout.out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))])
-    data = provenance.data_hash() or ""
+    lineage.check([layout.META, layout.split("test") / "images.npy", *layout.predicting(encoder)])
+    lineage.check_reported(layout.out(stage, encoder) for stage in _SCORES)
+    data: str = prepared.meta()["content_hash"]
     content = _content(files, data)
     client, experiment = tracking.connect()
     with locked("registry"), store.errors():
@@ -113,7 +116,7 @@ def _create(
     tags |= {"run": run_id} if run_id else {}
     from tasks.model import mlflow_model  # imports MLflow, which takes seconds
 
-    classes = _read(layout.out("linear", encoder) / "classifier.json")["classes"]
+    classes = read.record(layout.out("linear", encoder) / "classifier.json", {"classes": list[str]})["classes"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for path in files:
@@ -138,21 +141,18 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _requirements(encoder: str) -> list[str]:
-    backbone = _read(layout.out("pretrain", encoder) / "encoder.json")["backbone"]
+    backbone: str = read.record(layout.out("pretrain", encoder) / "encoder.json", {"backbone": str})["backbone"]
     packages = [*_REQUIRED, "timm"] if backbone.startswith(backbones.TIMM) else _REQUIRED
     return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in packages]
 
 
 def _files(encoder: str) -> list[Path]:
     """Everything that a prediction depends on."""
-    pretrain, cluster, linear = (layout.out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))
-    files = [pretrain / "encoder.safetensors", pretrain / "encoder.json"]
-    files += [cluster / "centroids.npy", cluster / "cluster.json", linear / "classifier.json", layout.STATISTICS]
+    files = layout.predicting(encoder)
     for path in files:
-        if not path.exists():
+        if not path.exists() and path.name != bundle.WEIGHTS:
             raise DataError(f"expected {path} to register {encoder}, found none; run `dvc repro` first")
-    optional = linear / "classifier.safetensors"
-    return [*files, optional] if optional.exists() else files
+    return [path for path in files if path.exists()]
 
 
 def _content(files: Iterable[Path], data: str) -> str:
@@ -161,13 +161,11 @@ def _content(files: Iterable[Path], data: str) -> str:
 
 
 def _scores(encoder: str) -> dict[str, str]:
-    found = _read(layout.metrics("linear", encoder)) | _read(layout.metrics("embed", encoder))
-    return {name: repr(float(found[name])) for name in ("knn_heldout", "rankme") if found.get(name) is not None}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return value
+    found = {
+        name: read.record(layout.metrics(stage, encoder), {}, {name: Number}).get(name)
+        for stage, name in _SCORES.items()
+    }
+    return {name: repr(float(value)) for name, value in found.items() if value is not None}
 
 
 def _training_run(client: Any, experiment: str, encoder: str) -> Any:

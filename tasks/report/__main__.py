@@ -6,8 +6,6 @@ python -m tasks.report
 from __future__ import annotations
 
 import base64
-import csv
-import itertools
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,20 +15,29 @@ import jinja2
 import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
+from PIL import Image
 
-from deepclust.errors import DataError, TrackingError
+from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import adaptation_plots as adaptation
 from tasks.report import comparison, plots, prune
 from tasks.shared.operations import provenance, store
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import safe, say, warn
-from tasks.shared.outputs import layout, prepared, stage
+from tasks.shared.outputs import layout, lineage, prepared, read, stage
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MAP_ITERATIONS = 500
 _MAP_DIMENSIONS = 50
 _FILES_SHOWN = 200
+_WHERE: dict[str, read.Check] = {"classifier": str, "setting": str, "batch_size": int, "adapter": str, "guarded": int}
+_SHIFT: dict[str, read.Check] = {"shift": str, "severity": int, "images": int, "error": read.number}
+# The tables of `adapt`, and what checks their cells.
+ADAPT: dict[str, dict[str, read.Check]] = {
+    "table.csv": _WHERE | _SHIFT | dict.fromkeys(adaptation.INDICATORS, read.number),
+    "stream.csv": _WHERE | _SHIFT | {"agreement": read.number},
+    "predictions.csv": _WHERE | {"prediction": str},
+}
 
 
 def main() -> None:
@@ -39,6 +46,7 @@ def main() -> None:
         encoders = list(here.params.encoders)
         if left := prune.unlisted(encoders):
             say(f"{len(left)} results are of encoders that are not listed: python -m tasks.report.prune shows them")
+        lineage.check_reported(lineage.inputs("report", *encoders))
         rows = comparison.collect(encoders)
         stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
         pictures = draw(here.folder, rows, here.params)
@@ -90,12 +98,13 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
     # The images on the map, the same for every encoder.
     chosen = np.sort(np.random.default_rng(values.seed).permutation(len(labels))[: values.report.map_images])
     for encoder, row in zip(encoders, rows, strict=True):
-        points = flatten(np.load(layout.embeddings(encoder, "test"), mmap_mode="r", allow_pickle=False)[chosen])
-        figure = plots.embedding_map(points, labels[chosen], classes, assignments(encoder)[chosen], int(str(row["k"])))
+        points, k = flatten(prepared.embeddings(encoder)["test"][chosen]), int(str(row["k"]))
+        clusters = assignments(encoder, k=k, images=len(labels))[chosen]
+        figure = plots.embedding_map(points, labels[chosen], classes, clusters, k)
         pictures["maps"][encoder] = f"map-{encoder}.png"
         plots.save(figure, folder / f"map-{encoder}.png")
         pictures["galleries"][encoder] = f"gallery-{encoder}.png"
-        shutil.copyfile(layout.out("cluster", encoder) / "gallery.png", folder / f"gallery-{encoder}.png")
+        shutil.copyfile(picture(layout.out("cluster", encoder) / "gallery.png"), folder / f"gallery-{encoder}.png")
         pictures["adaptation"][encoder] = adapted(folder, encoder, values)
         say(f"{encoder}: pictures drawn")
     return pictures
@@ -104,8 +113,8 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
 def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]:
     """What the report says of an encoder's adaptation; its curves are drawn into the folder."""
     made = layout.out("adapt", encoder)
-    groups = adaptation.groups(table(made / "table.csv"), values.adapt.corruptions)
-    stream = table(made / "stream.csv")
+    groups = adaptation.groups(read.table(made / "table.csv", ADAPT["table.csv"]), values.adapt.corruptions)
+    stream = read.table(made / "stream.csv", ADAPT["stream.csv"])
     curves = {}
     for index, group in enumerate(adaptation.drawn(groups)):
         if curve := adaptation.curve(group, stream):
@@ -118,8 +127,7 @@ def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]
         if (group.classifier, group.batch_size) == (groups[0].classifier, groups[0].batch_size)
     ]
     names, means = adaptation.mean_table(groups)
-    with (made / "predictions.csv").open(encoding="utf-8") as file:
-        predicted = len(list(itertools.islice(file, 2))) > 1  # the rest may be long
+    predicted = any(read.rows(made / "predictions.csv", ADAPT["predictions.csv"]))  # which may be long
     metrics, linear = comparison.stage_metrics("adapt", encoder), comparison.stage_metrics("linear", encoder)
     absent = [f"{name}: {reason}" for name, reason in (metrics.get("not_applicable") or {}).items()]
     absent += [f"{name}: {of['reason']}" for name, of in (("linear", linear), ("adapt", metrics)) if of.get("reason")]
@@ -144,7 +152,8 @@ def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]
 
 def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
     """What an encoder logged in training: name to steps and values; empty for a baseline."""
-    rows = table(layout.out("pretrain", encoder) / "history.csv")
+    path = layout.out("pretrain", encoder) / "history.csv"
+    rows = read.table(path, {"step": int, "epoch": int}, others=read.number)
     names = [name for name in rows[0] if name not in ("step", "epoch")] if rows else []
     curves = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
     return {name: points for name, points in curves.items() if points}
@@ -168,19 +177,26 @@ def evaluation_curves(encoders: Iterable[str]) -> list[plots.Panel]:
     return [plots.Panel(title, label, lines) for (title, label), lines in found.items() if any(lines.values())]
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file. Raises: DataError if it is missing."""
-    if not path.exists():
-        raise DataError(f"expected a table in {path}, found none; run `dvc repro`")
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assignments(encoder: str) -> NDArray[np.int64]:
-    """Cluster of each test image, in data-set order."""
+def assignments(encoder: str, *, k: int, images: int) -> NDArray[np.int64]:
+    """Cluster of each test image, in data-set order. Raises: DataError if they are missing or damaged."""
     path = layout.out("cluster", encoder) / "assignments.csv"
-    rows = {int(row["index"]): int(row["cluster"]) for row in table(path) if row["split"] == "test"}
-    return np.array([rows[index] for index in sorted(rows)], dtype=np.int64)
+    rows = [row for row in read.table(path, {"split": str, "index": int, "cluster": int}) if row["split"] == "test"]
+    if [int(row["index"]) for row in rows] != list(range(images)):
+        raise read.damaged(path, f"expected a numbered row for each of {images} test images in {path}, got {len(rows)}")
+    clusters = np.array([int(row["cluster"]) for row in rows])
+    if not (clusters.min() >= 0 and clusters.max() < k):
+        raise read.damaged(path, f"expected clusters from 0 to {k - 1} in {path}, got others")
+    return clusters
+
+
+def picture(path: Path) -> Path:
+    """The path of a PNG that is whole. Raises: DataError."""
+    try:
+        with Image.open(read.there(path), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise read.damaged(path, f"expected a picture in {path}, got a damaged file") from error
+    return path
 
 
 def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
-from deepclust.errors import DataError
+from deepclust.config import Config, Count, Natural, Number, Share, Voters, config
 from tasks.shared.operations.text import printable
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, read
 
 BASELINES = ("pixels", "random")
 Row = dict[str, str | float | None]
@@ -30,6 +28,45 @@ _TITLES = {
 _ADAPTERS = ("source", "bn", "tsd")  # those with a column; the report has all
 
 
+@config
+class _Spread(Config):
+    mean: Number
+    std: Number
+
+
+@config
+class _Scores(Config):
+    """Of one k."""
+
+    inertia: _Spread
+    sizes: list[Natural]
+    silhouette: _Spread | None = None
+    acc: _Spread | None = None
+    nmi: _Spread | None = None
+    ari: _Spread | None = None
+
+
+# What a stage's metrics must have and may have, of what is read here.
+_METRICS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "pretrain": ({"method": str}, {}),
+    "embed": ({"rankme": Number}, {}),
+    "cluster": (
+        {"k": Count},
+        dict.fromkeys(("acc", "nmi", "ari", "silhouette"), _Spread) | {"other_k": dict[int, _Scores]},
+    ),
+    "linear": ({"labelled": Natural}, {"linear": Share, "all": dict[Voters, Share], "reason": str}),
+    "adapt": (
+        {"not_applicable": dict[str, str]},
+        {
+            "clean": Share | None,
+            "errors": dict[str, Share],
+            "guard": dict[Literal["worst", "worst_setting", "right"], Number | None],
+            "reason": str,
+        },
+    ),
+}
+
+
 def title(column: str) -> str:
     """The heading of a column: `kNN 20` of `knn20`, `tsd error` of `error_tsd`."""
     if column.startswith("knn"):
@@ -38,12 +75,8 @@ def title(column: str) -> str:
 
 
 def stage_metrics(stage: str, encoder: str) -> dict[str, Any]:
-    """A stage's metrics file. Raises: DataError if it is missing."""
-    path = layout.metrics(stage, encoder)
-    if not path.exists():
-        raise DataError(f"expected metrics in {path}, found none; run `dvc repro {stage}@{encoder}`")
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    """A stage's metrics file. Raises: DataError if it is missing or damaged."""
+    return read.record(layout.metrics(stage, encoder), *_METRICS[stage])
 
 
 def collect(encoders: Sequence[str]) -> list[Row]:
@@ -82,12 +115,9 @@ def _neighbours(scores: Mapping[str, float]) -> Row:
     return {f"knn{key[1:].removesuffix(chosen)}": value for key, value in scores.items() if key.endswith(chosen)}
 
 
-def read(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
-    """Rows of comparison.csv. Raises: DataError if there is none."""
-    if not path.exists():
-        raise DataError(f"expected the comparison in {path}, found none; run `dvc repro report`")
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def table(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
+    """Rows of comparison.csv. Raises: DataError if it is missing or damaged."""
+    return read.table(path, {"encoder": str, "method": str}, others=read.number)
 
 
 def shown(row: Mapping[str, Any], column: str) -> str:

@@ -34,7 +34,7 @@ class Report:
 
 def comparison(path: Path = layout.COMPARISON) -> Rows:
     """Rows of the comparison; none if there is no file."""
-    return comparisons.read(path) if path.exists() else []
+    return comparisons.table(path) if path.exists() else []
 
 
 def text(stages: Sequence[str], report: Report, compared: Rows) -> str:

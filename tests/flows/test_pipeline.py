@@ -53,7 +53,7 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     assert not (root / "crowded").exists()
     assert (root / "parents").read_text() == "parent\n" * 4
     assert (opened, closed) == ([True], [("parent", "FINISHED")])
-    assert comparison.comparison_text(comparison.read()) in caplog.text
+    assert comparison.comparison_text(comparison.table()) in caplog.text
     rows = summary.comparison(layout.REPORT.parent / "comparison.csv")
     assert summary.markdown(rows).splitlines()[2:] == ["| pixels | .512 |", "| random | .250 |"]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
         lines = "".join(f"{index},{split}/{index:03}.png,{label}\n" for index, label in enumerate(labels))
         (folder / "items.csv").write_text("index,path,label\n" + lines)
     layout.STATISTICS.write_text(json.dumps(STATISTICS | {"resize": "crop"}))
-    layout.META.write_text(json.dumps({"classes": list(CLASSES)}))
+    describe(CLASSES)
     for name, backbone in BACKBONES.items():
         model = classifier_of(backbone)
         for stage in ("pretrain", "linear", "cluster"):
@@ -89,6 +91,14 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
         save_file(model.head.state_dict(), folder / "classifier.safetensors")
         (folder / "classifier.json").write_text(json.dumps({"classes": list(CLASSES), "labelled": 96, "reason": None}))
         cluster(name, normalise=True)
+
+
+def describe(classes: Sequence[str]) -> None:
+    """Write meta.json."""
+    counts = {"images": 0, "labelled": 0}
+    meta: dict[str, Any] = {"source": "made", "classes": list(classes), "image_size": SIZE, "channels": 1}
+    meta |= {"train": counts, "test": counts, "content_hash": "", "skipped": [], "ignored": 0, "left_out": []}
+    layout.META.write_text(json.dumps(meta | {"warnings": []}))
 
 
 def cluster(name: str, *, normalise: bool) -> None:
@@ -105,7 +115,7 @@ def unlabel() -> None:
     """Take the labels and what was learnt from them."""
     for split in layout.SPLITS:
         np.save(layout.split(split) / "labels.npy", np.full(COUNTS[split], -1))
-    layout.META.write_text(json.dumps({"classes": []}))
+    describe([])
     for name in BACKBONES:
         (layout.out("linear", name) / "classifier.safetensors").unlink()
         (layout.out("linear", name) / "classifier.json").write_text(json.dumps({"classes": []}))

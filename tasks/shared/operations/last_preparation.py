@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepclust import files as saved
+from deepclust.errors import DeepclustError
 from tasks.shared.outputs import layout
 
 # The outputs of `prepare` in DVC's lock file, which always has this form. A YAML reader would take longer for the whole
@@ -42,7 +44,7 @@ def warning(folder: Path) -> str | None:
     """What to say if images of a new preparation, in `folder`, have changed sides. None too if the last one is lost."""
     try:
         before = _items(_last())
-    except (OSError, ValueError, KeyError, csv.Error, configparser.Error):
+    except (OSError, ValueError, KeyError, TypeError, DeepclustError, csv.Error, configparser.Error):
         return None
     now = _items(_files(folder))
     by_id = all(item.id for item in before)
@@ -85,7 +87,7 @@ def _last() -> Mapping[str, Path]:
 
 
 def _items(files: Mapping[str, Path]) -> list[_Item]:
-    heldout = set(np.load(files[_HELDOUT], allow_pickle=False).tolist())
+    heldout = set(saved.array(files[_HELDOUT], (None,), np.int64).tolist())
     items = []
     for split, name in _ITEMS.items():
         with files[name].open(encoding="utf-8", newline="") as file:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.config import as_dict
+from deepclust.errors import DataError
 from tasks.shared.operations.params import read
 from tasks.shared.operations.params.schema import Params
 from tasks.shared.outputs import layout
+from tasks.shared.outputs import read as reading
 
 ROOT = Path(__file__).resolve().parents[3]
 # What the pipeline itself writes into git, which does not make the code "dirty".
@@ -96,12 +98,12 @@ def source_files(path: str) -> list[str]:
 
 
 def data_hash() -> str | None:
-    """Content hash of the prepared data, or None before anything is prepared."""
+    """Content hash of the prepared data, or None before anything is prepared, or where its description is damaged."""
     try:
-        value = json.loads(layout.META.read_text(encoding="utf-8")).get("content_hash")
-    except (OSError, ValueError):
+        value: str = reading.record(layout.META, {"content_hash": str})["content_hash"]
+    except (DataError, OSError):
         return None
-    return str(value) if value else None
+    return value
 
 
 def data_tags() -> dict[str, str]:

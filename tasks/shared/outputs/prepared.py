@@ -1,18 +1,30 @@
-"""Reading what `prepare` wrote."""
+"""Reading what `prepare` and `embed` wrote: arrays and tables of one split have a row for each of its images."""
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepclust.errors import DataError
-from tasks.shared.outputs import layout
+from deepclust.config import Natural, Positive, Share, Side
+from tasks.shared.outputs import layout, read
+
+_SHAPE = {"image_size": Side, "channels": Literal[1, 3]}
+_COUNTS = dict[Literal["images", "labelled"], Natural]
+_REASONS = list[dict[Literal["path", "reason"], str]]
+_META = _SHAPE | {
+    "source": str,
+    "classes": list[str],
+    "content_hash": str,
+    "train": _COUNTS,
+    "test": _COUNTS,
+    "skipped": _REASONS,
+    "ignored": Natural,
+    "left_out": _REASONS,
+    "warnings": list[str],
+}
 
 
 @dataclass(frozen=True)
@@ -31,43 +43,63 @@ class Split:
 
 
 def images(split: str) -> NDArray[np.uint8]:
-    """The images of a split, memory-mapped. Raises: DataError if they are missing."""
-    array: NDArray[np.uint8] = np.load(_there(layout.split(split) / "images.npy"), mmap_mode="r", allow_pickle=False)
-    return array
+    """The images of a split, memory-mapped. Raises: DataError if they are missing or damaged."""
+    size, channels = (statistics()[name] for name in _SHAPE)
+    return read.array(layout.split(split) / "images.npy", (None, size, size, channels), np.uint8)
 
 
 def labels(split: str) -> NDArray[np.int64]:
-    """The labels of a split. Raises: DataError if they are missing."""
-    array: NDArray[np.int64] = np.load(_there(layout.split(split) / "labels.npy"), allow_pickle=False)
-    return array
+    """The labels of a split. Raises: DataError if they are missing or damaged."""
+    path = layout.split(split) / "labels.npy"
+    found: NDArray[np.int64] = np.array(read.array(path, (len(images(split)),), np.int64))
+    classes = len(meta()["classes"])
+    if len(found) and not (found.min() >= -1 and found.max() < classes):
+        raise read.damaged(
+            path, f"expected labels from -1 to {classes - 1} in {path}, got {found.min()} to {found.max()}"
+        )
+    return found
 
 
 def heldout() -> NDArray[np.int64]:
-    """Indices of the labelled training images that are held out. Raises: DataError if they are missing."""
-    array: NDArray[np.int64] = np.load(_there(layout.split("train") / "heldout.npy"), allow_pickle=False)
-    return array
+    """Indices of the labelled training images that are held out. Raises: DataError if they are missing or damaged."""
+    path = layout.split("train") / "heldout.npy"
+    found: NDArray[np.int64] = np.array(read.array(path, (None,), np.int64))
+    labelled = np.flatnonzero(labels("train") >= 0)
+    if not np.array_equal(found, np.intersect1d(found, labelled)):
+        raise read.damaged(path, f"expected sorted indices of labelled training images in {path}, got others")
+    return found
 
 
 def load(split: str) -> Split:
-    """A whole split. Raises: DataError if a file is missing."""
-    with _there(layout.split(split) / "items.csv").open(encoding="utf-8", newline="") as file:
-        paths = [row["path"] for row in csv.DictReader(file)]
-    return Split(images(split), labels(split), paths)
+    """A whole split. Raises: DataError if a file is missing or damaged."""
+    path = layout.split(split) / "items.csv"
+    rows = read.table(path, {"index": int, "path": str, "label": str})
+    pixels, numbers = images(split), labels(split)
+    if [int(row["index"]) for row in rows] != list(range(len(pixels))):
+        raise read.damaged(path, f"expected {len(pixels)} numbered rows in {path}, as in images.npy, got {len(rows)}")
+    return Split(pixels, numbers, [row["path"] for row in rows])
+
+
+def embeddings(encoder: str) -> dict[str, NDArray[np.float32]]:
+    """Features (N, D) of each split, memory-mapped, to be written to in memory only, as torch wants it.
+
+    Raises:
+        DataError: If they are missing or damaged, or not finite.
+    """
+    found: dict[str, NDArray[np.float32]] = {}
+    dim = None
+    for split in layout.SPLITS:
+        shape = (len(images(split)), dim)
+        found[split] = read.array(layout.embeddings(encoder, split), shape, np.float32, finite=True, mode="c")
+        dim = found[split].shape[1]
+    return found
 
 
 def statistics() -> dict[str, Any]:
-    """Image size, channels, resize, mean and std. Raises: DataError if they are missing."""
-    value: dict[str, Any] = json.loads(_there(layout.STATISTICS).read_text(encoding="utf-8"))
-    return value
+    """Image size, channels, resize, mean and std. Raises: DataError if they are missing or damaged."""
+    return read.record(layout.STATISTICS, _SHAPE | {"mean": list[Share], "std": list[Positive]})
 
 
 def meta() -> dict[str, Any]:
-    """What was prepared. Raises: DataError if it is missing."""
-    value: dict[str, Any] = json.loads(_there(layout.META).read_text(encoding="utf-8"))
-    return value
-
-
-def _there(path: Path) -> Path:
-    if not path.exists():
-        raise DataError(f"expected prepared data in {path}, found none; run `dvc repro prepare`")
-    return path
+    """What was prepared. Raises: DataError if it is missing or damaged."""
+    return read.record(layout.META, _META)

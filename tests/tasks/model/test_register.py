@@ -13,7 +13,7 @@ import pytest
 from tasks.model import register
 from tasks.model.register import champion
 from tasks.shared.operations import params, provenance, tracking
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, lineage
 from tests.paths import ROOT
 
 
@@ -36,6 +36,8 @@ def test_the_champion_is_the_better_on_the_same_data() -> None:
 def client(here: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of the store of a workspace in which every stage ran."""
     shutil.copy(empty_store, here)
+    for path in here.rglob(lineage.FILE):  # for the tests change the files
+        path.unlink()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
     for name in (tracking.PARENT, tracking.store.SWITCH):
         monkeypatch.delenv(name, raising=False)

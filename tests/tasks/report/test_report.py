@@ -78,7 +78,7 @@ def test_a_report_is_the_same_twice_and_results_of_other_encoders_stay_until_pru
     before, first = files(), digest()
     small_run.run("report", monkeypatch)
     assert digest() == first
-    assert comparison.comparison_text(comparison.read()) in capsys.readouterr().out
+    assert comparison.comparison_text(comparison.table()) in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["prune"])
     prune.main()
     said = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_report_is_the_same_twice_and_results_of_other_encoders_stay_until_pru
 
 
 def test_baselines_come_first_and_numbers_are_those_of_the_metrics(here: Path) -> None:
-    rows = comparison.read()
+    rows = comparison.table()
     assert [row["encoder"] for row in rows] == ["pixels", "random", "swav", "deepcluster_v2"]
     linear, adapted = (comparison.stage_metrics(stage, "swav") for stage in ("linear", "adapt"))
     assert float(rows[2]["knn20"]) == pytest.approx(linear["all"]["k20_t0.07"], rel=1e-5)
@@ -115,7 +115,7 @@ def test_the_report_says_how_pixels_were_scaled_and_what_was_warned_of_skipped_a
     }
     monkeypatch.setattr(prepared, "meta", lambda: meta)
     pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "galleries": {}}
-    text = report.render(layout.REPORT.parent, pictures | {"adaptation": {}}, comparison.read(), params.load())
+    text = report.render(layout.REPORT.parent, pictures | {"adaptation": {}}, comparison.table(), params.load())
     said = " ".join(re.sub(r"<[^>]*>", " ", text.partition("Data and parameters</h2>")[2]).split())
     assert said.startswith(
         "Classes: kind0, kind1, kind2 Pixels of uint16: 0 is black, 4095 is white "
@@ -164,7 +164,7 @@ def test_without_labels_accuracies_are_absent_and_everything_else_is_there(
     unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(shutil.copytree(unlabelled, tmp_path / "copy"))
-    rows = comparison.read()
+    rows = comparison.table()
     assert {rows[1][name] for name in ("acc", "nmi", "ari", "knn20", "knn200", "linear", "clean")} == {""}
     text = layout.REPORT.read_text(encoding="utf-8")
     for word in ("No test image has a label", "no labelled training images", "artifacts/adapt/swav/predictions.csv"):

@@ -6,14 +6,13 @@ the stage is started by hand, the encoder's folder is still there and tells its 
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-from deepclust.errors import ConfigError
+from deepclust.errors import ConfigError, DataError
 from tasks.shared.operations import params, provenance
 from tasks.shared.operations.params.schema import merged
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, read
 
 _LOCK = Path("dvc.lock")
 _SHOWN = 5  # changed parameters that are named
@@ -62,10 +61,9 @@ def _flat(stated: dict[str, Any], encoder: str) -> dict[str, str]:
 
 
 def _epochs(history: Path) -> str:
-    """How many epochs an encoder was trained for; empty if it is not there."""
-    if not history.exists():
+    """How many epochs an encoder was trained for; empty if it is not there or damaged."""
+    try:
+        rows = read.table(history, {"epoch": int})
+    except (DataError, OSError):
         return ""
-    with history.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = rows[-1].get("epoch") if rows else None
-    return str(int(last) + 1) if last and last.isdecimal() else ""
+    return str(int(rows[-1]["epoch"]) + 1) if rows else ""

@@ -22,13 +22,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import IO, Any
 
+from deepclust.errors import DataError
 from deepclust.errors import DeepclustError as DeepclustError
 from deepclust.errors import StageError as StageError
 from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import child_processes, repro
 from tasks.shared.operations.text import safe
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, read
 
 LOCK = layout.STATE / "flow.lock"
 TAIL = 20  # lines of a failed stage's output that are shown
@@ -203,7 +204,10 @@ class Workspace:
         status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
         if status in repro.WHAT:
             path = layout.metrics(name, encoder or None)
-            metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            try:
+                metrics = read.record(path, {}) if path.exists() else {}
+            except DataError as error:
+                raise StageError(f"{stage}: {error}") from error
             return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics)
         if self._children.stopped:
             raise StageError(f"{stage} was stopped")
@@ -242,8 +246,8 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
             these parameters.
     """
     reads = {"data.folder": (values.data.folder, values.data.source == "folder")}
-    for name, (folder, read) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
-        if read and not Path(folder).exists():
+    for name, (folder, needed) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
+        if needed and not Path(folder).exists():
             raise StageError(
                 f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
                 f"name another one: {name}=path/to/images"
