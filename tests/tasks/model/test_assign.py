@@ -218,7 +218,7 @@ def test_what_is_missing_is_one_line_that_says_what_to_run(run: Run, capsys: pyt
     clusters(3)
     fails("they belong to another encoder", "new")
     Path("artifacts/cluster/pixels/centroids.npy").unlink()
-    fails("expected clusters in artifacts/cluster/pixels, found none; run its cluster stage", "new")
+    fails("artifacts/cluster/pixels/centroids.npy, found none; run its cluster stage", "new")
 
 
 def test_more_skipped_images_than_max_skipped_are_one_line_and_no_table(
