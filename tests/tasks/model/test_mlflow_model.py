@@ -23,7 +23,7 @@ from scipy.special import softmax
 from deepclust.models import encoder as encoders
 from tasks.model import register
 from tasks.shared.operations import provenance
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, lineage
 from tests.imports import imported
 from tests.paths import ROOT
 
@@ -33,6 +33,8 @@ def root(labelled: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFac
     """Inside a workspace with a labelled encoder, registered."""
     root = shutil.copytree(labelled, tmp_path_factory.mktemp("model") / "copy")
     shutil.copy(empty_store, root)
+    for path in root.rglob(lineage.FILE):  # for the tests change the files
+        path.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
@@ -211,6 +213,12 @@ def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels
     root: Path, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shutil.copytree(unlabelled, tmp_path / "copy"))
+    for path in [*Path().rglob(lineage.FILE)]:
+        path.unlink()
+    for split in layout.SPLITS:
+        path = layout.split(split) / "images.npy"
+        np.save(path, np.load(path)[..., :1])
+    layout.STATISTICS.write_text(json.dumps(json.loads(layout.STATISTICS.read_text()) | {"channels": 1}))
     shape: dict[str, Any] = {"image_size": 16, "channels": 1, "network_channels": 3, "input_size": 24}
     torch.manual_seed(0)
     wide = encoders.Encoder(backbone="small", mean=[0.4] * 3, std=[0.2] * 3, **shape)
@@ -218,7 +226,7 @@ def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy/mlflow.db")
     shutil.copy(root / "mlflow.db", "mlflow.db")
     register.register("swav")
-    images = np.load(layout.split("test") / "images.npy")[..., :1]
+    images = np.load(layout.split("test") / "images.npy")
     check(load().predict(images), images)
 
 
