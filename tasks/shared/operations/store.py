@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from deepclust.errors import TrackingError
-from tasks.shared.operations.text import masked, safe
+from tasks.shared.operations.text import safe
 
 SWITCH = "DEEPCLUST_TRACKING"
+_HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # while a run goes on
+_MOST_SECONDS = 300  # several processes may wait for one that makes the tables of a new file
+_REFUSED = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
+_TIMEOUTS = ("ReadTimeout", "ConnectTimeout", "ReadTimeoutError", "ConnectTimeoutError", "TimeoutError")
+
+Result = TypeVar("Result")
 
 
 def enabled() -> bool:
@@ -29,17 +38,46 @@ def is_file() -> bool:
     return uri().startswith("sqlite:")
 
 
+def place() -> str:
+    """The address as it may be shown: without a password."""
+    return safe(uri())
+
+
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Let the first call fail in seconds, where MLflow's defaults wait for minutes. What the user set is kept."""
-    first = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    later = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-    ours = [name for name in first if os.environ.get(name, later[name]) == later[name]]
-    os.environ.update({name: first[name] for name in ours})
+def http(*, seconds: int, retries: int) -> Iterator[None]:
+    """Time-out and retries of MLflow's requests inside; its own would wait for minutes. What the user set is kept."""
+    inside = dict(zip(_HTTP, (str(seconds), str(retries)), strict=True))
+    ours = [name for name in _HTTP if os.environ.get(name, _HTTP[name]) == _HTTP[name]]
+    os.environ.update({name: inside[name] for name in ours})
     try:
         yield
     finally:
-        os.environ.update({name: later[name] for name in ours})
+        os.environ.update({name: _HTTP[name] for name in ours})
+
+
+def impatient() -> AbstractContextManager[None]:
+    """For the first calls, which decide whether a run can begin."""
+    return http(seconds=4, retries=1)
+
+
+def interruptible(call: Callable[[], Result]) -> Result:
+    """Call in another thread, so that signals are obeyed meanwhile: a call that waits for SQLite's lock notes none.
+
+    Raises:
+        TrackingError: After five minutes without a result.
+    """
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="tracking-begin", daemon=True).start()
+    if wait([future], _MOST_SECONDS).not_done:
+        raise TrackingError(_expected(f"no answer within {_MOST_SECONDS} s"))
+    return future.result()
 
 
 @contextmanager
@@ -51,10 +89,14 @@ def errors() -> Iterator[None]:
         # A full or read-only disk, which messages.py reports, is an OSError with a number; the network's have none.
         if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise TrackingError(
-            f"expected a working MLflow store at {masked(uri())}, got: {line(error)}; start or mend it, change "
-            f"MLFLOW_TRACKING_URI, or set {SWITCH}=off"
-        ) from error
+        raise TrackingError(_expected(line(error))) from error
+
+
+def _expected(got: str) -> str:
+    return (
+        f"expected a working MLflow store at {place()}, got: {got}; start or mend it, change MLFLOW_TRACKING_URI, or "
+        f"set {SWITCH}=off"
+    )
 
 
 def failed(error: BaseException) -> bool:
@@ -63,10 +105,18 @@ def failed(error: BaseException) -> bool:
     return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3")
 
 
+def lost(error: BaseException) -> bool:
+    """Whether the store may take the same later, as after a lost connection; else it or a bug of ours refuses it."""
+    refused = isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSED
+    return failed(error) and not refused
+
+
 def line(error: BaseException) -> str:
-    """An error in one short line: the message of the OSError or SQLite error that caused it, if there is one."""
+    """An error in one short line, of what caused it: a time-out, or the message of an OSError or of SQLite."""
     cause: BaseException | None = error
     while cause is not None:
+        if type(cause).__name__ in _TIMEOUTS:
+            return "no answer in time"
         if isinstance(cause, OSError) and cause.strerror:
             return safe(cause.strerror.lower())
         if isinstance(cause, sqlite3.Error):

@@ -13,18 +13,22 @@ its sampling interval, raises where the server is lost before the run ends, and 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from deepclust.errors import PreemptedError, TrackingError
 from tasks.shared.operations import provenance, store
 from tasks.shared.operations.lock import locked
+from tasks.shared.operations.outbox import FOLDER, Entry, Outbox
 from tasks.shared.operations.params import load as load_params
 from tasks.shared.operations.params.schema import Params
 from tasks.shared.operations.processes.signals import TERMINATED, sigterm_exits
@@ -42,23 +46,23 @@ _SAMPLE_SECONDS = 10
 class Run:
     """A run in MLflow.
 
-    The server was reached when the run began. If it fails later, that is said once on stderr and the stage goes on: its
-    results are files, and hours of training are not lost to a log.
+    Nothing waits for the server, which was reached when the run began: what is logged goes through an outbox
+    (outbox.py). If the server fails later, that is said once on stderr and the stage goes on: its results are files,
+    and hours of training are not lost to a log.
 
     Attributes:
         run_id: MLflow's id.
         pipeline: The parent run that groups a pipeline run's stages.
     """
 
-    def __init__(self, client: Any, run_id: str, pipeline: Run | None = None) -> None:
-        self._client = client
-        self._warned = False
+    def __init__(self, outbox: Outbox | None, run_id: str, pipeline: Run | None = None) -> None:
+        self._outbox = outbox
         self.run_id = run_id
         self.pipeline = pipeline or self
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, once per name."""
-        self._log("params", [(name, masked(str(value))[:6000]) for name, value in values.items()])
+        self._log("params", _params(values))
 
     def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """Log numbers in one request; None, NaN and infinities are left out."""
@@ -68,8 +72,9 @@ class Run:
         self._log("metrics", finite)
 
     def log_artifact(self, path: Path | str) -> None:
-        """Copy a file to the run."""
-        self._send(lambda client: client.log_artifact(self.run_id, str(path)))
+        """Copy a file, as it is now, to the run."""
+        if self._outbox:
+            self._outbox.add_file(self.run_id, Path(path))
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Set tags, replacing those of the same name."""
@@ -77,30 +82,40 @@ class Run:
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
-        self._send(lambda client: client.set_terminated(self.run_id, status))
+        self._log("end", [(status, int(time.time() * 1000))])
 
     def _log(self, kind: str, values: Sequence[tuple[Any, ...]]) -> None:
-        def send(client: Any) -> None:
-            from mlflow.entities import Metric, Param, RunTag
+        if self._outbox:
+            for entry in _entries(self.run_id, kind, values):
+                self._outbox.add(entry)
 
-            make = {"metrics": Metric, "params": Param, "tags": RunTag}[kind]
-            for start in range(0, len(values), _BATCH[kind]):
-                batch = [make(*value) for value in values[start : start + _BATCH[kind]]]
-                client.log_batch(self.run_id, **{kind: batch})
 
-        self._send(send)
+def _params(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, masked(str(value))[:6000]) for name, value in values.items()]
 
-    def _send(self, call: Callable[[Any], Any]) -> None:
-        if self._client is None:
-            return
-        try:
-            call(self._client)
-        except Exception as error:
-            if not store.failed(error):
-                raise
-            if not self._warned:
-                warn(f"tracking stopped working, the stage goes on ({store.line(error)})")
-            self._warned = True
+
+def _entries(run_id: str, kind: str, values: Sequence[tuple[Any, ...]]) -> list[Entry]:
+    """As many as MLflow's limits need."""
+    most = _BATCH.get(kind, 1)
+    return [Entry(run_id, kind, values[start : start + most]) for start in range(0, len(values), most)]
+
+
+def send(client: Any, entry: Entry) -> None:
+    """Deliver an entry; the same entry again changes nothing, since MLflow keeps one of equal metrics."""
+    if entry.kind in _BATCH:
+        from mlflow.entities import Metric, Param, RunTag
+
+        make = {"metrics": Metric, "params": Param, "tags": RunTag}[entry.kind]
+        client.log_batch(entry.run_id, **{entry.kind: [make(*value) for value in entry.values]}, synchronous=True)
+    elif entry.kind == "artifact":
+        client.log_artifact(entry.run_id, str(FOLDER / entry.values[0]))
+    else:
+        run = client.get_run(entry.run_id).info
+        if run.lifecycle_stage != "active":
+            raise TrackingError("deleted")
+        for status, end_time in entry.values if entry.kind == "end" else ():
+            if (run.end_time or 0) <= end_time:  # else the run, a pipeline's, was gone on with and has ended since
+                client.set_terminated(entry.run_id, status, end_time)
 
 
 class NullRun(Run):
@@ -119,18 +134,22 @@ def open_pipeline() -> str:
     """
     if not store.enabled():
         return ""
-    client, experiment = connect()
-    return _create_parent(client, experiment, load_params())
+    params = load_params()
+    return _begun(lambda: _create_parent(*_connect(), params))
 
 
 def close_pipeline(run_id: str, status: str) -> None:
     """End a pipeline run as FINISHED, FAILED or KILLED. If the store is lost, that is a warning and no error."""
     if not store.enabled() or not run_id:
         return
+    client = cache(_client)  # made by the thread that sends
     try:
-        Run(connect()[0], run_id).finish(status)
-    except TrackingError as error:
-        warn(f"run {run_id} stays open in MLflow ({error})")
+        outbox = Outbox(run_id, "the pipeline's run", lambda entry: send(client(), entry))
+    except OSError as error:
+        warn(f"run {run_id} stays open in MLflow ({store.line(error)})")
+        return
+    Run(outbox, run_id).finish(status)
+    outbox.close()
 
 
 @contextmanager
@@ -138,13 +157,17 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
     """Track the body as one run: FINISHED, FAILED on an exception or a non-zero exit, KILLED on a signal.
 
     Raises:
+        OSError: If nothing can be written under state/.
         TrackingError: If the store can not be reached or the parent run is not there.
     """
     if not store.enabled():
         yield NullRun()
         return
     with sigterm_exits():
-        run, owned = _begin(stage, encoder, params)
+        client, run_id, parent, owned = _begun(lambda: _begin(stage, encoder, params))
+        outbox = Outbox(run_id, provenance.stage_name(stage, encoder), partial(send, client))
+        run = Run(outbox, run_id, Run(outbox, parent))
+        run.log_params(provenance.stage_params(stage, encoder, params))
         status = "FAILED"
         try:
             with _system_metrics(run):
@@ -167,25 +190,33 @@ def stage_run(stage: str, encoder: str | None, params: Params) -> Iterator[Run]:
             run.finish(status)
             if owned:
                 run.pipeline.finish(status)
+            outbox.close(hurry=status == "KILLED")
 
 
-def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Run, bool]:
-    """The stage's run, and whether its parent is ours to end (nobody else does under plain `dvc repro`)."""
-    client, experiment = connect()
+def _begun(begin: Callable[[], store.Result]) -> store.Result:
+    """The result of the calls that decide whether a run can begin; obeys signals while they wait."""
+    _import()
+
+    def first() -> store.Result:
+        with store.errors(), store.impatient():
+            return begin()
+
+    return store.interruptible(first)
+
+
+def _begin(stage: str, encoder: str | None, params: Params) -> tuple[Any, str, str, bool]:
+    """A client, the stage's run, its parent, and whether that is ours to end (nobody else does under `dvc repro`)."""
+    client, experiment = _connect()
     name = provenance.stage_name(stage, encoder)
     parent = os.environ.get(PARENT)
     owned = not parent
-    with store.errors():
-        parent = parent or _derived_parent(client, experiment, params)
-        if not owned:
-            client.get_run(parent)  # a wrong id would hide the run from the UI's tree
-        tags = {"mlflow.parentRunId": parent, "dvc.stage": name, "stage": stage, **_source(f"tasks.{stage}")}
-        tags |= {"encoder": encoder} if encoder else {}
-        tags |= provenance.data_tags() if stage != "prepare" else {}
-        created = client.create_run(experiment, run_name=name, tags=tags)
-    run = Run(client, created.info.run_id, Run(client, parent))
-    run.log_params(provenance.stage_params(stage, encoder, params))
-    return run, owned
+    parent = parent or _derived_parent(client, experiment, params)
+    if not owned:
+        client.get_run(parent)  # a wrong id would hide the run from the UI's tree
+    tags = {"mlflow.parentRunId": parent, "dvc.stage": name, "stage": stage, **_source(f"tasks.{stage}")}
+    tags |= {"encoder": encoder} if encoder else {}
+    tags |= provenance.data_tags() if stage != "prepare" else {}
+    return client, client.create_run(experiment, run_name=name, tags=tags).info.run_id, parent, owned
 
 
 def _derived_parent(client: Any, experiment: str, params: Params) -> str:
@@ -200,12 +231,12 @@ def _derived_parent(client: Any, experiment: str, params: Params) -> str:
 
 
 def _create_parent(client: Any, experiment: str, params: Params, tags: Mapping[str, str] | None = None) -> str:
-    with store.errors():
-        own = {**_source("deepclust pipeline"), **provenance.data_tags(), **(tags or {})}
-        name = f"pipeline {own.get('git.commit', '')[:8]}".strip()
-        run = Run(client, client.create_run(experiment, run_name=name, tags=own).info.run_id)
-    run.log_params(provenance.all_params(params))
-    return run.run_id
+    own = {**_source("deepclust pipeline"), **provenance.data_tags(), **(tags or {})}
+    name = f"pipeline {own.get('git.commit', '')[:8]}".strip()
+    run_id = str(client.create_run(experiment, run_name=name, tags=own).info.run_id)
+    for entry in _entries(run_id, "params", _params(provenance.all_params(params))):
+        send(client, entry)
+    return run_id
 
 
 def _source(name: str) -> dict[str, str]:
@@ -218,20 +249,34 @@ def connect() -> tuple[Any, str]:
     Raises:
         TrackingError: In one line, within seconds.
     """
+    return _begun(_connect)
+
+
+def _import() -> None:
     environment.prepare()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # from another thread, in between
+    import mlflow
+
+    # MLflow installs log handlers when it is imported; its notes on migrations would fill a stage's output.
+    for noisy in ("alembic", mlflow.__name__):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=store.uri())
+
+
+def _connect() -> tuple[Any, str]:
     import mlflow
 
     with ExitStack() as stack:
-        stack.enter_context(store.errors())
         if store.is_file():  # several processes that migrate a fresh file at once break it
             stack.enter_context(locked("tracking-store"))
-        stack.enter_context(store.impatient())
-        # MLflow installs log handlers when it is imported; its notes on migrations would fill a stage's output.
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
         mlflow.set_tracking_uri(store.uri())
-        client = mlflow.MlflowClient(tracking_uri=store.uri())
+        client = _client()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -265,7 +310,7 @@ def log_model(
     Raises:
         TrackingError: If the store refuses it.
     """
-    with store.errors():
+    with store.errors(), store.http(seconds=60, retries=2):  # a server may store a large file elsewhere first
         import mlflow
         from mlflow.models import Model
 
@@ -300,15 +345,30 @@ def create_version(client: Any, name: str, address: str, run_id: str | None, tag
 
 @contextmanager
 def _system_metrics(run: Run) -> Iterator[None]:
-    """Processor, memory, disk, network and GPU of the machine, sampled while the body runs and once at its end."""
+    """Processor, memory, disk, network and GPU of the machine, sampled while the body runs and once at its end.
+
+    MLflow's monitor measures. Its own thread would wait for the server, at the end of a stage too, and end for good at
+    the first failure; and it publishes nothing of a stage that is shorter than its interval.
+    """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run.run_id, sampling_interval=_SAMPLE_SECONDS, tracking_uri=store.uri())
-    monitor.start()
+    ended = threading.Event()
+
+    def sample() -> None:
+        for step in itertools.count():
+            ended.wait(monitor.sampling_interval)
+            monitor.collect_metrics()
+            run.log_metrics({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}, step)
+            for part in monitor.monitors:
+                part.clear_metrics()
+            if ended.is_set():
+                return
+
+    thread = threading.Thread(target=sample, name="system-metrics", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        # The monitor publishes after a whole interval only: a short stage would have no numbers at all.
-        monitor.finish()
-        monitor.collect_metrics()
-        run.log_metrics({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})
+        ended.set()
+        thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from deepclust.errors import PreemptedError, TrackingError
-from tasks.shared.operations import params, tracking
+from tasks import tracking as command
+from tasks.shared.operations import outbox, params, tracking
 from tests.paths import ROOT
 
 TRACK = (
@@ -42,9 +45,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, code: str, **environment: str) -> subprocess.Popen[str]:
+def start(root: Path, code: str, uri: str = "", **environment: str) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DEEPCLUST"))}
-    kept |= {"PYTHONPATH": str(ROOT), **environment}
+    kept |= {"PYTHONPATH": str(ROOT), **({"MLFLOW_TRACKING_URI": uri} if uri else {}), **environment}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, cwd=root, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -116,11 +119,15 @@ def test_a_terminated_stage_is_killed_in_mlflow_too(here: Any, workspace: Path) 
     assert [run.info.status for run in runs(here, "cluster@swav")] == ["KILLED"]
 
 
-def test_numbers_that_are_none_are_left_out_and_an_epoch_is_one_request(here: Any) -> None:
+def test_numbers_that_are_none_are_left_out_and_an_epoch_is_one_request(
+    here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    log_batch = MlflowClient.log_batch
+    monkeypatch.setattr(
+        MlflowClient, "log_batch", lambda *args, **kwargs: (calls.append(kwargs), log_batch(*args, **kwargs))
+    )
     with tracking.stage_run("pretrain", "swav", params.load()) as run:
-        calls: list[Any] = []
-        log_batch = run._client.log_batch
-        run._client.log_batch = lambda *args, **kwargs: (calls.append(kwargs), log_batch(*args, **kwargs))
         run.log_metrics({"loss": 2.0, "knn": None, "nan": math.nan, "inf": math.inf, "rate": 0.5}, step=3)
     history = here.get_metric_history(run.run_id, "loss")
     assert [(item.step, item.value) for item in history] == [(3, 2.0)]
@@ -131,22 +138,200 @@ def test_numbers_that_are_none_are_left_out_and_an_epoch_is_one_request(here: An
     assert found.params["crops.0.count"] == "2"
 
 
-def test_a_store_that_is_lost_is_a_warning(here: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionRefusedError(111, "Connection refused")
+# MLflow's own server on the store of argument 1; it answers 500 while the file of argument 3 exists.
+_SERVER = """
+import os, sys
+os.environ["_MLFLOW_SERVER_FILE_STORE"], os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = sys.argv[1:3]
+from mlflow.server import app, handlers
+from werkzeug.serving import make_server
 
-    with tracking.stage_run("embed", "pixels", params.load()) as run:
-        run._client.log_batch = refuse
-        run.log_metrics({"a": 1.0})
-        run.log_metrics({"b": 1.0})
-    warnings = capsys.readouterr().err.splitlines()
-    assert warnings == ["warning: tracking stopped working, the stage goes on (connection refused)"]
+def answer(environ, start_response):
+    if os.path.exists(sys.argv[3]):
+        start_response("500 Internal Server Error", [])
+        return [b"out of order"]
+    return app.wsgi_app(environ, start_response)
+
+server = make_server("127.0.0.1", 0, answer, threaded=True)
+handlers._get_tracking_store()
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class Server:
+    """An MLflow server in a process of its own that can be told to hang or to fail, and a client of its database."""
+
+    def __init__(self, root: Path) -> None:
+        store = f"sqlite:///{root / 'mlflow.db'}"
+        self._broken = root / "broken"
+        words = [sys.executable, "-c", _SERVER, store, (root / "artifacts").as_uri(), str(self._broken)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen(words, **pipes)
+        assert self.process.stdout is not None
+        self.address = f"http://127.0.0.1:{self.process.stdout.readline().strip()}"
+        self.client = MlflowClient(store)
+
+    def stop(self, how: str) -> None:
+        """Accept connections and never answer, or answer 500."""
+        if how == "hangs":
+            self.process.send_signal(signal.SIGSTOP)
+        else:
+            self._broken.touch()
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self._broken.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, root)
+    found = Server(root)
+    yield found
+    found.process.kill()
+    found.process.communicate()
+
+
+@pytest.fixture
+def server(here: Any, one_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The store of the runs, with short patience on our side."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one_server.address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 4.0)
+    yield one_server
+    one_server.go_on()
+
+
+def sync(capsys: Any) -> tuple[list[str], object]:
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tasks.tracking", "sync"])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+    return capsys.readouterr().out.splitlines(), end.value.code
+
+
+@pytest.mark.parametrize("how", ["hangs", "fails"])
+def test_a_server_that_stops_answering_costs_no_time_and_nothing_that_is_logged(
+    server: Server, capsys: Any, tmp_path: Path, how: str
+) -> None:
+    took, logged = [], []
+
+    def log(number: int) -> None:
+        began = time.time()
+        run.log_metrics({"loss": 1 / (number + 1)}, step=number)
+        logged.append((number, 1 / (number + 1), began, time.time()))
+        took.append(logged[-1][3] - began)
+
+    with tracking.stage_run("embed", how, params.load()) as run:
+        for number in range(100):
+            if number == 10:
+                server.stop(how)
+            log(number)
+        (tmp_path / "report.html").write_text("as it was logged")
+        run.log_artifact(tmp_path / "report.html")
+        (tmp_path / "report.html").unlink()
+        run.set_tags({"state": "known"})
+        ended = time.time()
+    assert time.time() - ended < 2 * outbox.PATIENCE_SECONDS
+    assert sum(took) < 5
+    kept = outbox.FOLDER / f"{run.run_id}.jsonl"
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("warning: tracking: ")
+    assert f" entries of embed@{how} are kept in {kept} (" in error
+    assert "; `python -m tasks.tracking sync` delivers them" in error
+    assert len(error.splitlines()) <= 2
+    lines = kept.read_text()
+    server.go_on()
+    told, status = sync(capsys)
+    assert status == 0
+    assert len(told) == 1
+    assert told[0].startswith(f"embed@{how}, run {run.run_id}: ")
+    assert told[0].endswith(" entries delivered")
+    assert sync(capsys) == (["nothing is left to deliver"], 0)
+    for again in (False, True):
+        history = server.client.get_metric_history(run.run_id, "loss")
+        assert [(item.step, item.value) for item in history] == [(step, value) for step, value, *_ in logged]
+        for item, (*_, began, done) in zip(history, logged, strict=True):
+            assert int(began * 1000) <= item.timestamp <= int(done * 1000)
+        found = server.client.get_run(run.run_id)
+        assert found.info.status == "FINISHED"
+        assert abs(found.info.end_time / 1000 - ended) < 1
+        assert found.data.tags["state"] == "known"
+        report = Path(found.info.artifact_uri.removeprefix("file://")) / "report.html"
+        assert report.read_text() == "as it was logged"
+        if not again:  # as if the last sync had been killed before it removed the file
+            kept.write_text("".join(line for line in lines.splitlines(keepends=True) if '"artifact"' not in line))
+            assert sync(capsys)[1] == 0
+
+
+def test_a_server_that_comes_back_gets_all_in_mid_run_and_a_deleted_run_is_named(server: Server, capsys: Any) -> None:
+    with tracking.stage_run("embed", "swav", params.load()) as run:
+        server.stop("fails")
+        run.log_metrics({"loss": 1.0})
+        deadline = time.monotonic() + 30
+        while "stopped working" not in capsys.readouterr().err:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.go_on()
+    assert capsys.readouterr().err.startswith("tracking works again, ")
+    assert server.client.get_run(run.run_id).data.metrics["loss"] == 1
+    assert not list(outbox.FOLDER.glob("*"))
+    server.client.delete_run(run.run_id)
+    kept = outbox.FOLDER / f"{run.run_id}.jsonl"
+    head = {"run_id": run.run_id, "title": "embed@swav", "store": "http://elsewhere"}
+    kept.write_text(json.dumps(head) + "\n" + json.dumps([run.run_id, "tags", [["a", "b"]]]) + "\n")
+    told, status = sync(capsys)
+    assert status == 1
+    assert told == [
+        f"embed@swav, run {run.run_id} is not in {server.address}; it was tracked in http://elsewhere: "
+        f"set MLFLOW_TRACKING_URI, or remove {kept}"
+    ]
+    kept.unlink()
+
+
+def test_a_run_whose_server_hangs_obeys_sigterm_at_once(server: Server, workspace: Path, capsys: Any) -> None:
+    code = """
+import time
+from tasks.shared.operations import params, tracking
+try:
+    with tracking.stage_run('cluster', 'swav', params.load()) as run:
+        print(run.run_id, flush=True)
+        while True:
+            run.log_metrics({'a': 1.0})
+            time.sleep(.01)
+finally:
+    print("ended", time.monotonic(), flush=True)  # the interpreter still unloads torch, for seconds on a busy machine
+"""
+    process = start(workspace, code, uri=server.address)
+    assert process.stdout is not None
+    run_id = process.stdout.readline().strip()
+    server.stop("hangs")
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [line.partition(" ")[0] for line in said] == ["warning:", "ended"], said
+    assert float(said[1].split()[1]) - began < 2
+    server.go_on()
+    assert sync(capsys)[1] == 0
+    assert server.client.get_run(run_id).info.status == "KILLED"
+
+
+def test_a_pipeline_whose_server_is_lost_ends_with_a_warning(
+    here: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    began = time.monotonic()
     tracking.close_pipeline("0123", "FINISHED")
     error = capsys.readouterr().err
-    assert error.startswith("warning: run 0123 stays open in MLflow (expected a working MLflow store at http://127")
+    assert error.startswith("warning: tracking: 1 entries of the pipeline's run are kept in state/tracking/0123.jsonl")
     assert error.count("\n") == 1
-    began = time.monotonic()
+    (outbox.FOLDER / "0123.jsonl").unlink()
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9, got: connection refused; ") as refused:
         tracking.open_pipeline()
     assert time.monotonic() - began < 20
