@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,19 @@ def is_file() -> bool:
 def place() -> str:
     """The address as it may be shown: without a password."""
     return safe(uri())
+
+
+def check_file() -> None:
+    """Refuse an SQLite file that can not be written, in seconds; MLflow tries folders, junk and locks for minutes.
+
+    Raises:
+        sqlite3.Error: If it is a folder, no database, read-only, or locked for five seconds.
+    """
+    path = Path(uri().removeprefix("sqlite:///").partition("?")[0])
+    if path.exists():
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=5)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
 
 
 @contextmanager

@@ -275,6 +275,7 @@ def _connect() -> tuple[Any, str]:
     with ExitStack() as stack:
         if store.is_file():  # several processes that migrate a fresh file at once break it
             stack.enter_context(locked("tracking-store"))
+            store.check_file()
         mlflow.set_tracking_uri(store.uri())
         client = _client()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from mlflow import MlflowClient
 from deepclust.errors import PreemptedError, TrackingError
 from tasks import tracking as command
 from tasks.shared.operations import outbox, params, tracking
+from tasks.shared.operations.messages import errors_as_one_line
 from tests.paths import ROOT
 
 TRACK = (
@@ -336,6 +338,41 @@ def test_a_pipeline_whose_server_is_lost_ends_with_a_warning(
         tracking.open_pipeline()
     assert time.monotonic() - began < 20
     assert "secret" not in f"{error}{refused.value}"
+
+
+@pytest.mark.parametrize("what", ["a folder", "junk", "locked", "read-only"])
+def test_a_file_that_is_no_store_is_named_in_seconds(
+    what: str, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", tracking.store.SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "mlflow.db"
+    if what == "a folder":
+        file.mkdir()
+    elif what == "junk":
+        file.write_bytes(b"no database " * 1000)
+    else:
+        shutil.copy(empty_store, file)
+    other = sqlite3.connect(file) if what == "locked" else None
+    if other:
+        other.execute("BEGIN EXCLUSIVE")
+    if what == "read-only":
+        if os.geteuid() == 0:
+            pytest.skip("root may write any file")
+        file.chmod(0o444)
+    reason = {"a folder": "unable to open database file", "junk": "file is not a database"}
+    reason |= {"locked": "database is locked", "read-only": "attempt to write a readonly database"}
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="2"), errors_as_one_line():
+        tracking.connect()
+    assert time.monotonic() - began < 10
+    expected = f"error: expected a working MLflow store at sqlite:///{file}, got: {reason[what]}; start or mend it"
+    said = capsys.readouterr().err
+    assert said.startswith(expected)
+    assert said.count("\n") == 1
+    if other:
+        other.close()
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:
