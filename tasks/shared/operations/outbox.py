@@ -67,8 +67,8 @@ class Outbox:
         self._send = send
         self._pending: deque[Entry] = deque()
         self._changed = threading.Condition()  # of all that follows
-        self._file: BinaryIO | None = self._create({"run_id": run_id, "title": title, "store": store.place()})
-        self._head = self.path.stat().st_size
+        self._head = _line({"run_id": run_id, "title": title, "store": store.place()})
+        self._file: BinaryIO | None = self._create()
         self._copies = itertools.count()
         self._sent = 0
         self._failed_at: int | None = None  # how many entries were sent when the server was lost first
@@ -81,7 +81,7 @@ class Outbox:
     def add(self, entry: Entry) -> None:
         """Queue an entry."""
         with self._changed:
-            self._write((json.dumps(entry) + "\n").encode())
+            self._write(_line(entry))
             self._pending.append(entry)
             self._changed.notify_all()
 
@@ -110,6 +110,10 @@ class Outbox:
         with self._changed:
             assert self._file
             if self._pending:
+                with suppress(OSError):  # on a full disk what is delivered stays in the file too
+                    partial = self._partial()
+                    partial.write_bytes(self._head + b"".join(map(_line, self._pending)))
+                    partial.replace(self.path)
                 why = f" ({self._reason})" if self._reason else ""
                 kept = f"{len(self._pending)} entries of {self._title} are kept in {self.path}{why}"
                 warn(f"tracking: {kept}; `{COMMAND}` delivers them")
@@ -118,15 +122,18 @@ class Outbox:
             self._file.close()
             self._file = None
 
-    def _create(self, head: dict[str, str]) -> BinaryIO:
+    def _create(self) -> BinaryIO:
         """The locked file, which has its name only then, so that nobody takes it for one that was left."""
         FOLDER.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial = self._partial()
         file = partial.open("wb", buffering=0)
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write((json.dumps(head) + "\n").encode())
+        file.write(self._head)
         partial.replace(self.path)
         return file
+
+    def _partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
 
     def _copies_folder(self) -> Path:
         return self.path.with_suffix("")
@@ -181,8 +188,8 @@ class Outbox:
             self._reason = ""
             if not self._pending:
                 with suppress(OSError):
-                    self._file.truncate(self._head)
-                    self._file.seek(self._head)
+                    self._file.truncate(len(self._head))
+                    self._file.seek(len(self._head))
                 if self._failed_at is not None:
                     kept = self._sent - self._failed_at
                     self._warn("back", f"tracking works again, {kept} entries that were kept are delivered", "")
@@ -320,6 +327,10 @@ def _send(entries: Sequence[Entry], send: Send) -> list[str]:
             return [store.line(error)]
         return [reason for entry in entries for reason in _send([entry], send)]
     return []
+
+
+def _line(value: object) -> bytes:
+    return (json.dumps(value) + "\n").encode()
 
 
 def _remove(path: Path) -> None:

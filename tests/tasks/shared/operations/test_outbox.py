@@ -95,6 +95,17 @@ def test_what_is_refused_holds_up_nothing_else(server: Server, capsys: Any) -> N
     assert said == ["warning: MLflow refused what embed@swav logged (a name that is not taken)"]
 
 
+def test_what_stays_at_the_end_is_only_what_the_server_has_not_taken(server: Server, capsys: Any) -> None:
+    queue = Outbox("r", "embed@swav", lambda entry: None if entry.kind == "tags" else server(entry))
+    server.away = True
+    queue.add(Entry("r", "tags", [["a", "b"]]))
+    queue.add(metric(1))
+    queue.close()
+    assert "warning: tracking: 1 entries of embed@swav are kept" in capsys.readouterr().err
+    server.away = False
+    assert list(outbox.deliver(server)) == [("embed@swav, run r: 1 entries delivered", True)]
+
+
 def test_on_a_full_disk_entries_are_sent_from_memory_and_lines_stay_whole(server: Server, capsys: Any) -> None:
     class Full:
         def __init__(self, file: Any) -> None:
