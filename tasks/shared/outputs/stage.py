@@ -23,10 +23,10 @@ from typing import Any
 
 from deepclust import config
 from deepclust.errors import PreemptedError
-from tasks.shared.operations import params, snapshot, tracking
+from tasks.shared.operations import lock, params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import schema
-from tasks.shared.operations.processes import launcher, signals
+from tasks.shared.operations.processes import launcher, orphans, signals
 from tasks.shared.outputs import environment, layout, lineage, tables
 
 
@@ -142,8 +142,10 @@ def running(stage: str) -> Iterator[Here]:
     if per_encoder:  # DVC gives the name of its stage, such as embed@swav
         with errors_as_one_line():
             encoder = config.parse(config.Name, arguments.encoder.rpartition(f"{stage}@")[2], "encoder")
+    if not launcher.is_worker():
+        orphans.end_with_dvc()
     if launcher.wanted(stage):
-        with _marked_if_told_to_stop(layout.preempted(stage, encoder)):
+        with errors_as_one_line(), _marked_if_told_to_stop(layout.preempted(stage, encoder)):
             sys.exit(launcher.start(f"tasks.{stage}", sys.argv[1:]))
     with errors_as_one_line(), signals.sigterm_exits():
         environment.prepare()
@@ -158,6 +160,7 @@ def running(stage: str) -> Iterator[Here]:
             with launcher.together():
                 if launcher.is_main():
                     before = snapshot.take(stage, encoder, raw, method=method)
+                    stack.enter_context(lock.locked(f"{stage}@{encoder}" if encoder else stage, seconds=_patience()))
                     lineage.check(sources)
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
@@ -169,6 +172,14 @@ def running(stage: str) -> Iterator[Here]:
                 if before:
                     before.check()
                     here.commit()
+
+
+def _patience() -> float:
+    """Seconds to wait for another process at this stage: one whose DVC was killed ends within 15.
+
+    An NFS server keeps the lock of a lost machine for 90; the other processes of this run wait for it meanwhile.
+    """
+    return min(100, environment.collective_seconds() / 2) if launcher.is_worker() else 20
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def start(module: str, arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers that do the same
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        os.environ[worker.FOLDER] = folder
+        os.environ |= {worker.FOLDER: folder, worker.LAUNCHER: str(os.getpid())}
         ended = threading.Event()
         threading.Thread(target=_end_after_outcome, args=(ended,), daemon=True).start()
         status, line, told = 0, "", False

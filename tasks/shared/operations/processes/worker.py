@@ -28,6 +28,7 @@ from tasks.shared.operations.text import say, show_traceback, warn
 from tasks.shared.outputs import environment
 
 FOLDER = "DEEPCLUST_LAUNCHER"  # path of the launcher's folder
+LAUNCHER = "DEEPCLUST_LAUNCHER_PID"
 _PARENT_DEATH_SIGNAL = 1  # prctl(2); Linux only
 
 
@@ -192,7 +193,7 @@ def _silent_unless_main() -> Iterator[None]:
 
 def _die_with_the_launcher() -> None:
     """Let the kernel kill this process when the launcher dies: it would go on writing beside the next run."""
-    launcher = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER) or os.getppid())
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
