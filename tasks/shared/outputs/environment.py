@@ -19,6 +19,7 @@ QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+WEEK = 7 * 24 * 3600  # seconds; whoever waits longer has mistyped, and torch's clocks overflow
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -27,34 +28,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def most() -> int:
+    """How many threads, processes or stages at once make sense here: enough to repeat a larger machine's results."""
+    return max(64, 4 * cores())
+
+
 def parallel() -> int:
     """Stages that the flow runs at once: `DEEPCLUST_PARALLEL`, else two where there are two cores."""
-    return _count("DEEPCLUST_PARALLEL", "stages at once") or min(2, cores())
+    return _count("DEEPCLUST_PARALLEL", "stages at once", most()) or min(2, cores())
 
 
 def threads() -> int:
     """Threads of a process: its share of its stage's `DEEPCLUST_THREADS`, which are by default `cores / parallel()`."""
-    stage = _count("DEEPCLUST_THREADS", "threads") or max(1, cores() // parallel())
-    return max(1, stage // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by torchrun
+    stage = _count("DEEPCLUST_THREADS", "threads", most()) or max(1, cores() // parallel())
+    return max(1, stage // (_count("LOCAL_WORLD_SIZE", "processes", most()) or 1))  # set by torchrun
 
 
 def collective_seconds() -> int:
     """How long a process waits for the others of its run: `DEEPCLUST_COLLECTIVE_SECONDS`, else five minutes."""
-    return _count("DEEPCLUST_COLLECTIVE_SECONDS", "seconds") or 300
+    return _count("DEEPCLUST_COLLECTIVE_SECONDS", "seconds", WEEK) or 300
 
 
-def _count(variable: str, what: str) -> int | None:
-    """A number of at least one from the environment, or None where it is not set.
+def _count(variable: str, what: str, largest: int) -> int | None:
+    """A number from 1 to `largest` from the environment, or None where it is not set.
 
     Anything else ends the process with one line and status 2: the flows read it at import.
     """
     text = os.environ.get(variable, "").strip()
     if not text:
         return None
-    if text.isdecimal() and int(text) >= 1:
+    if text.isdecimal() and len(text) < 10 and 1 <= int(text) <= largest:
         return int(text)
-    expected = f"expected {variable} to be a number of {what}, 1 or more"
-    print(f"error: {expected}; got {text!r}; mend or unset it", file=sys.stderr)
+    got = text if len(text) < 40 else f"{text[:40]}…"
+    expected = f"expected {variable} to be a number of {what}, 1 to {largest}"
+    print(f"error: {expected}; got {got!r}; mend or unset it", file=sys.stderr)
     sys.exit(2)
 
 

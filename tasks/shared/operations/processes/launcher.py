@@ -35,6 +35,7 @@ __all__ = ["end", "has_begun", "is_main", "is_worker", "joined", "note_begun", "
 STAGES = ("pretrain", "embed", "cluster")  # those that can run on several processes
 JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
 RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
+MACHINES = 10_000  # more are a mistyped number
 PORT = 29400  # torchrun's own default
 
 
@@ -145,6 +146,7 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
     """
     import torch
     from torch.distributed import run
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     parser: Any = run.get_args_parser()
     parser.error = _refuse
@@ -153,15 +155,21 @@ def _configuration(module: str, arguments: Sequence[str]) -> tuple[Any, Any, lis
         options.append(f"--max-restarts={RESTARTS}")
     try:
         config, command, rest = run.config_from_args(parser.parse_args([*options, module, *arguments]))
-        int(config.rdzv_configs["join_timeout"])
+        parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=PORT)
+        for name, value in config.rdzv_configs.items():
+            if name.endswith(("timeout", "interval")) and not 0 <= int(value) <= environment.WEEK:
+                raise ValueError(f"{name} is not 0 to {environment.WEEK} seconds")
     except (ValueError, RuntimeError, AssertionError) as error:
         _refuse(worker.in_one_line(error))
     processes, gpus = config.nproc_per_node, torch.cuda.device_count()
-    if processes < 1 or (gpus and processes > gpus):
+    largest = gpus or environment.most()
+    if not 1 <= processes <= largest:
         raise ConfigError(
-            f"PET_NPROC_PER_NODE: expected {f'1 to {gpus}' if gpus else '1 or more'} processes, got {processes}; "
+            f"PET_NPROC_PER_NODE: expected 1 to {largest} processes, got {processes}; "
             + ("set it to `gpu`, or CUDA_VISIBLE_DEVICES= to compute on the CPU" if gpus else "mend or unset it")
         )
+    if config.max_nodes > MACHINES:
+        raise ConfigError(f"PET_NNODES: expected 1 to {MACHINES} machines, got {config.max_nodes}; mend or unset it")
     # torchrun's own store outlives a restart, with the addresses of lost processes, where gloo would look for new ones.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the number of threads, which libraries read when loading

@@ -22,12 +22,29 @@ def test_the_cores_are_shared_among_the_stages_at_once_and_the_processes_of_each
         assert environment.threads() == share
 
 
-def test_what_is_no_number_of_at_least_one_is_one_line(
+def test_what_is_no_number_that_makes_sense_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for value in ("0", "two"):
-        monkeypatch.setenv("DEEPCLUST_THREADS", value)
-        with pytest.raises(SystemExit, match="2"):
-            environment.threads()
-        expected = "error: expected DEEPCLUST_THREADS to be a number of threads, 1 or more"
-        assert capsys.readouterr().err == f"{expected}; got {value!r}; mend or unset it\n"
+    monkeypatch.setattr(environment, "cores", lambda: 32)
+    counts = (("DEEPCLUST_THREADS", "threads", 128), ("DEEPCLUST_PARALLEL", "stages at once", 128))
+    for variable, what, largest in (*counts, ("DEEPCLUST_COLLECTIVE_SECONDS", "seconds", 604800)):
+        read = environment.collective_seconds if what == "seconds" else environment.threads
+        for value in ("0", "two", "-1", "1e9", str(largest + 1), str(10**30)):
+            monkeypatch.setenv(variable, value)
+            with pytest.raises(SystemExit, match="2"):
+                read()
+            expected = f"error: expected {variable} to be a number of {what}, 1 to {largest}; got {value!r}"
+            assert capsys.readouterr().err == f"{expected}; mend or unset it\n"
+        monkeypatch.setenv(variable, str(largest))
+        assert read() >= 1
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("DEEPCLUST_THREADS", "9" * 5000)
+    with pytest.raises(SystemExit, match="2"):
+        environment.threads()
+    assert len(capsys.readouterr().err) < 200
+
+
+def test_a_small_machine_may_take_the_threads_of_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: 2)
+    monkeypatch.setenv("DEEPCLUST_THREADS", "64")
+    assert environment.threads() == 64

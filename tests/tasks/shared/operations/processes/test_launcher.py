@@ -186,6 +186,11 @@ def test_variables_that_make_no_sense_and_machines_that_do_not_come_are_named(mo
     come = f"{(where := _endpoint())} within 2 s, fewer came; start the same line on the others, mend PET_NNODES"
     for variables, message in (
         ("PET_NPROC_PER_NODE=0", "PET_NPROC_PER_NODE: expected 1 to 1 processes, got 0; set it to `gpu`, or CUDA_VIS"),
+        (f"PET_NPROC_PER_NODE={10**30}", f"PET_NPROC_PER_NODE: expected 1 to 1 processes, got {10**30}; set it"),
+        (f"PET_NNODES={10**30} PET_RDZV_ENDPOINT={where}", "PET_NNODES: expected 1 to 10000 machines, got 1000000000"),
+        (f"PET_RDZV_CONF=join_timeout={10**30}", "join_timeout is not 0 to 604800 seconds; mend or unset them"),
+        (f"PET_RDZV_CONF=read_timeout={10**30}", "read_timeout is not 0 to 604800 seconds; mend or unset them"),
+        ("PET_NNODES=2 PET_RDZV_ENDPOINT=a:99999999", "'a:99999999' must be an integer between 0 and 65536"),
         ("PET_RDZV_BACKEND=etcd", "PET_RDZV_BACKEND: expected c10d, got etcd; mend or unset it"),
         ("PET_NNODES=2 PET_RDZV_CONF=join_timeout=2 PET_RDZV_ENDPOINT=" + where, "expected 2 machines at " + come),
     ):
