@@ -428,8 +428,9 @@ class Workspace:
         self._log.write_text("", encoding="utf-8")
 
     def _left(self) -> str:
-        """Files of unfinished runs, and what was to become an output."""
-        found = [path for path in (self.root / layout.STATE).rglob("*") if path.is_file()]
+        """Files of unfinished runs but for locks, what was to become an output, and temporary files."""
+        found = [path for path in (self.root / layout.STATE).rglob("*") if path.is_file() and path.suffix != ".lock"]
+        found += (self.root / "tmp").iterdir()
         for folder in (layout.ARTIFACTS, layout.METRICS, layout.PLOTS):
             found += (self.root / folder).rglob(".*.partial")
         return ", ".join(str(path.relative_to(self.root)) for path in sorted(found))

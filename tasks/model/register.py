@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from deepclust import bundle
+from deepclust import bundle, temporary
 from deepclust.config import Number
 from deepclust.errors import DataError
 from deepclust.models import backbones
@@ -117,8 +116,7 @@ def _create(
     from tasks.model import mlflow_model  # imports MLflow, which takes seconds
 
     classes = read.record(layout.out("linear", encoder) / "classifier.json", {"classes": list[str]})["classes"]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with temporary.everything() as folder:  # MLflow's copies too
         for path in files:
             _copy(path, folder / "files" / path.name)
         for file in (file for source in _STORED for file in provenance.source_files(source)):

@@ -16,12 +16,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepclust import config
+from deepclust import config, temporary
 from deepclust.errors import PreemptedError
 from tasks.shared.operations import lock, params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
@@ -147,7 +147,8 @@ def running(stage: str) -> Iterator[Here]:
     if launcher.wanted(stage):
         with errors_as_one_line(), _marked_if_told_to_stop(layout.preempted(stage, encoder)):
             sys.exit(launcher.start(f"tasks.{stage}", sys.argv[1:]))
-    with errors_as_one_line(), signals.sigterm_exits():
+    alone = nullcontext() if launcher.is_worker() else temporary.everything()
+    with errors_as_one_line(), signals.sigterm_exits(), alone:
         environment.prepare()
         environment.limit_threads()
         with launcher.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:

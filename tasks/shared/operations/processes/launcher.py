@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from deepclust import temporary
 from deepclust.errors import ConfigError, DeepclustError, StageError
 from tasks.shared.operations.processes import child_processes, worker
 from tasks.shared.operations.processes.worker import end, has_begun, is_main, is_worker, joined, note_begun, together
@@ -65,8 +65,8 @@ def start(module: str, arguments: Sequence[str]) -> int:
     logging.disable(logging.CRITICAL)  # torchrun's tables; what matters of them is printed below
     for number in (signal.SIGTERM, signal.SIGINT):  # until torchrun sets handlers that do the same
         signal.signal(number, stop)
-    with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        os.environ |= {worker.FOLDER: folder, worker.LAUNCHER: str(os.getpid())}
+    with temporary.everything() as folder:
+        os.environ |= {worker.FOLDER: str(folder), worker.LAUNCHER: str(os.getpid())}
         ended = threading.Event()
         threading.Thread(target=_end_after_outcome, args=(ended,), daemon=True).start()
         status, line, told = 0, "", False

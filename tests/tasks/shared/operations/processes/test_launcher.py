@@ -18,6 +18,7 @@ from subprocess import PIPE
 import psutil
 import pytest
 
+from deepclust import temporary
 from deepclust.errors import ConfigError, PeerError, StageError
 from tasks.shared.operations.processes import launcher, signals, worker
 from tasks.shared.outputs import environment, layout
@@ -55,11 +56,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _start(body: str, *, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
+def _start(body: str, *, encoder: str = "swav", processes: int = 2, **variables: str) -> subprocess.Popen[str]:
     Path("body.py").write_text(_HEAD + textwrap.indent(body.strip(), "    "), encoding="utf-8")
     variables |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}", "PET_NPROC_PER_NODE": str(processes)}
     variables |= {"DEEPCLUST_TRACKING": "off", "DEEPCLUST_COLLECTIVE_SECONDS": "20", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "body.py", "swav"]
+    command = [sys.executable, "body.py", encoder]
     return subprocess.Popen(command, env=os.environ | variables, stdout=PIPE, stderr=PIPE, text=True)
 
 
@@ -169,13 +170,21 @@ with preemption.deferred() as told:
     while not told():
         time.sleep(0.05)
 """
-    killed, told = (_start(body, processes=1) for _ in range(2))
+    Path("tmp").mkdir()
+    temp = str(Path("tmp").resolve())
+    killed, told = (_start(body, encoder=encoder, processes=1, TMPDIR=temp) for encoder in ("random", "swav"))
     assert eventually(lambda: len(_started()) == 3, 60)
+    assert {path.name[:14] for path in Path("tmp").iterdir()} == {temporary.PREFIX}, "torchrun's logs are inside"
     (worker,) = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     assert eventually(lambda: not worker.is_running(), 5)
+    killed.wait()
+    assert len(list(Path("tmp").iterdir())) == 2
+    with temporary.folder(Path("tmp")):
+        assert len(list(Path("tmp").iterdir())) == 2, "the next start removes the killed one's"
     told.send_signal(signal.SIGTERM)
     assert _end(told) == (0, "", "")
+    assert not any(Path("tmp").iterdir())
     assert not MARKER.exists()
     killed.communicate()
 
