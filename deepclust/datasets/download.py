@@ -6,12 +6,12 @@ import hashlib
 import http.client
 import os
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepclust import temporary
 from deepclust.errors import DataError
 
 TIMEOUT = 10  # seconds without an answer: a machine that is offline should say so soon
@@ -79,27 +79,22 @@ def download(url: str, target: Path, *, sha256: str | None = None) -> None:
     print(f"downloading {url}", flush=True)
     if url.startswith("http://"):
         warn(f"{url} is not encrypted: others can see what is fetched, and only its SHA-256 tells whether it is right")
-    partial: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            partial = Path(file.name)
-            sum_ = hashlib.sha256()
-            with _network(url, "can not be reached"):
-                answer = urllib.request.urlopen(url, timeout=TIMEOUT)
-            with answer:
-                while True:
-                    with _network(url, "broke off"):
-                        chunk = answer.read(1 << 20)
-                    if not chunk:
-                        break
-                    sum_.update(chunk)
-                    file.write(chunk)
+    with temporary.folder(target.parent, prefix=f".{target.name}.deepclust-") as scratch:
+        partial = scratch / target.name
+        sum_ = hashlib.sha256()
+        with _network(url, "can not be reached"):
+            answer = urllib.request.urlopen(url, timeout=TIMEOUT)
+        with answer, partial.open("wb") as file:
+            while True:
+                with _network(url, "broke off"):
+                    chunk = answer.read(1 << 20)
+                if not chunk:
+                    break
+                sum_.update(chunk)
+                file.write(chunk)
         if sha256 and sum_.hexdigest() != sha256:
             raise DataError(f"{url} sent a file of SHA-256 {sum_.hexdigest()} where {sha256} was expected")
         partial.replace(target)
-    finally:
-        if partial:
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust import temporary
 from deepclust.datasets import download, idx
 from deepclust.errors import DataError
 
@@ -85,9 +86,9 @@ def _keep(folder: Path, cached: Path) -> None:
         for name in FILES:
             (cached / name).unlink(missing_ok=True)  # a damaged one would be read before the gzipped one
             source = folder / name if (folder / name).exists() else folder / f"{name}.gz"
-            partial = cached / f".{source.name}.{os.getpid()}"
-            shutil.copyfile(source, partial)
-            partial.replace(cached / source.name)
+            with temporary.folder(cached, prefix=f".{source.name}.deepclust-") as scratch:
+                shutil.copyfile(source, scratch / source.name)
+                (scratch / source.name).replace(cached / source.name)
     except OSError as error:
         download.warn(f"Fashion-MNIST is not kept in {cached} ({error.strerror}); the next run gets it again")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepclust import temporary
 from deepclust.errors import DataError
 
 
@@ -48,20 +47,22 @@ def whole(path: Path) -> Iterator[Path]:
     A file is replaced in one step, behind a symbolic link its target; a pipe, a device or stdout is written to.
     """
     if _is_open(path) or (path.exists() and not path.is_file()):
-        with tempfile.TemporaryDirectory(prefix="deepclust-") as scratch:
-            partial = Path(scratch) / "whole"
+        with temporary.folder() as scratch:
+            partial = scratch / "whole"
             yield partial
             with partial.open("rb") as source, path.open("ab") as target:  # what stdout holds already stays
                 shutil.copyfileobj(source, target)
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with temporary.folder(path.parent, prefix=_prefix(path)) as scratch:
+        partial = scratch / path.name
         yield partial
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:40]}.deepclust-"
 
 
 @contextmanager
@@ -81,8 +82,8 @@ def sorted_folder(folder: Path, *, link: bool) -> Iterator[Callable[[Path, str, 
         raise DataError(f"expected a new or empty folder for the export, got {folder}; name another or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        partial = Path(scratch) / folder.name
+    with temporary.folder(folder.parent, prefix=_prefix(folder)) as scratch:
+        partial = scratch / folder.name
         partial.mkdir()  # with the usual permissions, where the temporary one is private
 
         def add(image: Path, inside: str, name: str) -> None:
