@@ -1,4 +1,4 @@
-"""What every process of the pipeline sets first: thread counts, and telemetry off.
+"""What every process of the pipeline sets first: thread counts, and telemetry and bytecode files off.
 
 The number of threads changes the last bits of a stage's results, so it follows from the machine alone: the flow runs
 `parallel()` stages at once and each uses `cores / parallel()` threads, under `dvc repro` too. The processes of one
@@ -18,6 +18,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",  # see tasks/__init__.py
 }
 WEEK = 7 * 24 * 3600  # seconds; whoever waits longer has mistyped, and torch's clocks overflow
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -66,7 +67,7 @@ def _count(variable: str, what: str, largest: int) -> int | None:
 
 
 def prepare() -> None:
-    """Set the thread counts and switch telemetry off, for libraries imported later and for child processes."""
+    """Set the thread counts, and switch telemetry and bytecode off, for later imports and for child processes."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in _THREADS:
