@@ -100,9 +100,10 @@ def there(path: Path) -> Path:
 
 def damaged(path: Path, what: str) -> DataError:
     """The error that a file is not as it should be, with the remedy."""
+    repro = f"`dvc repro {layout.stage_of(path)}`"
     # DVC only looks again at a file that has changed since it was written, or is gone.
-    remove = "remove it and " if path.exists() else ""
-    return DataError(printable(f"{what}; {remove}run `dvc repro {layout.stage_of(path)}`"))
+    remedy = f"remove it and run {repro}, after `python -m tasks.verify` if that restores the damage"
+    return DataError(printable(f"{what}; {remedy if path.exists() else f'run {repro}'}"))
 
 
 @contextmanager

@@ -317,7 +317,9 @@ def test_a_flipped_bit_or_a_missing_file_is_found_by_its_hash_before_anything_is
         COMMANDS[command](monkeypatch)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: expected {file} as {stage} wrote it (SHA-256 ")
-    assert line.endswith(f"; remove it and run `dvc repro {stage}`")
+    assert line.endswith(
+        f"; remove it and run `dvc repro {stage}`, after `python -m tasks.verify` if that restores the damage"
+    )
     assert sorted(here.rglob("*")) == before
     path.unlink()
     with pytest.raises(SystemExit, match="2"):
