@@ -49,6 +49,7 @@ def _background(name: str, command: Sequence[str], url: str, auth: str | None = 
     what this one schedules. The credential itself is passed in the environment: anyone can read a command line.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
+    FOLDER.chmod(0o700)  # the URL, and what Prefect logs, may hold a password
     of = [url, hashlib.sha256(auth.encode()).hexdigest() if auth else "none"]
     how = "started"
     if _pid(name) is not None:
