@@ -12,6 +12,7 @@ judges what it answers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import re
@@ -23,14 +24,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.faults import cases as kinds
-from benchmarks.faults import files, inputs, running, surroundings, workspace
+from benchmarks.faults import files, inputs, kills, recorded, repository, running, surroundings, workspace
 from benchmarks.faults.cases import COMMANDS, Case, Reference, Verdict
 from benchmarks.faults.running import Job
+from tasks.shared.operations.processes import signals
 
 
 def every() -> Iterator[Case]:
     """All cases there are."""
-    for module in (files, inputs, surroundings):
+    for module in (files, inputs, surroundings, recorded):
         yield from module.cases()
 
 
@@ -104,45 +106,80 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def kill_all(
+    chosen: Sequence[kills.Kill], repo: Path, scratch: Path, home: Path, *, at_once: int, seed: int
+) -> list[kills.Killed]:
+    """Kill, and say what came of each as it ends."""
+    ended = []
+    for number, killed in enumerate(kills.Killer(repo, scratch, home, seed).run(chosen, at_once), 1):
+        ended.append(killed)
+        said = f"{killed.wrong or 'identical'}; {killed.seconds:.0f} s; first run: {killed.said}"
+        print(f"{number}/{len(chosen)} {killed.kill.name}: {said[:600]}", file=sys.stderr, flush=True)
+    return ended
+
+
 def main() -> None:
     """Run what was asked for; status 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name matches")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases and kills whose name matches")
     parser.add_argument("--cases", type=int, help="at most so many cases, evenly over all")
+    parser.add_argument("--kills", type=int, default=sum(kills.PLAN.values()), help="how many")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="commands at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--list", action="store_true", help="print the cases and what is right, and run nothing")
     parser.add_argument("--table", type=Path, help="write all verdicts here (CSV)")
     arguments = parser.parse_args()
     chosen = listed(arguments.only, arguments.cases)
+    planned = [kill for kill in kills.plan(arguments.kills, arguments.seed) if re.search(arguments.only, kill.name)]
     if arguments.list:
-        for case in chosen:
-            print(f"{case.name}: {case.right}")
+        print(*(f"{case.name}: {case.right}" for case in chosen), *(kill.name for kill in planned), sep="\n")
         return
-    begin = time.monotonic()
-    running.load()
-    verdicts = []
-    with tempfile.TemporaryDirectory(prefix="deepclust-faults-") as folder:
-        scratch = Path(folder)
-        home = scratch / "home"
-        home.mkdir()
-        bases = {"whole": scratch / "whole"}
-        workspace.build(bases["whole"], home)
-        print(f"a whole workspace, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-        if any(case.base == "cut" for case in chosen):
-            bases["cut"] = scratch / "cut"
-            workspace.build_cut(bases["whole"], bases["cut"], home, surroundings.cut_off)
-        for verdict in judged(chosen, bases, home, scratch, arguments.jobs):
-            verdicts.append(verdict)
-            if not verdict.good:
-                print(f"{verdict.what}: {verdict.case.name}: {verdict.line[:300]}", file=sys.stderr, flush=True)
-    print(table(verdicts))
-    print(f"\n{time.monotonic() - begin:.0f} s in all")
+    with contextlib.ExitStack() as stack:
+        scratch = Path(tempfile.mkdtemp(prefix="deepclust-faults-"))
+        stack.callback(running.discard, scratch)
+        stack.enter_context(signals.sigterm_exits())
+        verdicts, killed = run(chosen, planned, scratch, arguments.jobs, arguments.seed)
     if arguments.table:
         with arguments.table.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["fault", "command", "right", "verdict"])
-            writer.writerows([v.case.fault, v.case.command, v.case.right, v.what] for v in verdicts)
-    sys.exit(int(any(not verdict.good for verdict in verdicts)))
+            writer.writerows([each.case.fault, each.case.command, each.case.right, each.what] for each in verdicts)
+            writer.writerows([each.kill.name, "", "identical", each.wrong or "identical"] for each in killed)
+    sys.exit(int(any(not each.good for each in verdicts) or any(each.wrong for each in killed)))
+
+
+def run(
+    chosen: Sequence[Case], planned: Sequence[kills.Kill], scratch: Path, at_once: int, seed: int
+) -> tuple[list[Verdict], list[kills.Killed]]:
+    """Make the workspaces that are needed, run the cases, then the kills, and print what came of them."""
+    begin = time.monotonic()
+    tracking = any("DEEPCLUST_TRACKING" in case.variables for case in chosen)
+    running.load(
+        tracking=tracking,
+        flows=any("flow" in case.command and not case.real for case in chosen),
+    )
+    home = scratch / "home"
+    home.mkdir()
+    bases = {name: scratch / name for name in ("whole", "cut", "repo")}
+    workspace.build(bases["whole"], home, store=tracking)
+    if any(case.base == "cut" for case in chosen):
+        workspace.build_cut(bases["whole"], bases["cut"], home, surroundings.cut_off)
+    if planned or any(case.base == "repo" for case in chosen):
+        repository.build(bases["whole"], bases["repo"], home)
+    print(f"workspaces: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    verdicts = []
+    for verdict in judged(chosen, bases, home, scratch, at_once):
+        verdicts.append(verdict)
+        if not verdict.good:
+            print(f"{verdict.what}: {verdict.case.name}: {verdict.line[:300]}", file=sys.stderr, flush=True)
+    print(f"cases: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    killed = kill_all(planned, bases["repo"], scratch, home, at_once=at_once, seed=seed) if planned else []
+    print(table(verdicts))
+    if planned:
+        print(f"\n{sum(not each.wrong for each in killed)} of {len(killed)} kills ended as an undisturbed run")
+        print(*(f"- {each.kill.name}: {each.wrong}" for each in killed if each.wrong), sep="\n")
+    print(f"\n{time.monotonic() - begin:.0f} s in all")
+    return verdicts, killed
 
 
 if __name__ == "__main__":

@@ -202,8 +202,9 @@ def _refused(
         return "status", f"{ended.status}: {lines[0]}"
     if case.says and not re.search(case.says, lines[0]):
         return "vague", lines[0]
-    if reference and reference.files and case.command != "prepare" and case.base == "whole":
+    if reference:
+        there = set((folder / "there").read_text(encoding="utf-8", errors="surrogateescape").splitlines())
         now = workspace.hashes(folder / "work", written(case.command))
-        if gone := sorted(name for name in reference.files if name not in now):
+        if gone := sorted(name for name in reference.files if name in there and name not in now):
             return "lost", f"its earlier outputs are gone: {', '.join(gone)}"
     return "line", lines[0]

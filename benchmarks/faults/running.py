@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import logging
 import os
 import resource
 import runpy
@@ -31,12 +32,12 @@ LONGEST = 30.0  # seconds, after which a command counts as hung
 MARK = "DEEPCLUST_FAULTS_RUN"  # in the environment of all that a case starts
 ROOT = Path(__file__).resolve().parents[2]
 _HEAVY = (
-    *("torch", "sklearn.manifold", "scipy.optimize", "matplotlib.pyplot", "mlflow", "prefect", "dvc.repo", "faiss"),
+    *("torch", "sklearn.manifold", "scipy.optimize", "matplotlib.pyplot", "faiss"),
     *("tasks.prepare", "tasks.pretrain", "tasks.embed", "tasks.cluster", "tasks.linear", "tasks.adapt", "tasks.report"),
-    *("tasks.model.mlflow_model", "tasks.params", "tasks.overrides", "tasks.assign", "tasks.register"),
-    *("mlflow.system_metrics.system_metrics_monitor", "deepclust.methods.swav", "deepclust.methods.random"),
-    *("flows.pipeline", "flows.stage"),
+    *("tasks.params", "tasks.overrides", "tasks.assign", "deepclust.methods.swav", "deepclust.methods.random"),
 )
+_TRACKING = ("mlflow", "tasks.model.mlflow_model", "mlflow.system_metrics.system_metrics_monitor", "tasks.register")
+_FLOWS = ("prefect", "dvc.repo", "flows.pipeline", "flows.stage")
 _OURS = ("DEEPCLUST_", "PET_", "MLFLOW_", "PREFECT_", "DVC_", "OMP_", "XDG_")
 
 
@@ -102,16 +103,19 @@ class Job:
         return self.folder / "work"
 
 
-def load() -> None:
+def load(*, tracking: bool, flows: bool) -> None:
     """Import what the commands import, once.
+
+    Args:
+        tracking: Also what those do that reach MLflow.
+        flows: Also what the flows do.
 
     Raises:
         RuntimeError: If that has started a thread, which no forked child would have.
     """
-    for name in _HEAVY:
-        importlib.import_module(name)
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"{name}.__main__") if name.startswith("tasks.") else None
+    for name in (*_HEAVY, *(_TRACKING if tracking else ()), *(_FLOWS if flows else ())):
+        if hasattr(importlib.import_module(name), "__path__") and name.startswith("tasks."):
+            importlib.import_module(f"{name}.__main__")
     if threading.active_count() > 1:
         raise RuntimeError(f"expected one thread before forking, got {threading.enumerate()}")
 
@@ -214,6 +218,8 @@ def _child(job: Job, home: Path) -> int:
     os.chdir(job.work)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     env = environment(job.folder, home, {**job.env, **(job.before() or {})})
+    there = [path.as_posix() for path in Path().rglob("*") if path.is_file()]
+    Path("../there").write_text("\n".join(there), encoding="utf-8", errors="surrogateescape")
     if job.limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.limit, job.limit))
@@ -224,6 +230,8 @@ def _child(job: Job, home: Path) -> int:
     os.environ.update(env)
     tempfile.tempdir = None
     sys.argv = [module, *arguments]
+    if not module.startswith("flows."):
+        logging.getLogger().handlers.clear()  # Prefect's, which the other commands never import
     return _module(module)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ EDITS = [
     "data.folder=images",
     "data.image_size=16",
     "data.max_skipped=0.05",
-    "encoders=[pixels, random, swav]",
+    f"encoders=[{', '.join(ENCODERS)}]",
     "pretrain.checkpoint={every_steps: 1, every_seconds: null, keep: 3}",
     "pretrain.swav.epochs=2",
     "pretrain.swav.batch_size=16",
@@ -52,8 +52,13 @@ class Failed(Exception):
     """The undisturbed workspace could not be made."""
 
 
-def build(folder: Path, home: Path, *, edits: Sequence[str] = (), encoders: Sequence[str] = ENCODERS) -> None:
+def build(folder: Path, home: Path, *, store: bool) -> None:
     """Make images and parameters in `folder/work`, and run every stage there.
+
+    Args:
+        folder: Where.
+        home: Home folder of the commands.
+        store: Whether MLflow's store is made too, which takes seconds.
 
     Raises:
         Failed: If a stage fails.
@@ -64,12 +69,12 @@ def build(folder: Path, home: Path, *, edits: Sequence[str] = (), encoders: Sequ
     pictures(work / "domains/dark", 12, seed=1, top=120)
     pictures(work / NEW, 25, seed=2, classes=False)
     shutil.copy(ROOT / layout.PARAMS, work)
-    overrides.apply([*EDITS, f"encoders=[{', '.join(encoders)}]", *edits], work / layout.PARAMS)
+    overrides.apply(EDITS, work / layout.PARAMS)
     shutil.copy(ROOT / "dvc.yaml", work)
-    for argv in stages(encoders):
+    for argv in _stages():
         _run(Job(folder=folder, command=Command(argv=argv)), home)
     shutil.rmtree(work / layout.STATE, ignore_errors=True)
-    _run(Job(folder=folder, command=Command(argv=["tasks.params", "check"]), before=_store), home)
+    _run(Job(folder=folder, command=Command(argv=["tasks.params", "check"]), before=_store if store else dict), home)
 
 
 def build_cut(base: Path, folder: Path, home: Path, cut_off: Callable[[], None]) -> None:
@@ -99,15 +104,15 @@ def _run(job: Job, home: Path, *, status: int = 0) -> None:
 
 
 def _store() -> None:
-    """Make MLflow's store without runs, which takes seconds."""
+    """Make MLflow's store without runs."""
     from mlflow import MlflowClient
 
     MlflowClient("sqlite:///mlflow.db").search_experiments(max_results=1)
 
 
-def stages(encoders: Sequence[str]) -> list[list[str]]:
+def _stages() -> list[list[str]]:
     """Every stage's module and arguments, upstream first."""
-    inner = [[f"tasks.{stage}", encoder] for stage in STAGES for encoder in encoders]
+    inner = [[f"tasks.{stage}", encoder] for stage in STAGES for encoder in ENCODERS]
     return [["tasks.prepare"], *inner, ["tasks.report"]]
 
 
