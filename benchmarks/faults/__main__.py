@@ -16,6 +16,7 @@ import contextlib
 import csv
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -134,6 +135,10 @@ def main() -> None:
     if arguments.list:
         print(*(f"{case.name}: {case.right}" for case in chosen), *(kill.name for kill in planned), sep="\n")
         return
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in the background, which all that is started would inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(prefix="deepclust-faults-"))
         stack.callback(running.discard, scratch)

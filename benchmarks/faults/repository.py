@@ -20,8 +20,10 @@ from benchmarks.faults.workspace import ENCODER, Failed
 ROOMS = ("deepclust", "tasks", "flows")
 DVC = [sys.executable, "-m", "dvc", "repro"]
 FLOW = [sys.executable, "-m", "flows.pipeline"]
-# What a process of someone else's writes for itself, such as DVC's state and Prefect's database.
-_NOT_OURS = re.compile(r"\.git/|\.dvc/tmp/|\.prefect/|mlflow\.db|mlartifacts/|.*__pycache__/|state/flow\.lock$")
+# What others write for themselves: DVC's locks, its objects, of which `dvc gc` removes the unused, Prefect's database.
+_NOT_OURS = re.compile(
+    r"\.git/|\.dvc/tmp/|\.dvc/cache/(runs/|files/md5/[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?$)|\.prefect/|mlflow\.db|mlartifacts/|.*__pycache__/|state/flow\.lock$"
+)
 _RANDOM = re.compile(r"[A-Za-z0-9_]{8}$")
 
 
@@ -107,13 +109,6 @@ def left(folder: Path) -> set[str]:
     """Files of the repository and its temporary folder, without what is not ours; random endings as `*`."""
     work = folder / "work"
     files = {path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file() or path.is_symlink()}
-    kept = {name for name in files if not _NOT_OURS.match(name) and not name.startswith(".dvc/cache/runs")}
+    kept = {name for name in files if not _NOT_OURS.match(name)}
     temporary = (path.name for path in (folder / "tmp").iterdir())
     return kept | {f"tmp/{_RANDOM.sub('*', name)}" for name in temporary}
-
-
-def held(work: Path) -> str:
-    """Entries of DVC's table of locks: what a dead process has left."""
-    path = work / ".dvc/tmp/rwlock"
-    text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    return "" if text in ("", "{}") else text

@@ -145,20 +145,24 @@ def run(jobs: Iterable[Job], *, at_once: int, home: Path) -> Iterator[tuple[Job,
     """Run jobs, so many at once, and give each as it ends."""
     waiting, running = iter(jobs), list[Job]()
     more = True
-    while more or running:
-        while more and len(running) < at_once:
-            job = next(waiting, None)
-            more = job is not None
-            if job is not None:
-                _start(job, home)
-                running.append(job)
-        for job in list(running):
-            pid, status = os.waitpid(job.pid, os.WNOHANG)
-            hung = not pid and time.monotonic() - job.begin > job.longest
-            if pid or hung:
-                running.remove(job)
-                yield job, _ended(job, None if hung else os.waitstatus_to_exitcode(status))
-        time.sleep(0.004)
+    try:
+        while more or running:
+            while more and len(running) < at_once:
+                job = next(waiting, None)
+                more = job is not None
+                if job is not None:
+                    _start(job, home)
+                    running.append(job)
+            for job in list(running):
+                pid, status = os.waitpid(job.pid, os.WNOHANG)
+                hung = not pid and time.monotonic() - job.begin > job.longest
+                if pid or hung:
+                    running.remove(job)
+                    yield job, _ended(job, None if hung else os.waitstatus_to_exitcode(status))
+            time.sleep(0.004)
+    finally:
+        for job in running:
+            _ended(job, None)
 
 
 def marked(folder: Path) -> list[psutil.Process]:

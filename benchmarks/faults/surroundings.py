@@ -285,7 +285,7 @@ def _states() -> Iterator[Case]:
     for name in ("json", "txt"):
         stray = f"state/pretrain/{ENCODER}/runs/stray.{name}"
         make = lambda stray=stray: put(Path(stray), "junk")  # noqa: E731
-        yield Case(fault="state: a stray file", command="pretrain", make=make, right=SAME, base="cut")
+        yield Case(fault=f"state: a stray file .{name}", command="pretrain", make=make, right=SAME, base="cut")
 
 
 def cases() -> Iterator[Case]:
