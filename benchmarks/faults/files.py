@@ -121,6 +121,12 @@ _LINEAGE: Mapping[str, Damage] = {
     "hashes that are numbers": with_value("outputs", value={"images.npy": 1}),
     "another input": with_value("inputs", value={"artifacts/prepare": "0" * 64}),
 }
+# What could as well be true where the hashes fit, so that no command can tell.
+_MAY_BE_TRUE = re.compile(
+    r"/(history|table|stream|predictions)\.csv is (one row less|the header alone)"
+    r"|/heldout\.npy is (one row less|no rows)|/prototypes\.safetensors is one row less"
+    r"|train/images\.npy is one row less.* × (pretrain|embed|adapt)|test/images\.npy is one row less.* × (embed|register)"
+)
 
 
 def cases() -> Iterator[Case]:
@@ -132,9 +138,10 @@ def cases() -> Iterator[Case]:
             for name, damage in {**ANY, **content}.items():
                 if file.signed or name != "one bit flipped":  # a digit of a metrics file: nothing can tell
                     yield _case(path, name, damage, command, signed=False)
-            for name, damage in content.items():
-                if file.signed:
-                    yield _case(path, name, damage, command, signed=True)
+            for name, damage in content.items() if file.signed else ():
+                case = _case(path, name, damage, command, signed=True)
+                if not _MAY_BE_TRUE.search(case.name):
+                    yield case
     for folder, readers in LINEAGES.items():
         path = Path("artifacts", folder, "lineage.json")
         for command in readers.split():

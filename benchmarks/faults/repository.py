@@ -22,7 +22,8 @@ DVC = [sys.executable, "-m", "dvc", "repro"]
 FLOW = [sys.executable, "-m", "flows.pipeline"]
 # What others write for themselves: DVC's locks, its objects, of which `dvc gc` removes the unused, Prefect's database.
 _NOT_OURS = re.compile(
-    r"\.git/|\.dvc/tmp/|\.dvc/cache/(runs/|files/md5/[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?$)|\.prefect/|mlflow\.db|mlartifacts/|.*__pycache__/|state/flow\.lock$"
+    r"\.git/|\.dvc/tmp/|\.dvc/cache/(runs/|files/md5/[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?$)"
+    r"|\.prefect/|mlflow\.db|mlartifacts/|.*__pycache__/|state/flow\.lock$"
 )
 _RANDOM = re.compile(r"[A-Za-z0-9_]{8}$")
 
