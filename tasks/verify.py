@@ -11,6 +11,7 @@ import argparse
 
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes import dvc_runner
+from tasks.shared.operations.text import say
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     ).parse_args()
     with errors_as_one_line():
         damaged = dvc_runner.drop_damaged()
-    print(f"{damaged} damaged files removed; run `dvc repro`" if damaged else "DVC's cache is whole")
+    say(f"{damaged} damaged files removed; run `dvc repro`" if damaged else "DVC's cache is whole")
 
 
 if __name__ == "__main__":

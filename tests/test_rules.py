@@ -47,6 +47,7 @@ OTHER_FILES = {
     "tasks/embed/__main__.py": "arrays of this stage",
     "tasks/adapt/__main__.py": "rows of this stage",
     "tasks/shared/operations/last_preparation.py": "DVC's cache; damage costs a warning",
+    "tasks/shared/operations/outbox.py": "what is left to be tracked, which has marks of its own",
     "tasks/shared/operations/processes/dvc_runner.py": "what DVC prints",
     "tasks/shared/operations/processes/worker.py": "what a worker of this run wrote",
 }

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,7 +122,8 @@ def test_two_servers_of_a_workspace_are_not_started_at_once_for_they_would_migra
         time.sleep(0.5)
         assert len(started) == 1
         go.set()
-        wait(both)
+        for each in both:
+            each.result()
     assert sorted(started) == ["flow's", "server"]
 
 

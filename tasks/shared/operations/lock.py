@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepclust.errors import StageError
+from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
-_SILENT = 1.0  # seconds of waiting that are not worth a line
+# Seconds of waiting that are not worth a line: for what may be refused in the end, for what only takes a moment.
+_SILENT = 1.0, 10.0
 _POLL = 0.1
 
 
 @contextmanager
 def locked(name: str, *, seconds: float = math.inf) -> Iterator[None]:
-    """Hold a lock between the processes of this workspace. Who waits longer than a moment says for whom.
+    """Hold a lock between the processes of this workspace. Who waits for long says for whom.
 
     Args:
         name: What the lock is for, such as `pretrain@swav`.
@@ -59,8 +61,8 @@ def _acquire(descriptor: int, path: Path, name: str, seconds: float) -> None:
                 f"expected to be the only one at {name}, but another holds {path} ({_holder(path)}); wait for it or "
                 "stop it, and run again"
             )
-        if waited > _SILENT and not said:
-            print(f"{name} waits for another that is at work ({_holder(path)})", file=sys.stderr, flush=True)
+        if waited > _SILENT[math.isinf(seconds)] and not said:
+            say(f"{name} waits for another that is at work ({_holder(path)})", file=sys.stderr)
             said = True
         time.sleep(_POLL)
 

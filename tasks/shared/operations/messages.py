@@ -30,6 +30,7 @@ def errors_as_one_line() -> Iterator[None]:
         launcher.end(2, f"error: {error}", error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            sys.excepthook = show_traceback
             raise
         wanted = " ".join(str(error).split())[:200]
         launcher.end(2, f"error: expected the work to fit into memory, it does not ({wanted}); lower the sizes", error)

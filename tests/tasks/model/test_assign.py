@@ -182,14 +182,14 @@ def test_places_that_do_not_fit_are_one_line_before_any_work(
 ) -> None:
     Path("same").symlink_to("a")
     Path("there.npy").write_bytes(b"mine")
-    before = sorted(Path().rglob("*"))
+    before = sorted(Path().glob("*"))
     monkeypatch.setattr(assign, "find", lambda *_: pytest.fail("it has begun"))
     with pytest.raises(SystemExit, match="2"):
         run("new", *words)
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
+    assert sorted(Path().glob("*")) == before
     assert Path("there.npy").read_bytes() == b"mine"
 
 

@@ -111,6 +111,6 @@ def test_a_line_is_a_running_mean_and_the_best_guarded_adapters_have_colours_of_
     curve = curve_of([each for each in rows if (each["adapter"], each["guarded"]) != ("source", "1")])
     assert {name for name, guarded in curve.segments[0].lines if guarded} == {"lame", "tent", "t3a"}
     figure = plots.stream(curve)
-    lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    lines = figure.legends[0].get_lines()
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(errors) + 3
     plots.save(figure, tmp_path / "stream.png")

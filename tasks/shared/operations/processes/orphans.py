@@ -11,11 +11,12 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 
 import psutil
+
+from tasks.shared.operations.text import warn
 
 _STAGE = "DVC_STAGE"  # DVC sets it for a stage's command
 _POLL = 0.5
@@ -56,7 +57,7 @@ def _watch(dvc: psutil.Process, signals: int) -> None:
     if told or _told(signals):
         return
     with contextlib.suppress(OSError):  # the terminal may be gone too
-        print(f"warning: DVC (process {dvc.pid}), which started this stage, is gone; stopping", file=sys.stderr)
+        warn(f"DVC (process {dvc.pid}), which started this stage, is gone; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
