@@ -29,7 +29,7 @@ import psutil
 
 _MEMORY = 16 << 30  # bytes of address space, so that no case takes the machine's memory
 LONGEST = 30.0  # seconds, after which a command counts as hung
-MARK = "DEEPCLUST_FAULTS_RUN"  # in the environment of all that a case starts
+MARK = "FAULTS_RUN"  # in the environment of all that a case starts
 ROOT = Path(__file__).resolve().parents[2]
 _HEAVY = (
     *("torch", "sklearn.manifold", "scipy.optimize", "matplotlib.pyplot", "faiss"),
