@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -36,7 +37,10 @@ _HEAVY = (
     *("tasks.prepare", "tasks.pretrain", "tasks.embed", "tasks.cluster", "tasks.linear", "tasks.adapt", "tasks.report"),
     *("tasks.params", "tasks.overrides", "tasks.assign", "deepclust.methods.swav", "deepclust.methods.random"),
 )
-_TRACKING = ("mlflow", "tasks.model.mlflow_model", "mlflow.system_metrics.system_metrics_monitor", "tasks.register")
+_TRACKING = (
+    *("mlflow", "tasks.model.mlflow_model", "mlflow.system_metrics.system_metrics_monitor", "tasks.register"),
+    *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "alembic.command"),
+)
 _FLOWS = ("prefect", "dvc.repo", "flows.pipeline", "flows.stage")
 _OURS = ("DEEPCLUST_", "PET_", "MLFLOW_", "PREFECT_", "DVC_", "OMP_", "XDG_")
 
@@ -118,6 +122,8 @@ def load(*, tracking: bool, flows: bool) -> None:
             importlib.import_module(f"{name}.__main__")
     if threading.active_count() > 1:
         raise RuntimeError(f"expected one thread before forking, got {threading.enumerate()}")
+    gc.collect()
+    gc.freeze()  # so that a collection in a child touches, and so copies, none of the parent's memory
 
 
 def environment(folder: Path, home: Path, env: Mapping[str, str | None]) -> dict[str, str]:

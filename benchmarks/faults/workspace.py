@@ -18,7 +18,7 @@ from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
 
 ENCODER = "swav"
-ENCODERS = ("pixels", "random", ENCODER)
+ENCODERS = ("pixels", ENCODER)
 STAGES = ("pretrain", "embed", "cluster", "linear", "adapt")
 NEW = "new"  # images for `assign`
 EDITS = [
