@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepclust import files
@@ -132,7 +131,7 @@ class Bundle:
         _write(folder / CLUSTERS, {"k": len(self.clusters.centroids), "normalise": self.clusters.normalise})
         _write(folder / CLASSIFIER, {"classes": self.classes})
         if self.classifier:
-            save_file({"weight": self.classifier.weight, "bias": self.classifier.bias}, folder / WEIGHTS)
+            weights.save({"weight": self.classifier.weight, "bias": self.classifier.bias}, folder / WEIGHTS)
         _write(folder / STATISTICS, as_dict(self.reading))
 
 

@@ -40,12 +40,19 @@ def _folder(text: str) -> str:
     return text
 
 
+def _grey_or_rgb(bands: tuple[int, ...]) -> tuple[int, ...]:
+    if len(bands) not in (0, 1, 3):
+        raise ValueError(f"expected one band (grey) or three (RGB), got {len(bands)}; mend the list")
+    return bands
+
+
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 Natural = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+Bands = Annotated[tuple[Natural, ...], AfterValidator(_grey_or_rgb)]
 Several = Annotated[int, Field(strict=True, ge=2, le=_MOST)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Width = Annotated[int, Field(strict=True, ge=1, le=2**16)]  # of a layer

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from deepclust.config import Config, Natural, config
+from deepclust.config import Bands, Config, Natural, config
 from deepclust.images import depth
 
 Resize = Literal["crop", "pad", "stretch"]
@@ -26,14 +26,10 @@ class Reading(Config):
     """What shows through transparent pixels; auto: black, or white behind a dark drawing."""
     pages: Literal["first", "middle", "max", "mean"] | Natural = "first"
     """Of a file with several pages: one of them, a number from 0, or the maximum or mean of all."""
-    bands: tuple[Natural, ...] = ()
+    bands: Bands = ()
     """Of a file with many bands: one (grey) or three (RGB), numbers from 0; none: the first three, or the first."""
     white: Mapping[str, depth.Range] = field(default_factory=dict)
     """Black and white of each depth above 8 bits; see `depth`."""
-
-    def _check(self) -> None:
-        if len(self.bands) not in (0, 1, 3):
-            raise ValueError(f"bands: expected one band (grey) or three (RGB), got {len(self.bands)}; mend the list")
 
     @classmethod
     def of(cls, statistics: Mapping[str, Any]) -> Reading:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepclust import files, seeding
@@ -115,7 +114,7 @@ def untrained(*, seed: int, **options: Any) -> Encoder:
 def save(encoder: Encoder, folder: Path, **provenance: Any) -> None:
     """Write an encoder as safetensors and JSON into an existing folder."""
     # The description is part of the weights' file too: whoever takes that file alone needs the normalisation.
-    save_file(
+    weights.save(
         {name: value.contiguous() for name, value in encoder.state_dict().items()},
         folder / WEIGHTS,
         metadata={HEADER: json.dumps(encoder.description)},

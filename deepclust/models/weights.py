@@ -1,10 +1,14 @@
-"""Reading tensors that were saved."""
+"""Saving tensors, and reading those that were saved."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepclust.errors import CheckpointError
@@ -27,3 +31,17 @@ def load(path: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise CheckpointError(f"expected finite weights in {path}, got NaN or infinity in {name}")
     return tensors
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name to a safetensors file.
+
+    Raises:
+        OSError: If the disk does not take them.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

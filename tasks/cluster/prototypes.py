@@ -49,7 +49,10 @@ class Prototypes:
             raise read.damaged(projection, f"{projection} is damaged: {error}") from error
         try:
             stored = weights.load(path)
-            if not all(name.isdecimal() and rows.shape[1:] == last for name, rows in stored.items()):
+            if not all(
+                name.isdecimal() and rows.is_floating_point() and rows.shape[1:] == last
+                for name, rows in stored.items()
+            ):
                 raise CheckpointError(f"expected numbered prototypes of {last[0]} dimensions, got others")
         except CheckpointError as error:
             raise read.damaged(path, f"{path} is damaged: {error}") from error

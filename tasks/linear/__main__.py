@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepclust.evaluation import probing
+from deepclust.models import weights
 from deepclust.models.devices import default_device
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import say
@@ -41,9 +41,9 @@ def main() -> None:
                     say(f"{here.encoder}: kNN of {k}: all {labelled} labelled training images vote, there are no more")
             metrics, classifier = evaluate(embeddings, labels, prepared.heldout(), len(classes), here.params.linear)
             here.metrics(metrics)
-            weights = {"weight": classifier.weight, "bias": classifier.bias}
-            stored = {name: value.cpu().contiguous() for name, value in weights.items()}
-            save_file(stored, here.folder / "classifier.safetensors")
+            parts = {"weight": classifier.weight, "bias": classifier.bias}
+            stored = {name: value.cpu().contiguous() for name, value in parts.items()}
+            weights.save(stored, here.folder / "classifier.safetensors")
             numbers = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
             say(f"{here.encoder}: {', '.join(numbers)}")
         stage.write_text(here.folder / "classifier.json", stage.json_text(description))

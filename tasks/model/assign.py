@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust import config
 from deepclust.errors import DataError
 from deepclust.images import decode, formats, npy
 from deepclust.images import find as finding
@@ -40,6 +41,8 @@ def main() -> None:
     arguments = _arguments()
     with errors_as_one_line(), ExitStack() as stack:
         environment.prepare()
+        if arguments.max_skipped is not None:
+            config.parse(config.Share, arguments.max_skipped, "--max-skipped")
         values = params.load()
         values.method(arguments.encoder)
         files_of = {"--out": arguments.out or Path("/dev/stdout"), "--embeddings": arguments.embeddings}

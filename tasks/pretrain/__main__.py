@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepclust import seeding
@@ -19,7 +18,7 @@ from deepclust.errors import ConfigError, TrainingError
 from deepclust.methods import method_class
 from deepclust.methods.parts.base import Method
 from deepclust.methods.parts.options import TrainedConfig
-from deepclust.models import backbones, encoder
+from deepclust.models import backbones, encoder, weights
 from deepclust.models.devices import default_device
 from deepclust.training import loop
 from tasks.pretrain import history
@@ -62,7 +61,7 @@ def _write(
     method = here.params.method(here.encoder)
     encoder.save(trained.eval().cpu(), here.folder, method=method, seed=here.params.seed)
     for name, tensors in exported.items():
-        save_file(tensors, here.folder / f"{name}.safetensors")
+        weights.save(tensors, here.folder / f"{name}.safetensors")
     ended = {"steps": len(past), "final_loss": history.mean(past[-100:], "loss")} if past else {}
     here.metrics({"method": method} | ended)
     rows = _averaged(past)

@@ -30,7 +30,7 @@ def enabled() -> bool:
 
 def uri() -> str:
     """The store's address: `MLFLOW_TRACKING_URI`, else `mlflow.db` of the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 def is_file() -> bool:
@@ -51,7 +51,7 @@ def check_file() -> None:
     """
     path = Path(uri().removeprefix("sqlite:///").partition("?")[0])
     if path.exists():
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=5)) as database:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=5)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
 
@@ -113,9 +113,19 @@ def _expected(got: str) -> str:
 
 
 def failed(error: BaseException) -> bool:
-    """Whether an error is the store's and not a bug of ours, by the name of the library that defines its class."""
+    """Whether an error is the store's and not a bug of ours, by the name of the library that defines its class.
+
+    A module that is missing is the driver of a database.
+    """
     origin = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3")
+    return isinstance(error, (OSError, ModuleNotFoundError)) or origin in (
+        "mlflow",
+        "sqlalchemy",
+        "sqlite3",
+        "alembic",
+        "requests",
+        "urllib3",
+    )
 
 
 def lost(error: BaseException) -> bool:

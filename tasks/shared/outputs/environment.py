@@ -72,6 +72,7 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     for name in _THREADS:
         os.environ[name] = str(threads())
+    collective_seconds()  # said now if it is absurd, not by the processes that wait
 
 
 def limit_threads() -> None:

@@ -45,7 +45,11 @@ class Split:
 def images(split: str) -> NDArray[np.uint8]:
     """The images of a split, memory-mapped. Raises: DataError if they are missing or damaged."""
     size, channels = (statistics()[name] for name in _SHAPE)
-    return read.array(layout.split(split) / "images.npy", (None, size, size, channels), np.uint8)
+    path = layout.split(split) / "images.npy"
+    found = read.array(path, (None, size, size, channels), np.uint8)
+    if not len(found):
+        raise read.damaged(path, f"expected images in {path}, got none")
+    return found
 
 
 def labels(split: str) -> NDArray[np.int64]:

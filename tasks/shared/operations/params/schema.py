@@ -16,6 +16,7 @@ from pydantic import model_validator
 from deepclust.config import (
     AtLeastTen,
     Auto,
+    Bands,
     Config,
     Count,
     Flag,
@@ -66,7 +67,7 @@ class Data(Config):
     """What shows through transparent pixels; auto: black, or white behind a dark drawing."""
     pages: Literal["first", "middle", "max", "mean"] | Natural
     """Of a file with several pages: one of them, a number from 0, or the maximum or mean of all."""
-    bands: tuple[Natural, ...]
+    bands: Bands
     """Of a file with many bands: one (grey) or three (RGB), numbers from 0; none: the first three, or the first."""
     colour: Literal["grey", "rgb", "auto"]
     """grey, rgb, or auto: rgb as soon as one image has colour."""

@@ -247,9 +247,10 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
     """
     reads = {"data.folder": (values.data.folder, values.data.source == "folder")}
     for name, (folder, needed) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
-        if needed and not Path(folder).exists():
+        if needed and not Path(folder).is_dir():
+            found = "a file in" if Path(folder).exists() else "no"
             raise StageError(
-                f"{name}: expected a folder of images, found no {str(Path(folder).absolute())!r}; create it, or "
+                f"{name}: expected a folder of images, found {found} {str(Path(folder).absolute())!r}; create it, or "
                 f"name another one: {name}=path/to/images"
             )
     stages = []
