@@ -157,7 +157,7 @@ def _case(path: Path, name: str, damage: Damage, command: str, *, signed: bool) 
             sign()
 
     stage = path.parts[1]
-    where = "|".join(map(re.escape, [path.name, path.stem, path.parent.as_posix(), stage]))
+    where = "|".join(map(re.escape, [path.name, path.stem, path.parent.as_posix(), stage, "dvc repro"]))
     assert stage in ("prepare", *STAGES)
     return Case(
         fault=f"file: {path.as_posix()} is {name}{', with hashes that fit' if signed else ''}",

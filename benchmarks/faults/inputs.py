@@ -574,7 +574,14 @@ def _outputs() -> Iterator[Case]:
         yield of(f"{option} is nothing", option, "")
         yield of(f"{option} is one of the images", option, f"{NEW}/000.png")
         yield of(f"{option} is params.yaml", option, "params.yaml", check=_untouched)
-        yield of(f"{option} is a broken link's target", option, "link", make=lambda: link(Path("link"), "no/where"))
+        yield of(
+            f"{option} is a link to a folder that is not there",
+            option,
+            "link",
+            make=lambda: link(Path("link"), "no/where"),
+            right=ANSWER,
+            check=lambda work, *_: "" if (work / "link").is_symlink() else "the link was replaced",
+        )
         yield of(f"{option} is a link loop", option, "link", make=lambda: link(Path("link"), "link"))
         yield of(f"{option} on a full disk", option, "table", limit=256)
     yield of("--out is a pipe", "--out", "pipe", make=_fifo, right=DONE, check=_piped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def _here() -> dict[str, str]:
 
 
 def _damaged_cache(
-    folder: str, file: str, damage: Callable[[Path], None], *, forgotten: bool
+    folder: str, file: str, damage: Callable[[Path], None], *, forgotten: bool, verify: bool
 ) -> Callable[[], dict[str, str]]:
     """Damage a file's object in the cache and remove the artifact, which DVC then has to restore from there."""
 
@@ -57,6 +58,9 @@ def _damaged_cache(
             shutil.copytree("../runs", ".dvc/cache/runs")
         else:
             shutil.rmtree(folder)
+        if verify:
+            command = [sys.executable, "-m", "tasks.verify"]
+            subprocess.run(command, env=os.environ | found, stdout=subprocess.DEVNULL, check=False)
         return found
 
     return make
@@ -87,6 +91,7 @@ def _not_recorded(work: Path, ended: Ended, _: Reference | None) -> str:
 def cases() -> Iterator[Case]:
     """All of them."""
     commands = {"dvc": ["dvc", "repro"], "flow": ["flows.pipeline"]}
+    checked = {"dvc": ", after tasks.verify", "flow": ""}  # the flow checks by itself
     some = ("one bit flipped", "cut", "empty", "missing")
     for name in some:
         for folder, file in {**_LOST, f"artifacts/cluster/{ENCODER}": ""}.items():
@@ -95,10 +100,10 @@ def cases() -> Iterator[Case]:
                     what = f"{folder}/{file}" if file else f"the list of {folder}"
                     how = "looked up by its run" if forgotten else "checked out"
                     yield Case(
-                        fault=f"DVC's cache: the object of {what} is {name}, {how}",
+                        fault=f"DVC's cache: the object of {what} is {name}, {how}{checked[command]}",
                         command=command,
                         argv=commands[command],
-                        make=_damaged_cache(folder, file, ANY[name], forgotten=forgotten),
+                        make=_damaged_cache(folder, file, ANY[name], forgotten=forgotten, verify=command == "dvc"),
                         right=DONE,
                         check=_as_recorded,
                         longest=_PATIENCE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import logging
@@ -29,6 +30,7 @@ from pathlib import Path
 import psutil
 
 _MEMORY = 16 << 30  # bytes of address space, so that no case takes the machine's memory
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 LONGEST = 30.0  # seconds, after which a command counts as hung
 MARK = "FAULTS_RUN"  # in the environment of all that a case starts
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +102,22 @@ class Job:
     longest: float = LONGEST
     pid: int = 0
     begin: float = 0.0
+    pipes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def open_pipes(self) -> None:
+        """Have both outputs go into pipes, each of which holds a megabyte."""
+        for name in ("out", "err"):
+            self.pipes[name] = os.pipe()
+            fcntl.fcntl(self.pipes[name][1], fcntl.F_SETPIPE_SZ, 1 << 20)
+
+    def close_pipes(self) -> None:
+        """Put what is in the pipes into the files where it would have gone."""
+        for name, (read, write) in self.pipes.items():
+            os.close(write)
+            os.set_blocking(read, False)
+            with contextlib.suppress(BlockingIOError):  # a process of the command still holds it, and has said nothing
+                (self.folder / name).write_bytes(os.read(read, 1 << 20))
+            os.close(read)
 
     @property
     def work(self) -> Path:
@@ -198,6 +216,8 @@ def _start(job: Job, home: Path) -> None:
     (job.folder / "tmp").mkdir(exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    if job.limit is not None:
+        job.open_pipes()
     job.begin = time.monotonic()
     job.pid = os.fork()
     if not job.pid:
@@ -219,8 +239,10 @@ def _child(job: Job, home: Path) -> int:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(os.open(job.stdout or job.folder / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    os.dup2(os.open(job.folder / "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 2)
+    for number, name in ((1, "out"), (2, "err")):
+        # On a full disk what is said goes into a pipe, for the limit is one of every file.
+        place = job.stdout if job.stdout and name == "out" else job.folder / name
+        os.dup2(job.pipes[name][1] if name in job.pipes else os.open(place, _WRITE), number)
     for name in (1, 2):  # as Python sets them up where they are no terminal
         stream = open(name, "w", encoding="utf-8", errors="backslashreplace" if name == 2 else "strict", buffering=-1)  # noqa: PTH123, SIM115
         setattr(sys, ("stdout", "stderr")[name - 1], stream)
@@ -281,6 +303,7 @@ def _ended(job: Job, status: int | None) -> Ended:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(job.pid, 0)
     left = outlived(job.folder, seconds=15 if status is not None else 0) if job.command.real else []
+    job.close_pipes()
     out, err = (_text(job.folder / name) for name in ("out", "err"))
     return Ended(status=status, out=out, err=err, seconds=seconds, left=left)
 
