@@ -45,7 +45,8 @@ def test_a_dozen_faults_are_answered_by_one_line_or_the_right_result(tmp_path: P
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(f"{row['fault']} × {row['command']}" for row in rows) == sorted(SHORT)
-    assert list(tmp_path.iterdir()) == [table]
+    # torch keeps a folder of its own there
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")] == [table]
 
 
 def test_the_list_has_every_kind_and_no_case_twice() -> None:

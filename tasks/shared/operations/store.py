@@ -50,8 +50,8 @@ def check_file() -> None:
         sqlite3.Error: If it is a folder, no database, read-only, or locked for five seconds.
     """
     path = Path(uri().removeprefix("sqlite:///").partition("?")[0])
-    if path.exists():
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=5)) as database:
+    if os.path.lexists(path):  # a link may lead to a file that MLflow is to make, or to itself
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rwc", uri=True, timeout=5)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
 

@@ -174,6 +174,7 @@ def test_pipes_and_devices_are_written_to_whole_or_not_at_all(run: Run, tmp_path
         (["--out", "a", "--export", "a/sorted"], "--out and --export in two places"),
         (["--embeddings", "/dev/stdout"], "in two places"),
         (["--out", "new"], "expected a file for --out, got the folder new"),
+        (["--max-skipped", "2"], "--max-skipped: expected less than or equal to 1, got 2.0"),
         (["--embeddings", "there.npy"], "expected a new file for --embeddings, there.npy is there"),
     ],
 )

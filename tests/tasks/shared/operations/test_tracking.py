@@ -340,7 +340,7 @@ def test_a_pipeline_whose_server_is_lost_ends_with_a_warning(
     assert "secret" not in f"{error}{refused.value}"
 
 
-@pytest.mark.parametrize("what", ["a folder", "junk", "locked", "read-only"])
+@pytest.mark.parametrize("what", ["a folder", "a link to itself", "junk", "locked", "read-only"])
 def test_a_file_that_is_no_store_is_named_in_seconds(
     what: str, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -350,6 +350,8 @@ def test_a_file_that_is_no_store_is_named_in_seconds(
     file = tmp_path / "mlflow.db"
     if what == "a folder":
         file.mkdir()
+    elif what == "a link to itself":
+        file.symlink_to(file)
     elif what == "junk":
         file.write_bytes(b"no database " * 1000)
     else:
@@ -361,7 +363,11 @@ def test_a_file_that_is_no_store_is_named_in_seconds(
         if os.geteuid() == 0:
             pytest.skip("root may write any file")
         file.chmod(0o444)
-    reason = {"a folder": "unable to open database file", "junk": "file is not a database"}
+    reason = {
+        "a folder": "unable to open database file",
+        "a link to itself": "unable to open",
+        "junk": "file is not a database",
+    }
     reason |= {"locked": "database is locked", "read-only": "attempt to write a readonly database"}
     began = time.monotonic()
     with pytest.raises(SystemExit, match="2"), errors_as_one_line():
@@ -373,6 +379,14 @@ def test_a_file_that_is_no_store_is_named_in_seconds(
     assert said.count("\n") == 1
     if other:
         other.close()
+
+
+def test_a_database_without_its_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://ann:s3cret@localhost/none")
+    with pytest.raises(
+        TrackingError, match=r"postgresql\+psycopg://\*\*\*@localhost/none, got: No module named 'psycopg'"
+    ):
+        tracking.connect()
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ VALUES: dict[str, list[Any]] = {
     "data.image_size": [10**9, 0, -8, HUGE],
     "data.white": [float("inf"), float("nan"), -1, 0, 10**400],
     "data.pages": [HUGE, -1],
-    "data.bands": [[HUGE], [-1], [0.5]],
+    "data.bands": [[HUGE], [-1], [0.5], [0, 1]],
     "data.test_fraction": [0.0, 1.0, float("nan"), -0.1],
     "data.max_pixels": [0, HUGE],
     "adapt.domains": ["", "~nouser", "\0"],
