@@ -144,7 +144,7 @@ def load(folder: Path) -> Encoder:
         )
     encoder.description |= {key: description[key] for key in ("ignored",) if key in description}
     try:
-        encoder.load_state_dict(tensors, strict=True)
+        weights.fill(encoder, tensors)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights in {folder / WEIGHTS} are not those of backbone {description['backbone']!r} "

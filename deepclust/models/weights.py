@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepclust.errors import CheckpointError
 
@@ -31,6 +31,18 @@ def load(path: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise CheckpointError(f"expected finite weights in {path}, got NaN or infinity in {name}")
     return tensors
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module, whose they have to be exactly.
+
+    Raises:
+        RuntimeError: If names or shapes are not the module's, or integers stand for fractions, which torch would take.
+    """
+    for name, own in module.state_dict().items():
+        if name in tensors and tensors[name].is_floating_point() != own.is_floating_point():
+            raise RuntimeError(f"{name} is {tensors[name].dtype}, not {own.dtype}")
+    module.load_state_dict(tensors, strict=True)
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.errors import CheckpointError
+from deepclust.models import weights
 
 
 def projection(inputs: int, hidden: int, outputs: int) -> nn.Module:
@@ -34,7 +35,7 @@ def load_projection(state: Mapping[str, Tensor]) -> nn.Module:
     try:
         hidden, inputs = (0, state[first].shape[1]) if first == last else state[first].shape
         head = projection(inputs, hidden, state[last].shape[0])
-        head.load_state_dict(state)
+        weights.fill(head, state)
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()) or "nothing"
         raise CheckpointError(
