@@ -365,7 +365,7 @@ def test_a_file_that_is_no_store_is_named_in_seconds(
         file.chmod(0o444)
     reason = {
         "a folder": "unable to open database file",
-        "a link to itself": "unable to open",
+        "a link to itself": "unable to open database file",
         "junk": "file is not a database",
     }
     reason |= {"locked": "database is locked", "read-only": "attempt to write a readonly database"}
