@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from flows import access
@@ -32,6 +33,7 @@ from flows.server import answers, get, refused
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.operations.processes.supervisor import lives
 from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
@@ -247,14 +249,17 @@ def _end(name: str) -> bool:
     pid = _pid(name)
     if pid is None:
         return False
+    processes: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes.append(psutil.Process(pid))
+        processes += processes[0].children()  # a worker waits for its runs, and leaves them behind when it is killed
     for number, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         deadline = time.monotonic() + patience
-        while _pid(name) and time.monotonic() < deadline:
+        while any(map(lives, processes)) and time.monotonic() < deadline:
             time.sleep(0.2)
-        if not _pid(name):
-            break
     return True
 
 

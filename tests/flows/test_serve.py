@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from flows import serve, server
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tests.paths import ROOT
-from tests.pipelines import eventually
+from tests.pipelines import eventually, within
 
 URL = "http://127.0.0.1:1/api"
 
@@ -52,6 +53,16 @@ def test_a_process_in_the_background_is_started_once_replaced_for_another_server
     assert serve._pid("worker") is None
     (serve.FOLDER / "server.pid").write_text(str(os.getpid()))
     assert serve._pid("server") is None, "the number of another process"
+
+
+def test_a_worker_is_stopped_with_its_run_for_which_it_would_wait() -> None:
+    waits = "import signal, subprocess; signal.signal(15, lambda *_: None); subprocess.run(['sleep', '60'])"
+    serve._background("worker", [sys.executable, "-c", waits], URL)
+    assert eventually(lambda: [process.name() for process in within(Path())].count("sleep") == 1, 10)
+    begin = time.monotonic()
+    serve.stop()
+    assert time.monotonic() - begin < 15
+    assert not within(Path())
 
 
 class _Api(http.server.BaseHTTPRequestHandler):

@@ -39,7 +39,8 @@ def _family() -> set[psutil.Process]:
     return group.union(me.children(recursive=True)) - {me}
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended: a zombie has."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -53,7 +54,7 @@ def _end(grace: float) -> None:
     deadline = time.monotonic() + grace
     # To the whole group at once: a shell whose command ends first would go on to its next line.
     os.killpg(os.getpgrp(), signal.SIGTERM)
-    while living := {process for process in seen | _family() if _lives(process)}:
+    while living := {process for process in seen | _family() if lives(process)}:
         if time.monotonic() < deadline:
             _send(living - told, signal.SIGTERM)
         else:
