@@ -121,7 +121,7 @@ def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[st
             if parent:
                 tracking.close_pipeline(parent, status)
         table = summary.comparison() if "report" in report.outcomes else []
-        text = summary.text(stages, report, table)
+        text = safe_lines(summary.text(stages, report, table))  # of an address, it shows the password
         logger.log(logging.ERROR if report.failed else logging.INFO, "\n%s", text)
     if table:
         create_markdown_artifact(summary.markdown(table), key="comparison", description="Encoders compared")

@@ -80,6 +80,17 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     assert "Traceback" not in caplog.text
 
 
+def test_the_summary_shows_no_password(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "open_pipeline", lambda: "")
+    monkeypatch.setenv("DEEPCLUST_TRACKING", "on")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
+    assert pretrain_and_eval(targets=["prepare"], return_state=True).is_completed()
+    assert "runs and models: http://***@127.0.0.1:1" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
 def test_a_preempted_stage_is_tried_again_begins_anew_once_and_fails_in_the_end(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
