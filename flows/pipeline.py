@@ -88,6 +88,7 @@ def pretrain_and_eval(
         force: Run the stages even if nothing has changed.
     """
     logger = get_run_logger()
+    server.watch_for_worker()
     try:
         with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
             return _run(workspace, targets, overrides, force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 
 _PATIENCE = 120.0  # seconds; 11 to 21 are usual on two cores
+_until_exit = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -57,6 +59,13 @@ def configured(*, hold: Sequence[int] = ()) -> Iterator[str]:
         if answers(url):  # else it is only reached in ways that Prefect knows, such as a proxy
             stack.enter_context(watchdog.watched(masked(url), partial(answers, url)))
         yield url
+
+
+def watch_for_worker() -> None:
+    """In a process in which a worker runs a flow: end it too if the server is lost, until the process ends."""
+    url = PREFECT_API_URL.value()
+    if url and "PREFECT__FLOW_RUN_ID" in os.environ and answers(url):
+        _until_exit.enter_context(watchdog.watched(masked(url), partial(answers, url)))
 
 
 def _admitted(url: str) -> None:

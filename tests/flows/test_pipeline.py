@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 import flows.pipeline as module
+from flows import server
 from flows.pipeline import pretrain_and_eval
 from tasks.report import comparison, summary
 from tasks.shared.operations import tracking
@@ -78,6 +80,16 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
     assert "embed@random failed: expected a whole, got a hole; mend it\n  | " in summary_text
     assert "not run, because a stage upstream failed: report" in summary_text
     assert "Traceback" not in caplog.text
+
+
+def test_the_server_of_a_run_that_a_worker_started_is_watched_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[str] = []
+    monkeypatch.setattr(server.watchdog, "watched", lambda url, _: watched.append(url) or nullcontext())
+    pretrain_and_eval(targets=["none"], return_state=True)
+    assert not watched, "whoever calls the flow in a process of its own lives on"
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "any")
+    pretrain_and_eval(targets=["none"], return_state=True)
+    assert watched == [PREFECT_API_URL.value()]
 
 
 def test_the_summary_shows_no_password(
