@@ -69,6 +69,7 @@ def main() -> None:
             file = stack.enter_context(partial.open("w", encoding="utf-8", newline=""))
         sizes = values.embed.batch_size, values.data.max_pixels
         done = run(model, root, files.images, file, matrix, add, *sizes, spreadsheet=arguments.spreadsheet)
+        file.flush()  # a full disk is an error before all is said to be well
         skipped, total = len(files.images) - done + len(files.skipped), len(files.images) + len(files.skipped)
         most = values.data.max_skipped if arguments.max_skipped is None else arguments.max_skipped
         if skipped > most * total:
