@@ -127,7 +127,7 @@ class Bundle:
     def save(self, folder: Path) -> None:
         """Write the bundle into an existing folder."""
         encoder.save(self.encoder, folder)
-        np.save(folder / CENTROIDS, self.clusters.centroids.numpy())
+        files.write_array(folder / CENTROIDS, self.clusters.centroids.numpy())
         _write(folder / CLUSTERS, {"k": len(self.clusters.centroids), "normalise": self.clusters.normalise})
         _write(folder / CLASSIFIER, {"classes": self.classes})
         if self.classifier:

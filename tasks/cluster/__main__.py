@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust import distributed, seeding
+from deepclust import distributed, files, seeding
 from deepclust.clustering import kmeans
 from deepclust.errors import ConfigError
 from deepclust.evaluation import metrics
@@ -154,7 +154,7 @@ def _write(
     options: schema.Cluster,
 ) -> None:
     """Centroids, the table of assignments and the contact sheet."""
-    np.save(here.folder / "centroids.npy", centroids.cpu().numpy())
+    files.write_array(here.folder / "centroids.npy", centroids.cpu().numpy())
     description = {"k": len(centroids), "normalise": options.normalise}
     stage.write_text(here.folder / "cluster.json", json.dumps(description) + "\n")
     columns = ["split", "index", "path", "cluster", "distance"]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deepclust import files
 from deepclust.config import as_dict
 from deepclust.datasets import domains, sources, stacks
 from deepclust.errors import DataError
@@ -68,7 +69,7 @@ def main() -> None:
         check(source, decoded, data.max_skipped)
         settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
         labels = write(here.folder, source, decoded, settled, data)
-        np.save(here.folder / "train" / "heldout.npy", settled.heldout)
+        files.write_array(here.folder / "train" / "heldout.npy", settled.heldout)
         moved = last_preparation.warning(here.folder)
         for warning in [*settled.warnings, *([moved] if moved else [])]:
             say(f"warning: {warning}")
@@ -241,7 +242,7 @@ def write(
         place.mkdir()
         arrays.copy(decoded.file, rows, place / "images.npy", channels=channels)
         numbers = labels[split] = source.labels[decoded.indices[rows]]
-        np.save(place / "labels.npy", numbers)
+        files.write_array(place / "labels.npy", numbers)
         items = (
             {
                 "index": index,

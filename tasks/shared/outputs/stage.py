@@ -1,7 +1,7 @@
 """What all stages do alike: arguments, parameters, a run in MLflow, outputs written at once, errors in one line.
 
     with stage.running("embed") as here:
-        np.save(here.folder / "train.npy", features)
+        files.write_array(here.folder / "train.npy", features)
 
 writes artifacts/embed/<encoder>/train.npy if the body succeeds. If there are several processes (launcher.py), all run
 the body, but only the main one tracks and writes outputs.
