@@ -249,18 +249,23 @@ def _end(name: str) -> bool:
     pid = _pid(name)
     if pid is None:
         return False
-    processes: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        processes.append(psutil.Process(pid))
-        processes += processes[0].children()  # a worker waits for its runs, and leaves them behind when it is killed
-    for number, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
+        process = psutil.Process(pid)
+        # A worker waits for its runs, not always with success, and leaves them behind when it is killed.
+        _stop(process.children(), patience=25)  # a stage has 15 seconds to save its state
+        _stop([process], patience=10)
+    return True
+
+
+def _stop(processes: Sequence[psutil.Process], *, patience: float) -> None:
+    """SIGTERM to all, SIGKILL to who is left after so many seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         deadline = time.monotonic() + patience
         while any(map(lives, processes)) and time.monotonic() < deadline:
             time.sleep(0.2)
-    return True
 
 
 def main() -> None:
