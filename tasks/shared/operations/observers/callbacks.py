@@ -119,4 +119,5 @@ class Watch:
             partial.rename(self._folder)
             self._good = epochs
         except OSError as error:  # not worth ending the training for
+            shutil.rmtree(partial, ignore_errors=True)
             warn(f"the encoder of epoch {epochs} could not be kept ({error})")
