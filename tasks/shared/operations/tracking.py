@@ -256,7 +256,10 @@ def _import() -> None:
     environment.prepare()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # from another thread, in between
-    import mlflow
+    if store.is_file():
+        with store.errors(), locked("tracking-store"):  # another process may be making its tables
+            store.check_file()
+    import mlflow  # takes seconds, so what can not work is said before
 
     # MLflow installs log handlers when it is imported; its notes on migrations would fill a stage's output.
     for noisy in ("alembic", mlflow.__name__):
@@ -275,7 +278,6 @@ def _connect() -> tuple[Any, str]:
     with ExitStack() as stack:
         if store.is_file():  # several processes that migrate a fresh file at once break it
             stack.enter_context(locked("tracking-store"))
-            store.check_file()
         mlflow.set_tracking_uri(store.uri())
         client = _client()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
