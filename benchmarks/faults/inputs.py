@@ -615,7 +615,9 @@ def _outputs() -> Iterator[Case]:
         ("show", ["tasks.params", "show"]),
         ("check", ["tasks.params", "check"]),
     ):
-        yield Case(fault="output: standard output is a full disk", command=command, argv=argv, stdout="/dev/full")
+        yield Case(
+            fault="output: standard output is a full disk", command=command, argv=argv, stdout="/dev/full", real=True
+        )
 
 
 def cases() -> Iterator[Case]:

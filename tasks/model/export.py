@@ -22,7 +22,7 @@ def check(files: Mapping[str, Path | None], folders: Mapping[str, Path | None], 
     Raises:
         DataError: If a file is there, or is a folder, or two of all are one place or one inside of the other.
     """
-    places = {option: path.resolve() for option, path in {**files, **folders}.items() if path}
+    places = {option: _real(path) for option, path in {**files, **folders}.items() if path}
     for option, path in files.items():
         if path and path.is_dir():
             raise DataError(f"expected a file for {option}, got the folder {path}; name a file in it")
@@ -32,6 +32,17 @@ def check(files: Mapping[str, Path | None], folders: Mapping[str, Path | None], 
         for other, outer in places.items():
             if option != other and outer in (place, *place.parents):
                 raise DataError(f"expected {other} and {option} in two places, got {outer} and {place}; name others")
+
+
+def _real(path: Path) -> Path:
+    """Where links lead. Raises: DataError if nothing can be there, as where a link leads to itself."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DataError(f"expected a place to write to, got {path} ({error.strerror}); name another") from error
+    return path.resolve()
 
 
 def _is_open(path: Path) -> bool:

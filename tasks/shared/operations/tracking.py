@@ -283,7 +283,7 @@ def _connect() -> tuple[Any, str]:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
+            place = Path("mlartifacts").absolute().as_uri() if store.is_file() else None
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI takes it for GenAI traces otherwise
             return client, str(client.create_experiment(name, artifact_location=place, tags=kind))
         return client, str(experiment.experiment_id)

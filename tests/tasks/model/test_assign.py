@@ -174,6 +174,8 @@ def test_pipes_and_devices_are_written_to_whole_or_not_at_all(run: Run, tmp_path
         (["--out", "a", "--export", "a/sorted"], "--out and --export in two places"),
         (["--embeddings", "/dev/stdout"], "in two places"),
         (["--out", "new"], "expected a file for --out, got the folder new"),
+        (["--out", "loop"], "got loop (Too many levels of symbolic links); name another"),
+        (["--export", "plain/x"], "got plain/x (Not a directory); name another"),
         (["--max-skipped", "2"], "--max-skipped: expected less than or equal to 1, got 2.0"),
         (["--embeddings", "there.npy"], "expected a new file for --embeddings, there.npy is there"),
     ],
@@ -182,6 +184,8 @@ def test_places_that_do_not_fit_are_one_line_before_any_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
     Path("same").symlink_to("a")
+    Path("loop").symlink_to("loop")
+    Path("plain").touch()
     Path("there.npy").write_bytes(b"mine")
     before = sorted(Path().glob("*"))
     monkeypatch.setattr(assign, "find", lambda *_: pytest.fail("it has begun"))
