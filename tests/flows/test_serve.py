@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -124,6 +125,7 @@ def test_two_servers_of_a_workspace_are_not_started_at_once_for_they_would_migra
 
     monkeypatch.setattr(serve, "_background", lambda name, *_, **__: start(name))
     monkeypatch.setattr(serve, "_wait", lambda *_: None)
+    monkeypatch.setattr(serve, "PREFECT_API_URL", Mock(value=lambda: None))  # other tests have a server
     monkeypatch.setattr(server.child_processes.ChildProcesses, "start", lambda *_, **__: start("flow's"))
     monkeypatch.setattr(server, "answers", lambda _: True)
     monkeypatch.setattr(serve, "LOCAL", f"http://127.0.0.1:{server._free_port()}/api")
