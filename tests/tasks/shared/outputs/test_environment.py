@@ -44,6 +44,20 @@ def test_what_is_no_number_that_makes_sense_is_one_line(
     assert len(capsys.readouterr().err) < 200
 
 
+def test_seconds_are_looked_at_before_any_process_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        *environment.QUIET,
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+    ):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("DEEPCLUST_COLLECTIVE_SECONDS", "0")
+    with pytest.raises(SystemExit, match="2"):
+        environment.prepare()
+
+
 def test_a_small_machine_may_take_the_threads_of_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "cores", lambda: 2)
     monkeypatch.setenv("DEEPCLUST_THREADS", "64")

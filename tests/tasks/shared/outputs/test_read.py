@@ -147,11 +147,15 @@ KINDS = {
     ".safetensors": {
         "no number": _tensor(lambda tensor: tensor * float("nan")),
         "another shape": _tensor(lambda tensor: tensor[:, :-1].contiguous()),
+        "integers": _tensor(lambda tensor: tensor.to(torch.int64)),
     },
     ".png": {},
 }
 FILES: dict[str, dict[str, Callable[[Path], object]]] = {
-    "artifacts/prepare/train/images.npy": {"other images": _array(lambda array: array[:, 1:])},
+    "artifacts/prepare/train/images.npy": {
+        "other images": _array(lambda array: array[:, 1:]),
+        "no images": _array(lambda array: array[:0]),
+    },
     "artifacts/prepare/train/labels.npy": {
         "a row less": _array(lambda array: array[:-1]),
         "an unknown class": _array(lambda array: array + 1000),
