@@ -85,8 +85,8 @@ def no_stop_gradient(really: bool) -> Iterator[None]:
 
 def run(name: str, chosen: TrainedConfig, values: params.Params, count: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Train; the rows of the history, and the watchdog's words."""
-    statistics = prepared.statistics()
-    images = prepared.images("train")[:count]
+    statistics = prepared.statistics(name)
+    images = prepared.images("train", name)[:count]
     device = default_device()
     with seeding.seeded(values.seed, "weights"):
         trained = encoder.Encoder(

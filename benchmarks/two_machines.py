@@ -90,7 +90,8 @@ def workspace(root: Path, encoder: str, epochs: int) -> None:
     edits = [
         "data.source=folder",
         "data.folder=images",
-        "data.image_size=16",
+        "pretrain.shared.image_size=16",
+        "pretrain.pixels.image_size=16",
         "pretrain.checkpoint.every_steps=10",
         f"encoders=[{encoder}]",
         f"pretrain.{encoder}.epochs={epochs}",

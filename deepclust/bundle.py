@@ -149,7 +149,7 @@ def load(
         folder: Where it was saved, or the encoder's folder where the other parts lie elsewhere.
         clusters: Folder of the clusters.
         classifier: Folder of the classifier; it may have none.
-        statistics: Folder of the description of the training images.
+        statistics: File of the description of the training images.
         device: Where the encoder computes; the best there is by default.
 
     Raises:
@@ -161,7 +161,7 @@ def load(
         encoder=trained.to(device or default_device()),
         clusters=found,
         classifier=load_classifier(classifier or folder, trained.feature_dim),
-        reading=load_reading((statistics or folder) / STATISTICS, trained.description),
+        reading=load_reading(statistics or folder / STATISTICS, trained.description),
     )
 
 

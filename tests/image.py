@@ -30,7 +30,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         low = 0 if index % 2 else 128
         Image.fromarray(random.integers(low, low + 128, (20, 24, 3), dtype=np.uint8)).save(path)
-    print(overrides.apply(["data.source=folder", f"data.folder={folder}", "data.image_size=16"]))
+    print(overrides.apply(["data.source=folder", f"data.folder={folder}", "pretrain.shared.image_size=16"]))
     with dvc_runner.Workspace() as workspace:
         outcome = workspace.run_stage("prepare", on_line=print, env={"DEEPCLUST_TRACKING": "off"})
     print(f"prepare: {outcome.what}, {outcome.metrics}")

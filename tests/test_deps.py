@@ -42,6 +42,7 @@ for words in json.loads(sys.argv[1]):
         sys.exit(f"{words} failed")
 """
 RUNS = [
+    ("sizes", None),
     ("prepare", None),
     *(("pretrain", encoder) for encoder in ("pixels", "random", "swav", "pcl")),
     *((stage, "pcl") for stage in ("embed", "cluster", "linear", "adapt")),
@@ -91,7 +92,7 @@ def test_a_stage_loads_nothing_of_ours_beside_its_deps_and_what_cannot_change_ou
 
 
 def test_every_dep_exists_and_nothing_that_cannot_change_outputs_is_one_nor_another_method() -> None:
-    for stage in ("prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report"):
+    for stage in ("sizes", "prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report"):
         for method in ("pixels", "random", "pretrained", "swav", "deepcluster_v2", "moco", "pcl", "simsiam"):
             for dep in provenance.code_deps(stage, method):
                 assert (ROOT / dep).exists(), f"{stage}: {dep}"

@@ -39,8 +39,9 @@ if stage == "pretrain":
 folder = layout.out(stage, *encoders)
 files = [folder / "made.json", layout.metrics(stage, *encoders)]
 files += [layout.curve(stage, *encoders)] if stage in ("pretrain", "adapt") else []
-files += [layout.split(split) / "images.npy" for split in layout.SPLITS] if stage == "prepare" else []
-files += [layout.STATISTICS] if stage == "prepare" else []
+if stage == "prepare":
+    files += [layout.META, *(layout.split(split) / "labels.npy" for split in layout.SPLITS)]
+    files += map(layout.statistics, ["pixels", "random", "swav"])
 for file in files:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(made))
@@ -48,7 +49,7 @@ lineage.write(folder, lineage.hashes(read))
 """
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of DVC's own calls
 OUTS = ("outs", "metrics", "plots")
-STAGES = ["prepare", "pretrain", "embed", "cluster", "linear", "adapt"]
+STAGES = ["sizes", "prepare", "pretrain", "embed", "cluster", "linear", "adapt"]
 
 
 @pytest.fixture

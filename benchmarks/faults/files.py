@@ -38,15 +38,15 @@ def _is(*keys: str, value: object, name: str = "") -> dict[str, Damage]:
 
 
 FILES = (
-    File("artifacts/prepare/train/images.npy", "pretrain embed cluster adapt"),
-    File("artifacts/prepare/test/images.npy", "embed cluster adapt register"),
+    File("artifacts/prepare/images/16/train.npy", "pretrain embed cluster adapt"),
+    File("artifacts/prepare/images/16/test.npy", "embed cluster adapt register"),
     File("artifacts/prepare/train/labels.npy", "cluster linear"),
     File("artifacts/prepare/test/labels.npy", "cluster linear adapt report"),
     File("artifacts/prepare/train/heldout.npy", "linear"),
     File("artifacts/prepare/train/items.csv", "cluster"),
     File("artifacts/prepare/test/items.csv", "cluster adapt"),
     File(
-        "artifacts/prepare/statistics.json",
+        f"artifacts/prepare/encoders/{ENCODER}.json",
         "pretrain adapt assign register",
         _without("mean", "image_size", "white")
         | _is("image_size", value=10**9)

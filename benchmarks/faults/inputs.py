@@ -115,8 +115,6 @@ VALUES: Mapping[str, Callable[[], Any]] = {
     "encoders: no name": key("encoders", '{"": random}'),
     "encoders: a long name": key("encoders", f"{{{'a' * 300}: random}}"),
     "data.source unknown": key("source", "nowhere", "data"),
-    "data.image_size: 0": key("image_size", "0", "data"),
-    "data.image_size: text": key("image_size", "large", "data"),
     "data.test_fraction: 2": key("test_fraction", "2", "data"),
     "data.test_fraction: .nan": key("test_fraction", ".nan", "data"),
     "data.test_fraction: .inf": key("test_fraction", ".inf", "data"),
@@ -154,6 +152,9 @@ SECTIONS: Mapping[str, Callable[[], Any]] = {
     "pretrain.swav: an unknown key": _lines(r"^    temperature: ", "    temprature: 0.1\n    temperature: "),
     "pretrain.shared.backbone unknown": key("backbone", "huge", "  shared"),
     "pretrain.shared.backbone: a path": key("backbone", "timm/../../x", "  shared"),
+    "pretrain.shared.image_size: 0": key("image_size", "0", "  shared"),
+    "pretrain.shared.image_size: text": key("image_size", "large", "  shared"),
+    "pretrain.shared.image_size: 10^9": key("image_size", str(10**9), "  shared"),
     "pretrain.shared.precision unknown": key("precision", "float7", "  shared"),
     "adapt.adapters unknown": key("adapters", "[source, magic]", "adapt"),
     "adapt.corruptions unknown": key("corruptions", "[rain]", "adapt"),
@@ -166,7 +167,6 @@ UNFIT: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "cluster.k: 60": ("cluster", key("k", "60", "cluster")),
     "pretrain.swav.batch_size: 10^9": ("pretrain", key("batch_size", str(10**9), "  swav")),
     "pretrain.swav.prototypes: 10^12": ("pretrain", key("prototypes", str(10**12), "  swav")),
-    "data.image_size: 10^9": ("prepare", key("image_size", str(10**9), "data")),
     "data.test_fraction: almost all": ("prepare", key("test_fraction", "0.999999", "data")),
     "data.max_pixels: 1": ("prepare", key("max_pixels", "1", "data")),
     "pretrain.resume: require": ("pretrain", _lines(r"^  resume: \w+", "  resume: require")),
@@ -515,7 +515,7 @@ def _arguments() -> Iterator[Case]:
         yield Case(fault=f"override: {name}", command="overrides", argv=["tasks.overrides", text], check=_untouched)
         flow = ["flows.pipeline", "--override", text]
         yield Case(fault=f"override: {name}", command="flow", argv=flow, check=_untouched)
-    for name in ("nowhere.yaml", "images", "dvc.yaml", "artifacts/prepare/train/images.npy"):
+    for name in ("nowhere.yaml", "images", "dvc.yaml", "artifacts/prepare/images/16/train.npy"):
         argv = ["tasks.params", "apply", name]
         yield Case(fault=f"argument: the recipe is {name}", command="overrides", argv=argv, check=_untouched)
 

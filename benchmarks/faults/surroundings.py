@@ -202,8 +202,8 @@ def _meanwhile() -> Iterator[Case]:
         yield Case(fault="meanwhile: params.yaml breaks", command=command, make=make, check=_was_changed)
     inputs = {
         "prepare": lambda: workspace.pictures(Path("images"), 1, seed=9),
-        "pretrain": lambda: _touch("artifacts/prepare/train/images.npy"),
-        "embed": lambda: _touch("artifacts/prepare/train/images.npy"),
+        "pretrain": lambda: _touch("artifacts/prepare/images/16/train.npy"),
+        "embed": lambda: _touch("artifacts/prepare/images/16/train.npy"),
         "cluster": lambda: _touch(f"artifacts/embed/{ENCODER}/train.npy"),
         "linear": lambda: _touch("artifacts/prepare/train/labels.npy"),
         "adapt": lambda: workspace.pictures(Path("domains/dark"), 1, seed=9),

@@ -8,7 +8,10 @@ from deepclust.models.encoder import Encoder
 
 @config.config
 class Config(config.Config):
-    """No options."""
+    """How many pixels."""
+
+    image_size: config.Pixels = 32
+    """Side that images are reduced to; smaller ones stay as they are."""
 
 
 def pixels(*, image_size: int, channels: int) -> Encoder:

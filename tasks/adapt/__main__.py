@@ -84,8 +84,8 @@ def main() -> None:
         values = here.params.adapt
         work = here.folder / "shifts"
         work.mkdir()
-        met = list(collect(here.params, work))
-        source_images = list(source_batches(here.params.seed))
+        met = list(collect(here.params, here.encoder, work))
+        source_images = list(source_batches(here.params.seed, here.encoder))
         columns = {"stream": measuring.CURVE, "predictions": PREDICTIONS}
         long_tables = {name: LongTable(here.folder / f"{name}.csv", columns[name]) for name in columns}
         table: Rows = []
@@ -118,10 +118,10 @@ def main() -> None:
         here.curve(table, measuring.COLUMNS)
 
 
-def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
+def collect(values: schema.Params, encoder: str, work: Path) -> Iterator[shifts.Shift]:
     """All shifts, `clean` first; corrupted images and those of domains are kept in files in the folder `work`."""
     options, seed = values.adapt, values.seed
-    test = prepared.load("test")
+    test = prepared.load("test", encoder)
     rows = shifts.choose(test.labels, count=options.images, seed=seed)
     if len(rows) < options.images:
         say(f"adapt.images {options.images}: there are {len(rows)} test images to choose from, all are used")
@@ -135,7 +135,9 @@ def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
         Path(options.domains),
         work / "domains",
         classes=prepared.meta()["classes"],
-        statistics=prepared.statistics(),
+        reading=domains.reading(encoder),
+        image_size=clean.images.shape[1],
+        channels=clean.images.shape[3],
         count=options.images,
         max_pixels=values.data.max_pixels,
         follow_links=values.data.follow_links,
@@ -143,9 +145,9 @@ def collect(values: schema.Params, work: Path) -> Iterator[shifts.Shift]:
     )
 
 
-def source_batches(seed: int) -> Iterator[Tensor]:
+def source_batches(seed: int, encoder: str) -> Iterator[Tensor]:
     """Batches (B, C, H, W) in [0, 1] of training images, a seeded choice."""
-    images = prepared.images("train")
+    images = prepared.images("train", encoder)
     order = torch.randperm(len(images), generator=seeding.generator("adapt", seed, "source"))[:SOURCE_IMAGES]
     for rows in torch.split(order, SOURCE_BATCH):
         yield to_float(torch.from_numpy(images[np.sort(rows.numpy())])).to(default_device())

@@ -69,7 +69,7 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
         with seeding.seeded("fine-tune", values.seed, "network"):  # dropout, where a backbone has it
             fine_tuning.fine_tune(
                 model,
-                prepared.images("train"),
+                prepared.images("train", encoder),
                 prepared.labels("train"),
                 options,
                 generator=seeding.generator("fine-tune", values.seed),

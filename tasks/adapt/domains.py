@@ -15,7 +15,16 @@ from deepclust.errors import ConfigError, DataError
 from deepclust.images import decode, find
 from deepclust.images.reading import Reading
 from tasks.shared.operations.text import say
-from tasks.shared.outputs import layout, read
+from tasks.shared.outputs import layout, prepared, read
+
+
+def reading(encoder: str) -> Reading:
+    """How files became the images that an encoder gets. Raises: DataError if that is missing or damaged."""
+    try:
+        return Reading.of(prepared.statistics(encoder))
+    except ConfigError as error:
+        path = layout.statistics(encoder)
+        raise read.damaged(path, f"{path} is damaged: {error}") from error
 
 
 def load(
@@ -23,7 +32,9 @@ def load(
     work: Path,
     *,
     classes: list[str],
-    statistics: dict[str, Any],
+    reading: Reading,
+    image_size: int,
+    channels: int,
     count: int,
     max_pixels: int,
     follow_links: bool,
@@ -35,7 +46,9 @@ def load(
         root: The folder of domains, which may be empty.
         work: An empty folder, where the decoded images are kept.
         classes: Names of the classifier's labels; empty if the training data have none.
-        statistics: Size, channels and reading of the prepared images.
+        reading: How files become pixels.
+        image_size: Side of the images, in pixels.
+        channels: Of the images.
         count: Most images of a domain.
         max_pixels: See `decode.read_image`.
         follow_links: See `find.images`.
@@ -49,11 +62,7 @@ def load(
     notes = [*(f"warning: {warning}" for warning in files.warnings_of_stage()), *notes]
     for note in [*(f"skipped {item['path']}: {item['reason']}" for item in files.skipped), *notes]:
         say(note)
-    try:
-        reading = Reading.of(statistics)
-    except ConfigError as error:
-        raise read.damaged(layout.STATISTICS, f"{layout.STATISTICS} is damaged: {error}") from error
-    shape: dict[str, Any] = {name: statistics[name] for name in ("image_size", "channels")}
+    shape: dict[str, Any] = {"image_size": image_size, "channels": channels}
 
     def decoded(domain: domains.Domain) -> shifts.Shift:
         kept: list[int] = []
@@ -73,8 +82,7 @@ def load(
                     "mend or remove it"
                 )
 
-        size = shape["image_size"]
-        images = shifts.keep(readable(), (size, size, shape["channels"]), work / domain.name)
+        images = shifts.keep(readable(), (image_size, image_size, channels), work / domain.name)
         return shifts.Shift(domain.name, 0, images, domain.labels[kept], [domain.paths[row] for row in kept])
 
     return [decoded(domain) for domain in found]

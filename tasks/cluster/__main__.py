@@ -75,7 +75,7 @@ def _report(here: stage.Here, fits: dict[int, list[Fit]], features: dict[str, Te
     """Scores of every k; tables and pictures of the first."""
     assert here.encoder
     primary = next(iter(fits))
-    splits = {split: prepared.load(split) for split in layout.SPLITS}
+    splits = {split: prepared.load(split, here.encoder) for split in layout.SPLITS}
     scorer = Scorer(_points(features["test"], options), splits["test"].labels, options, here.params.seed)
     scores = {}
     for k in fits:

@@ -25,13 +25,14 @@ from tasks.shared.outputs import layout, prepared, stage
 def main() -> None:
     """Run the stage."""
     with stage.running("embed") as here:
+        assert here.encoder
         device = default_device()
         trained = encoder.load(layout.out("pretrain", here.encoder)).to(device)
         # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
         trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         shape = tuple(trained.description[name] for name in ("image_size", "image_size", "channels"))
         for split in layout.SPLITS:
-            images = prepared.images(split)
+            images = prepared.images(split, here.encoder)
             if images.shape[1:] != shape:
                 raise CheckpointError(
                     f"expected an encoder of images {images.shape[1:]}, got one of {shape}; run "

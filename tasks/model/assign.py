@@ -59,7 +59,7 @@ def main() -> None:
             layout.out("pretrain", arguments.encoder),
             clusters=layout.out("cluster", arguments.encoder),
             classifier=layout.out("linear", arguments.encoder),
-            statistics=layout.PREPARED,
+            statistics=layout.statistics(arguments.encoder),
         )
         if arguments.embeddings:
             partial = stack.enter_context(export.whole(arguments.embeddings))

@@ -85,7 +85,7 @@ def register(encoder: str, run_id: str | None = None) -> str:
     """
     name = f"deepclust-{encoder}"
     files = _files(encoder)
-    lineage.check([layout.META, layout.split("test") / "images.npy", *layout.predicting(encoder)])
+    lineage.check([layout.META, *layout.predicting(encoder)])
     lineage.check_reported(layout.out(stage, encoder) for stage in _SCORES)
     data: str = prepared.meta()["content_hash"]
     content = _content(files, data)
@@ -115,10 +115,11 @@ def _create(
     tags |= {"run": run_id} if run_id else {}
     from tasks.model import mlflow_model  # imports MLflow, which takes seconds
 
+    described = layout.statistics(encoder)
     classes = read.record(layout.out("linear", encoder) / "classifier.json", {"classes": list[str]})["classes"]
     with temporary.everything() as folder:  # MLflow's copies too
         for path in files:
-            _copy(path, folder / "files" / path.name)
+            _copy(path, folder / "files" / (bundle.STATISTICS if path == described else path.name))
         for file in (file for source in _STORED for file in provenance.source_files(source)):
             _copy(provenance.ROOT / file, folder / ("model.py" if file == _DEFINITION else file))
         address = tracking.log_model(
@@ -127,7 +128,7 @@ def _create(
             folder,
             requirements=_requirements(encoder),
             signature=mlflow_model.signature(labelled=bool(classes)),
-            example=np.array(prepared.images("test")[:2]),
+            example=np.array(prepared.images("test", encoder)[:2]),
             metadata={"classes": classes, "encoder": encoder, "data_hash": tags[_DATA]},
         )
     tracking.create_version(client, name, address, run_id, tags)

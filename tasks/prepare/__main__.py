@@ -10,9 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +26,12 @@ from deepclust.images import decode, depth, folders, npy
 from deepclust.images import find as finding
 from deepclust.images.reading import Reading
 from deepclust.images.source import Source
-from tasks.prepare import arrays, sides
+from tasks.prepare import arrays, image_sizes, sides
 from tasks.shared.operations import last_preparation
 from tasks.shared.operations.params.schema import Data
 from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, stage
 
-AUTO_SIZES = (8, 64)  # pixels: from and to
 _INSPECTED_AT_ONCE = 64
 _REASONS_SHOWN = 20
 
@@ -41,19 +40,21 @@ class Decoded(NamedTuple):
     """All images of a source that can be read.
 
     Attributes:
-        file: (M, H, W, C) uint8, with three channels if it was not known whether they have colour.
+        files: Of each size, (M, size, size, C) uint8, with three channels if it was not known whether they have colour.
         indices: (M,) their numbers in the source.
         ids: M.
-        sums: A hash of each one's pixels.
+        sums: A hash of each one's pixels at the data set's own size, whatever sizes are kept.
+        has_colour: Whether any of them has colour at that size.
         reading: How they were read.
         skipped: `path` and `reason` of all others.
         warnings: What the user should know of how they were read.
     """
 
-    file: Path
+    files: dict[int, Path]
     indices: NDArray[np.int64]
     ids: list[str]
     sums: list[bytes]
+    has_colour: bool
     reading: Reading
     skipped: list[dict[str, str]]
     warnings: list[str]
@@ -65,27 +66,37 @@ def main() -> None:
         data, seed = here.params.data, here.params.seed
         source = find(data)
         check_domains(Path(here.params.adapt.domains), data.follow_links, source.classes)
-        decoded = read(here.folder, source, data)
+        seen, failed = inspect(source, data)
+        sizes = image_sizes.settle(source, seen)
+        for note in sizes.notes:
+            say(f"warning: {note}")
+        decoded = read(here.folder, source, data, sizes, seen, failed)
         check(source, decoded, data.max_skipped)
         settled = sides.settle(source, decoded.indices, decoded.ids, decoded.sums, data, seed)
-        labels = write(here.folder, source, decoded, settled, data)
+        labels = write_items(here.folder, source, decoded, settled)
         files.write_array(here.folder / "train" / "heldout.npy", settled.heldout)
         moved = last_preparation.warning(here.folder)
         for warning in [*settled.warnings, *([moved] if moved else [])]:
             say(f"warning: {warning}")
-        train = here.folder / "train" / "images.npy"
-        _, image_size, _, channels = np.load(train, mmap_mode="r", allow_pickle=False).shape
-        shape: dict[str, Any] = {"image_size": image_size, "channels": channels} | as_dict(decoded.reading)
-        mean, std = arrays.mean_and_std(train)
-        # What an encoder has to know of its images: all that decides pretraining besides the images themselves.
-        statistics = stage.json_text(shape | {"mean": mean, "std": std})
-        stage.write_text(here.folder / layout.STATISTICS.name, statistics)
+        # Where `auto` finds no colour in a source that might have some, one of three equal channels is kept.
+        is_grey = data.colour == "auto" and source.channels is None and not decoded.has_colour
+        channels = 1 if is_grey else {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
+        reading = as_dict(decoded.reading)
+        described = {
+            size: write_images(here.folder, size, file, settled, channels) | {"held": sizes.held}
+            for size, file in decoded.files.items()
+        }
+        for encoder, size in sizes.kept.items():
+            # What an encoder has to know of its images: all that decides pretraining besides its parameters.
+            text = stage.json_text({"image_size": size, "channels": channels} | reading | described[size])
+            stage.write_text(here.folder / layout.statistics(encoder).relative_to(layout.PREPARED), text)
         images = {split: len(labels[split]) for split in layout.SPLITS}
         labelled = {split: int((labels[split] >= 0).sum()) for split in layout.SPLITS}
-        # What a person or the report has to know of the data.
-        meta: dict[str, Any] = {"source": source.name, "classes": source.classes, **shape}
+        # What a person or the report has to know of the data, whatever encoders there are.
+        meta: dict[str, Any] = {"source": source.name, "classes": source.classes}
+        meta |= {"held": sizes.held, "channels": channels} | reading
         meta |= {split: {"images": images[split], "labelled": labelled[split]} for split in layout.SPLITS}
-        meta["content_hash"] = content_hash(here.folder, source.classes)
+        meta["content_hash"] = content_hash(decoded, settled, labels, source.classes)
         meta |= {"skipped": decoded.skipped, "ignored": source.ignored}
         meta |= {"left_out": settled.left_out, "warnings": source.warnings + decoded.warnings + settled.warnings}
         stage.write_text(here.folder / layout.META.name, stage.json_text(meta))
@@ -95,9 +106,10 @@ def main() -> None:
             | {"classes": len(source.classes), "skipped": len(decoded.skipped)}
         )
         named = f" ({', '.join(source.classes[:5])}{' …' if len(source.classes) > 5 else ''})" if source.classes else ""
+        kept = " and ".join(f"{size} x {size} x {channels}" for size in described)
         say(
-            f"{source.name}: {images['train']} training and {images['test']} test images of {image_size} x "
-            f"{image_size} x {channels}, {len(source.classes)} classes{named}, {len(settled.heldout)} labelled images "
+            f"{source.name}: {images['train']} training and {images['test']} test images of {kept}, "
+            f"{len(source.classes)} classes{named}, {len(settled.heldout)} labelled images "
             f"held out; {len(decoded.skipped)} skipped, {source.ignored} other files ignored"
         )
 
@@ -125,46 +137,77 @@ def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:
         say(note)
 
 
-def read(folder: Path, source: Source, data: Data) -> Decoded:
-    """Inspect all images, settle how they are read, and decode each once into a file in `folder`."""
-    how: dict[str, Any] = {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
-    inspect = partial(source.inspect, reading=Reading(**how))
+def inspect(source: Source, data: Data) -> tuple[dict[int, decode.Inspected], dict[int, str]]:
+    """What is known of each image without its pixels, and why others can not be read, by their numbers."""
+    do = partial(source.inspect, reading=Reading(**_stated(data)))
     seen: dict[int, decode.Inspected] = {}
     failed: dict[int, str] = {}
-    everything = range(len(source.paths))
-    for index, found in arrays.each(inspect, everything, step=_INSPECTED_AT_ONCE, what="inspected"):
+    for index, found in arrays.each(do, range(len(source.paths)), step=_INSPECTED_AT_ONCE, what="inspected"):
         if isinstance(found, str):
             failed[index] = found
         else:
             seen[index] = found
-    image_size = own_size(source, seen) if data.image_size == "auto" else data.image_size
+    return seen, failed
+
+
+def _stated(data: Data) -> dict[str, Any]:
+    return {name: getattr(data, name) for name in ("resize", "background", "pages", "bands")}
+
+
+def read(
+    folder: Path,
+    source: Source,
+    data: Data,
+    sizes: image_sizes.Sizes,
+    seen: dict[int, decode.Inspected],
+    failed: dict[int, str],
+) -> Decoded:
+    """Settle how images are read, and decode each, at every size, into a file of that size in `folder`."""
+    failed = dict(failed)
     measured = [one.measured for one in seen.values() if one.measured]
-    reading = Reading(**how, white=depth.settle(measured, data.white))
+    reading = Reading(**_stated(data), white=depth.settle(measured, data.white))
     for name, (black, white) in reading.white.items():
         say(f"{source.name}: of {name} pixels, {black:.10g} is black and {white:.10g} is white (data.white)")
     for warning in (warnings := doubts(seen.values(), measured, reading)):
         say(f"warning: {warning}")
     channels = {"grey": 1, "rgb": 3, "auto": source.channels or 3}[data.colour]
-    shape = (image_size, image_size, channels)
+    kept = sorted(set(sizes.kept.values()))
 
-    def pixels(index: int) -> tuple[NDArray[np.uint8], bytes]:
-        image = source.read(index, reading, image_size=image_size, channels=channels)
-        return image, hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    def pixels(index: int) -> tuple[list[NDArray[np.uint8]], bytes, bool]:
+        images = [source.read(index, reading, image_size=size, channels=channels) for size in (sizes.own, *kept)]
+        own = np.ascontiguousarray(images[0])
+        return images[1:], hashlib.sha256(own.data).digest(), bool((own != own[..., :1]).any())
 
-    file = folder / ".decoded.npy"
+    written = {size: folder / f".decoded-{size}.npy" for size in kept}
     sums: dict[int, bytes] = {}
-    with npy.RowFile(file, shape, np.uint8) as rows:
-        for index, result in arrays.each(pixels, list(seen), step=arrays.chunk(shape), what="decoded"):
+    has_colour = False
+    with ExitStack() as stack:
+        rows = [
+            stack.enter_context(npy.RowFile(file, (size, size, channels), np.uint8)) for size, file in written.items()
+        ]
+        step = arrays.chunk((max(kept), max(kept), channels))
+        for index, result in arrays.each(pixels, list(seen), step=step, what="decoded"):
             if isinstance(result, str):
                 failed[index] = result
-            else:
-                rows.append(result[0][None])
-                sums[index] = result[1]
+                continue
+            for images, image in zip(rows, result[0], strict=True):
+                images.append(image[None])
+            sums[index] = result[1]
+            has_colour |= result[2]
     skipped = [*source.skipped, *({"path": source.paths[index], "reason": failed[index]} for index in sorted(failed))]
     for line in about_skipped(skipped):
         say(line)
     ids = [seen[index].sha256 for index in sums]
-    return Decoded(file, np.array(list(sums), np.int64), ids, list(sums.values()), reading, skipped, warnings)
+    return Decoded(
+        files=written,
+        indices=np.array(list(sums), np.int64),
+        ids=ids,
+        sums=list(sums.values()),
+        has_colour=has_colour,
+        reading=reading,
+        skipped=skipped,
+        warnings=warnings,
+    )
 
 
 def doubts(images: Collection[decode.Inspected], measured: Collection[depth.Measured], reading: Reading) -> list[str]:
@@ -198,22 +241,6 @@ def about_skipped(skipped: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-def own_size(source: Source, seen: dict[int, decode.Inspected]) -> int:
-    """The source's own side in pixels: the median shorter one within bounds, where its images differ.
-
-    Images that the source states to be test images do not count.
-    """
-    if source.image_size is not None:
-        return source.image_size
-    lengths = [
-        min(one.width, one.height)
-        for index, one in seen.items()
-        if source.sides is None or source.sides[index] == "train"
-    ]
-    low, high = AUTO_SIZES
-    return min(max(median_low(lengths), low), high) if lengths else high
-
-
 def check(source: Source, decoded: Decoded, max_skipped: float) -> None:
     """Raise DataError if too few images could be read."""
     skipped = decoded.skipped
@@ -226,21 +253,12 @@ def check(source: Source, decoded: Decoded, max_skipped: float) -> None:
         )
 
 
-def write(
-    folder: Path, source: Source, decoded: Decoded, settled: sides.Sides, data: Data
-) -> dict[str, NDArray[np.int64]]:
-    """Write images, labels and items of each split; its labels.
-
-    Where `auto` finds no colour in a source that might have some, one of its three equal channels is kept.
-    """
-    channels: int = np.load(decoded.file, mmap_mode="r", allow_pickle=False).shape[3]
-    if data.colour == "auto" and source.channels is None and not arrays.has_colour(decoded.file):
-        channels = 1
+def write_items(folder: Path, source: Source, decoded: Decoded, settled: sides.Sides) -> dict[str, NDArray[np.int64]]:
+    """Write labels and items of each split; its labels."""
     labels = {}
     for split, rows in settled.rows.items():
         place = folder / split
         place.mkdir()
-        arrays.copy(decoded.file, rows, place / "images.npy", channels=channels)
         numbers = labels[split] = source.labels[decoded.indices[rows]]
         files.write_array(place / "labels.npy", numbers)
         items = (
@@ -253,16 +271,33 @@ def write(
             for index, (row, number) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True))
         )
         stage.write_text(place / "items.csv", stage.table(items, ["index", "path", "label", "id"]))
-    decoded.file.unlink()
     return labels
 
 
-def content_hash(folder: Path, classes: list[str]) -> str:
-    """SHA-256 over images, labels and classes, but not the names of files."""
+def write_images(folder: Path, size: int, decoded: Path, settled: sides.Sides, channels: int) -> dict[str, Any]:
+    """Write the images of each split at a size, and remove the file of all; `mean`, `std`, and hashes of `images`."""
+    place = folder / layout.images(size).relative_to(layout.PREPARED)
+    place.mkdir(parents=True)
+    hashes = {}
+    for split, rows in settled.rows.items():
+        path = place / f"{split}.npy"
+        arrays.copy(decoded, rows, path, channels=channels)
+        with path.open("rb") as file:
+            hashes[split] = hashlib.file_digest(file, "sha256").hexdigest()
+    decoded.unlink()
+    mean, std = arrays.mean_and_std(place / "train.npy")
+    return {"mean": mean, "std": std, "images": hashes}
+
+
+def content_hash(
+    decoded: Decoded, settled: sides.Sides, labels: dict[str, NDArray[np.int64]], classes: list[str]
+) -> str:
+    """SHA-256 over images, labels and classes, but neither the names of files nor the sizes that are kept."""
     sum_ = hashlib.sha256()
-    for split in layout.SPLITS:
-        for name in ("images.npy", "labels.npy"):
-            arrays.add_to_hash(sum_, folder / split / name)
+    for split, rows in settled.rows.items():
+        for row in rows.tolist():
+            sum_.update(decoded.sums[row])
+        sum_.update(labels[split].tobytes())
     sum_.update(json.dumps(classes).encode())
     return sum_.hexdigest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,12 +81,6 @@ def copy(source: Path, rows: NDArray[np.int64], target: Path, *, channels: int) 
             file.append(images[rows[start : start + step], ..., :channels])
 
 
-def has_colour(path: Path) -> bool:
-    """Whether any of the images, (N, H, W, 3), has unequal red, green and blue."""
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
-    return any(bool((part != part[..., :1]).any()) for part in _chunks(images))
-
-
 def mean_and_std(path: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in [0, 1], from exact counts of the 256 values."""
     images = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -102,14 +95,6 @@ def mean_and_std(path: Path) -> tuple[list[float], list[float]]:
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
     # Images are divided by the standard deviation, so it must not be zero.
     return [round(float(x), 6) for x in mean], [round(max(float(x), 1 / 255), 6) for x in std]
-
-
-def add_to_hash(sum_: hashlib._Hash, path: Path) -> None:
-    """Add the type, shape and bytes of a .npy file's array, but not its header."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    sum_.update(repr((array.dtype.str, array.shape)).encode())
-    for part in _chunks(array):
-        sum_.update(np.ascontiguousarray(part).data)
 
 
 def chunk(shape: tuple[int, ...]) -> int:

@@ -37,7 +37,7 @@ def main() -> None:
     with stage.running("pretrain") as here:
         assert here.encoder
         options = here.params.options(here.encoder)
-        trained = _untrained(here, options, prepared.statistics())
+        trained = _untrained(here, options, prepared.statistics(here.encoder))
         past = history.History()
         exported: dict[str, dict[str, Tensor]] = {}
         if isinstance(options, TrainedConfig):
@@ -97,7 +97,7 @@ def _train(
 ) -> dict[str, dict[str, Tensor]]:
     """Train the encoder's backbone in place, from where the run stands, and note its updates; returns the exports."""
     assert here.encoder
-    images = prepared.images("train")
+    images = prepared.images("train", here.encoder)
     image_size = trained.description["image_size"]
     try:
         config = stated.sized(images=len(images), image_size=image_size)

@@ -56,7 +56,7 @@ def test_what_was_saved_assigns_alike_to_the_bit(made: bundle.Bundle, tmp_path: 
     alone, empty = tmp_path / "alone", tmp_path / "empty"
     alone.mkdir()
     encoder.save(made.encoder, alone)
-    found = bundle.load(alone, clusters=tmp_path, classifier=empty, statistics=tmp_path)
+    found = bundle.load(alone, clusters=tmp_path, classifier=empty, statistics=tmp_path / bundle.STATISTICS)
     assert found.classes == []
     assert found.assign(IMAGES).probabilities is None
 

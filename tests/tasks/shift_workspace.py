@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -76,11 +77,16 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
         images, labels = images_and_labels(COUNTS[split], seed)
         folder = layout.split(split)
         folder.mkdir(parents=True)
-        np.save(folder / "images.npy", images)
+        layout.images(SIZE).mkdir(parents=True, exist_ok=True)
+        np.save(images_file(split), images)
         np.save(folder / "labels.npy", labels)
         lines = "".join(f"{index},{split}/{index:03}.png,{label}\n" for index, label in enumerate(labels))
         (folder / "items.csv").write_text("index,path,label\n" + lines)
-    layout.STATISTICS.write_text(json.dumps(STATISTICS | {"resize": "crop"}))
+    for name in BACKBONES:
+        file = layout.statistics(name)
+        file.parent.mkdir(exist_ok=True)
+        hashes = {split: hashlib.sha256(images_file(split).read_bytes()).hexdigest() for split in COUNTS}
+        file.write_text(json.dumps(STATISTICS | {"resize": "crop", "held": SIZE, "images": hashes}))
     describe(CLASSES)
     for name, backbone in BACKBONES.items():
         model = classifier_of(backbone)
@@ -93,17 +99,22 @@ def build(root: Path, *, edits: list[str] | None = None) -> None:
         cluster(name, normalise=True)
 
 
+def images_file(split: str) -> Path:
+    """Where the images of a split are."""
+    return layout.images(SIZE) / f"{split}.npy"
+
+
 def describe(classes: Sequence[str]) -> None:
     """Write meta.json."""
-    counts = {"images": 0, "labelled": 0}
-    meta: dict[str, Any] = {"source": "made", "classes": list(classes), "image_size": SIZE, "channels": 1}
-    meta |= {"train": counts, "test": counts, "content_hash": "", "skipped": [], "ignored": 0, "left_out": []}
+    meta: dict[str, Any] = {"source": "made", "classes": list(classes), "held": SIZE, "channels": 1}
+    meta |= {split: {"images": count, "labelled": count} for split, count in COUNTS.items()}
+    meta |= {"content_hash": "", "skipped": [], "ignored": 0, "left_out": []}
     layout.META.write_text(json.dumps(meta | {"warnings": []}))
 
 
 def cluster(name: str, *, normalise: bool) -> None:
     """Write the stage `cluster`'s output."""
-    images = to_float(torch.from_numpy(np.load(layout.split("train") / "images.npy")))
+    images = to_float(torch.from_numpy(np.load(images_file("train"))))
     features = encoders.load(layout.out("pretrain", name))(images)
     points = F.normalize(features, dim=1) if normalise else features
     folder = layout.out("cluster", name)

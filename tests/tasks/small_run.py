@@ -18,7 +18,8 @@ METHODS = ("swav", "deepcluster_v2", "moco", "pcl", "simsiam")
 SHORT = [
     "data.source=folder",
     "data.folder=images",
-    "data.image_size=16",
+    "pretrain.shared.image_size=16",
+    "pretrain.pixels.image_size=16",
     "cluster.seeds=2",
     "cluster.other_k=[4, 7]",
     "cluster.silhouette_images=30",
@@ -55,6 +56,8 @@ def build(root: Path, *, labelled: bool = True, count: int = 96) -> None:
 
 def run(stage: str, monkeypatch: pytest.MonkeyPatch, encoder: str | None = None) -> None:
     """Run one stage as its command line does."""
-    monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", *([encoder] if encoder else [])])
     monkeypatch.setenv("DEEPCLUST_TRACKING", "off")
+    if stage == "prepare":  # the two follow one another
+        run("sizes", monkeypatch)
+    monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", *([encoder] if encoder else [])])
     importlib.import_module(f"tasks.{stage}.__main__").main()

@@ -96,7 +96,7 @@ def test_a_stage_takes_an_encoder_by_hand_and_its_own_name_from_dvc_below_the_ro
     monkeypatch.setattr(sys, "argv", ["tasks.linear", name])
     with pytest.raises(SystemExit, match="2"):
         stage("linear")()
-    assert "artifacts/prepare/statistics.json, found none; run `dvc repro prepare`" in capsys.readouterr().err
+    assert "artifacts/prepare/meta.json, found none; run `dvc repro prepare`" in capsys.readouterr().err
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_each_encoder_has_every_output_and_nothing_half_written_stays(labelled: 
 
 
 def test_embeddings_are_the_saved_encoders_features_in_data_set_order(labelled: Path) -> None:
-    images = np.load(labelled / layout.split("test") / "images.npy")
+    images = np.load(labelled / layout.images(16) / "test.npy")
     for encoder in ENCODERS:
         saved = encoders.load(labelled / layout.out("pretrain", encoder))
         expected = features.extract(saved, images, batch_size=7, device=torch.device("cpu"))
@@ -167,7 +167,7 @@ def test_other_labels_and_so_another_probe_give_the_same_encoder(here: Path, mon
 
 
 def test_without_labels_label_based_numbers_are_absent_and_the_rest_is_there(unlabelled: Path) -> None:
-    images = len(np.load(unlabelled / layout.split("train") / "images.npy"))
+    images = len(np.load(unlabelled / layout.split("train") / "labels.npy"))
     for encoder in ("pixels", "swav"):
         clusters, adapted = (metrics(unlabelled, stage, encoder) for stage in ("cluster", "adapt"))
         assert clusters["k"] == round((images / 2) ** 0.5)
@@ -186,7 +186,7 @@ def test_the_probe_measures_knn_and_leaves_the_encoder_as_it_was(here: Path) -> 
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     state = torch.random.get_rng_state()
     done = pretrain.loop.Epoch(epoch=0, seconds=2.0, waiting_seconds=0.5, images=64)
-    probe.Probe(run, trained, torch.device("cpu"))(done, {"loss": 1.0})
+    probe.Probe(run, "swav", trained, torch.device("cpu"))(done, {"loss": 1.0})
     logged = {name: value for call in run.log_metrics.call_args_list for name, value in call.args[0].items()}
     assert 0.5 < logged["knn_heldout"] <= 1
     assert (logged["images_per_second"], logged["data_share"]) == (32, 0.25)

@@ -14,6 +14,7 @@ from deepclust.config import (
     Natural,
     NotEmpty,
     OptionalWidth,
+    Pixels,
     Positive,
     Several,
     Width,
@@ -35,6 +36,9 @@ class Shared(Config):
     """small, medium (twice as wide), resnet18, resnet34, resnet50, or any of timm's: timm/NAME."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """Of a ResNet: small (3×3, no pooling), imagenet (7×7), or auto: small up to 64 pixels."""
+    image_size: Pixels | Auto = "auto"
+    """Side of the images of a network trained here, in pixels, unless its section states another; auto: the data set's
+    own, for a folder the median shorter side, at most 64."""
     precision: Precision = "float32"
     """float32; bf16 or fp16 compute so on a GPU that has it, float32 elsewhere."""
     batch_size: Several | None = None

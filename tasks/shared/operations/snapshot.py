@@ -96,7 +96,7 @@ def take(stage: str, encoder: str | None, raw: Mapping[str, Any], *, method: str
 
     Raises:
         StageError: If code was edited while this process was loading it.
-        CheckpointError: If a `lineage.json` is damaged.
+        DataError: If a `lineage.json`, or an encoder's description of its images, is damaged.
     """
     _refuse_edited(stage, _code(stage, method))
     return _take(stage, encoder, raw, method=method)
@@ -111,7 +111,8 @@ def _take(stage: str, encoder: str | None, raw: Mapping[str, Any], *, method: st
     artifacts: list[Path] = []
     for dep in deps:
         if dep.startswith(f"{layout.ARTIFACTS}/"):
-            artifacts += [file for _, inside in _walk(dep) for file in inside]
+            places = [dep, *map(str, lineage.described(Path(dep)))]
+            artifacts += [file for place in places for _, inside in _walk(place) for file in inside]
         elif dep in (str(layout.METRICS), str(layout.PLOTS)):
             files |= {str(file): _content(file) for _, inside in _walk(dep) for file in inside}
         elif stated := _FOLDER.fullmatch(dep):

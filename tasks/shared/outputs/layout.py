@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-STAGES = ("prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report")
-ONCE = ("prepare", "report")  # the others run once an encoder
+STAGES = ("sizes", "prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report")
+ONCE = ("sizes", "prepare", "report")  # the others run once an encoder
 SPLITS = ("train", "test")
 
 PARAMS = Path("params.yaml")
@@ -12,8 +12,8 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 STATE = Path("state")
 
+SIZES = ARTIFACTS / "sizes" / "sizes.json"
 PREPARED = ARTIFACTS / "prepare"
-STATISTICS = PREPARED / "statistics.json"
 META = PREPARED / "meta.json"
 REPORT = ARTIFACTS / "report" / "report.html"
 COMPARISON = ARTIFACTS / "report" / "comparison.csv"
@@ -35,8 +35,18 @@ def curve(stage: str, encoder: str) -> Path:
 
 
 def split(name: str) -> Path:
-    """The prepared images, labels and item list of `train` or `test`."""
+    """The labels and item list of `train` or `test`."""
     return PREPARED / name
+
+
+def images(side: int) -> Path:
+    """The folder of the prepared images of so many pixels a side: an array for each split."""
+    return PREPARED / "images" / str(side)
+
+
+def statistics(encoder: str) -> Path:
+    """The description of the images that an encoder gets."""
+    return PREPARED / "encoders" / f"{encoder}.json"
 
 
 def embeddings(encoder: str, split_name: str) -> Path:
@@ -69,7 +79,8 @@ def predicting(encoder: str) -> list[Path]:
     pretrain, cluster, linear = (out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))
     return [
         *(pretrain / "encoder.safetensors", pretrain / "encoder.json", cluster / "centroids.npy"),
-        *(cluster / "cluster.json", linear / "classifier.json", linear / "classifier.safetensors", STATISTICS),
+        *(cluster / "cluster.json", linear / "classifier.json", linear / "classifier.safetensors"),
+        statistics(encoder),
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from deepclust.config import Hash
+from deepclust.config import Hash, Side
 from deepclust.errors import CheckpointError
 from tasks.shared.operations import provenance
 from tasks.shared.operations.text import warn
@@ -80,9 +80,10 @@ def write(folder: Path, made_from: dict[str, str], reported: Mapping[Path, str] 
 def check(paths: Iterable[Path]) -> None:
     """Refuse artifacts that are not as they were written, or were made from others than those that are there now.
 
-    Of the artifacts themselves every file is hashed, of those that they were made from, directly or at some remove,
-    `lineage.json` is compared. An artifact that is absent is passed over, and so is one of an earlier version, which
-    has no `lineage.json`: of that there is a warning.
+    Of the artifacts themselves every file is hashed, and the images too where an artifact is an encoder's description
+    of them. Of those that they were made from, directly or at some remove, `lineage.json` is compared. An artifact that
+    is absent is passed over, and so is one of an earlier version, which has no `lineage.json`: of that there is a
+    warning.
 
     Raises:
         DataError: With the stage to run again, if a file is damaged or missing.
@@ -92,7 +93,8 @@ def check(paths: Iterable[Path]) -> None:
     for path in paths:
         if known := _read(folder := _folder(path)):
             files = {folder / name: value for name, value in known.outputs.items()}
-            _compare({file: value for file, value in files.items() if file.is_relative_to(path)})
+            places = [path, *described(path)]
+            _compare({file: value for file, value in files.items() if any(map(file.is_relative_to, places))})
     stale: list[Path] = []  # upstream first
     changed: dict[Path, list[str]] = {}  # an artifact: the stages that read another one in its place
     unknown: list[str] = []
@@ -128,6 +130,13 @@ def check_reported(paths: Iterable[Path]) -> None:
     for folder in dict.fromkeys(map(_folder, paths)):
         if known := _read(folder):
             _compare({Path(name): value for name, value in known.reported.items()})
+
+
+def described(path: Path) -> list[Path]:
+    """The folder of images that an encoder's description is of; none for another path. Raises: DataError."""
+    if path.parent != layout.statistics("").parent or not path.is_file():
+        return []
+    return [layout.images(read.record(path, {"image_size": Side})["image_size"])]
 
 
 def _compare(stated: Mapping[Path, str]) -> None:

@@ -8,13 +8,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deepclust.config import Natural, Positive, Share, Side
+from deepclust.config import Hash, Natural, Positive, Share, Side
+from deepclust.errors import DataError
 from tasks.shared.outputs import layout, read
 
-_SHAPE = {"image_size": Side, "channels": Literal[1, 3]}
+_STATISTICS = {
+    "image_size": Side,
+    "channels": Literal[1, 3],
+    "mean": list[Share],
+    "std": list[Positive],
+    "held": Side,
+    "images": dict[Literal["train", "test"], Hash],
+}
 _COUNTS = dict[Literal["images", "labelled"], Natural]
 _REASONS = list[dict[Literal["path", "reason"], str]]
-_META = _SHAPE | {
+_META = {
     "source": str,
     "classes": list[str],
     "content_hash": str,
@@ -42,20 +50,27 @@ class Split:
     paths: list[str]
 
 
-def images(split: str) -> NDArray[np.uint8]:
-    """The images of a split, memory-mapped. Raises: DataError if they are missing or damaged."""
-    size, channels = (statistics()[name] for name in _SHAPE)
-    path = layout.split(split) / "images.npy"
-    found = read.array(path, (None, size, size, channels), np.uint8)
+def images(split: str, encoder: str) -> NDArray[np.uint8]:
+    """The images of a split that an encoder gets, memory-mapped. Raises: DataError if they are missing or damaged."""
+    described = statistics(encoder)
+    side = described["image_size"]
+    path = layout.images(side) / f"{split}.npy"
+    found = read.array(path, (count(split), side, side, described["channels"]), np.uint8)
     if not len(found):
         raise read.damaged(path, f"expected images in {path}, got none")
     return found
 
 
+def count(split: str) -> int:
+    """Number of images of a split. Raises: DataError if it is not known."""
+    number: int = meta()[split]["images"]
+    return number
+
+
 def labels(split: str) -> NDArray[np.int64]:
     """The labels of a split. Raises: DataError if they are missing or damaged."""
     path = layout.split(split) / "labels.npy"
-    found: NDArray[np.int64] = np.array(read.array(path, (len(images(split)),), np.int64))
+    found: NDArray[np.int64] = np.array(read.array(path, (count(split),), np.int64))
     classes = len(meta()["classes"])
     if len(found) and not (found.min() >= -1 and found.max() < classes):
         raise read.damaged(
@@ -74,13 +89,13 @@ def heldout() -> NDArray[np.int64]:
     return found
 
 
-def load(split: str) -> Split:
-    """A whole split. Raises: DataError if a file is missing or damaged."""
+def load(split: str, encoder: str) -> Split:
+    """A whole split, with the images that an encoder gets. Raises: DataError if a file is missing or damaged."""
     path = layout.split(split) / "items.csv"
     rows = read.table(path, {"index": int, "path": str, "label": str})
-    pixels, numbers = images(split), labels(split)
+    pixels, numbers = images(split, encoder), labels(split)
     if [int(row["index"]) for row in rows] != list(range(len(pixels))):
-        raise read.damaged(path, f"expected {len(pixels)} numbered rows in {path}, as in images.npy, got {len(rows)}")
+        raise read.damaged(path, f"expected {len(pixels)} numbered rows in {path}, as in labels.npy, got {len(rows)}")
     return Split(pixels, numbers, [row["path"] for row in rows])
 
 
@@ -93,15 +108,22 @@ def embeddings(encoder: str) -> dict[str, NDArray[np.float32]]:
     found: dict[str, NDArray[np.float32]] = {}
     dim = None
     for split in layout.SPLITS:
-        shape = (len(images(split)), dim)
+        shape = (count(split), dim)
         found[split] = read.array(layout.embeddings(encoder, split), shape, np.float32, finite=True, mode="c")
         dim = found[split].shape[1]
     return found
 
 
-def statistics() -> dict[str, Any]:
-    """Image size, channels, resize, mean and std. Raises: DataError if they are missing or damaged."""
-    return read.record(layout.STATISTICS, _SHAPE | {"mean": list[Share], "std": list[Positive]})
+def statistics(encoder: str) -> dict[str, Any]:
+    """Of the images that an encoder gets: side, channels, how files became pixels, mean and std, and the side that the
+    data set holds. Raises: DataError if they are missing or damaged."""
+    path = layout.statistics(encoder)
+    if not path.exists() and layout.META.exists():
+        raise DataError(
+            f"expected a description of the images of {encoder} in {path}, found none; name {encoder} in `encoders`, "
+            "and run `dvc repro prepare`"
+        )
+    return read.record(path, _STATISTICS)
 
 
 def meta() -> dict[str, Any]:

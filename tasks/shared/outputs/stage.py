@@ -153,7 +153,7 @@ def running(stage: str) -> Iterator[Here]:
         environment.limit_threads()
         with launcher.joined(), _marked_if_told_to_stop(layout.preempted(stage, encoder)), ExitStack() as stack:
             raw = params.read()
-            values = params.parse(raw, whole=stage != "prepare")  # which uses no method; the next stage checks them
+            values = params.parse(raw, whole=stage not in ("sizes", "prepare"))  # the next stage checks methods
             method = values.method(encoder) if encoder is not None else ""
             before: snapshot.Snapshot | None = None
             partial = _partial(layout.out(stage, encoder))

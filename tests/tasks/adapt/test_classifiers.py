@@ -34,7 +34,7 @@ def build(kind: str, encoder: str = "swav") -> Any:
 
 
 def images(split: str) -> torch.Tensor:
-    return to_float(torch.from_numpy(np.load(layout.split(split) / "images.npy")))
+    return to_float(torch.from_numpy(np.load(layout.images(shift_workspace.SIZE) / f"{split}.npy")))
 
 
 def change(patch: pytest.MonkeyPatch, what: Callable[[encoders.Encoder], object]) -> None:

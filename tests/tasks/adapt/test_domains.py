@@ -12,9 +12,10 @@ from PIL import Image
 from deepclust.adaptation import shifts
 from deepclust.datasets.domains import CLEAN
 from deepclust.errors import DataError
+from deepclust.images.reading import Reading
 from tasks.adapt import domains
 
-GREY = {"image_size": 8, "channels": 1, "resize": "crop"}
+GREY = {"image_size": 8, "channels": 1, "reading": Reading()}
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (8, 8)) -> Path:
@@ -27,7 +28,7 @@ def put(root: Path, *names: str, size: tuple[int, int] = (8, 8)) -> Path:
 def load(root: Path, **changes: Any) -> list[shifts.Shift]:
     work = root.with_name(f"{root.name}-work")
     work.mkdir(exist_ok=True)
-    options: dict[str, Any] = {"classes": ["cat", "dog"], "statistics": GREY, "count": 100, "max_pixels": 10**6}
+    options: dict[str, Any] = {"classes": ["cat", "dog"], **GREY, "count": 100, "max_pixels": 10**6}
     return domains.load(root, work, **options | {"follow_links": False, "seed": 0} | changes)
 
 
@@ -52,7 +53,7 @@ def test_images_are_brought_to_the_datas_size_and_channels_and_the_choice_is_see
     few, same, other, whole = (load(tmp_path, count=n, seed=seed)[0] for n, seed in ((5, 0), (5, 0), (5, 1), (12, 0)))
     assert (whole.images.shape, whole.images.dtype) == ((12, 8, 8, 1), np.uint8)
     assert np.abs(whole.images - (0.299 * 200 + 0.587 * 100)).max() <= 1
-    padded = load(tmp_path, statistics=GREY | {"channels": 3, "resize": "pad"})[0].images
+    padded = load(tmp_path, channels=3, reading=Reading(resize="pad"))[0].images
     assert (padded[0, 0] == 0).all()
     assert np.abs(padded[0, 4] - [200.0, 100, 0]).max() <= 1
     assert len(few.images) == len(few.labels) == 5

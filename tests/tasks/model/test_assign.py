@@ -40,7 +40,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     pixels = encoder.Encoder(backbone="pixels", image_size=SIDE, channels=1, mean=[MEAN], std=[STD])
     encoder.save(pixels, Path("artifacts/pretrain/pixels"))
     clusters(SIDE**2)
-    Path("artifacts/prepare/statistics.json").write_text(json.dumps({"resize": "stretch"}))
+    Path("artifacts/prepare/encoders").mkdir()
+    Path("artifacts/prepare/encoders/pixels.json").write_text(json.dumps({"resize": "stretch", "image_size": SIDE}))
     for name, value in BRIGHTNESS.items():
         (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (16, 20), value).save(tmp_path / "new" / name)

@@ -71,7 +71,7 @@ def check(table: Any, images: np.ndarray) -> None:
 
 
 def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of_any_size_and_mode(root: Path) -> None:
-    images = np.load(layout.split("test") / "images.npy")
+    images = np.load(layout.images(16) / "test.npy")
     model = load()
     check(model.predict(images), images)
     others = np.random.default_rng(0).integers(0, 256, (5, 30, 30, 3), dtype=np.uint8)
@@ -114,7 +114,7 @@ def serve(model: Any) -> Any:
 
 
 def test_over_http_whole_numbers_are_the_images_that_they_are_in_python(root: Path, send: Any) -> None:
-    images = np.load(layout.split("test") / "images.npy")[:3]
+    images = np.load(layout.images(16) / "test.npy")[:3]
     numbers: dict[str, Any] = {
         "inputs": images.tolist(),
         "instances": images.astype(float).tolist(),  # 12.0 is a whole number too
@@ -176,12 +176,12 @@ def test_deep_images_have_the_white_of_the_training_images_in_python_and_over_ht
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
-    stored = json.loads(layout.STATISTICS.read_text())
-    layout.STATISTICS.write_text(json.dumps(stored | {"white": {"uint16": [0, 1023], "float32": [-1, 1]}}))
+    stored = json.loads(layout.statistics("random").read_text())
+    layout.statistics("random").write_text(json.dumps(stored | {"white": {"uint16": [0, 1023], "float32": [-1, 1]}}))
     register.register("random")
-    layout.STATISTICS.write_text(json.dumps(stored))
+    layout.statistics("random").write_text(json.dumps(stored))
     model = load("random")
-    shallow = np.load(layout.split("test") / "images.npy")[:3]
+    shallow = np.load(layout.images(16) / "test.npy")[:3]
     deep = np.rint(shallow / 255 * 1023).astype(np.uint16)
     expected = np.stack(model.predict(shallow)["embedding"])
     assert not np.allclose(expected[0], expected[1])
@@ -216,9 +216,11 @@ def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels
     for path in [*Path().rglob(lineage.FILE)]:
         path.unlink()
     for split in layout.SPLITS:
-        path = layout.split(split) / "images.npy"
+        path = layout.images(16) / f"{split}.npy"
         np.save(path, np.load(path)[..., :1])
-    layout.STATISTICS.write_text(json.dumps(json.loads(layout.STATISTICS.read_text()) | {"channels": 1}))
+    layout.statistics("swav").write_text(
+        json.dumps(json.loads(layout.statistics("swav").read_text()) | {"channels": 1})
+    )
     shape: dict[str, Any] = {"image_size": 16, "channels": 1, "network_channels": 3, "input_size": 24}
     torch.manual_seed(0)
     wide = encoders.Encoder(backbone="small", mean=[0.4] * 3, std=[0.2] * 3, **shape)
@@ -226,7 +228,7 @@ def test_grey_images_reach_a_larger_network_of_three_channels_and_without_labels
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy/mlflow.db")
     shutil.copy(root / "mlflow.db", "mlflow.db")
     register.register("swav")
-    images = np.load(layout.split("test") / "images.npy")
+    images = np.load(layout.images(16) / "test.npy")
     check(load().predict(images), images)
 
 

@@ -17,6 +17,7 @@ from deepclust.datasets import sources
 from tasks.prepare import __main__ as prepare
 from tasks.prepare import arrays
 from tasks.shared.operations import params
+from tasks.sizes import __main__ as sizes_stage
 from tests.paths import ROOT
 
 
@@ -31,11 +32,22 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(**data: Any) -> dict[str, Any]:
-    """Run the stage with these parameters of `data` in the current folder; its meta.json."""
+def run(sizes: dict[str, int | str] | None = None, **data: Any) -> dict[str, Any]:
+    """Run the stage with these parameters of `data` in the current folder; its meta.json.
+
+    Args:
+        sizes: The encoders, which are trained networks but for `pixels`, and the sizes that they are to have; by
+            default there is one, of an automatic size.
+        data: As in params.yaml.
+    """
     values = params.read(ROOT / "params.yaml")
     values["data"] |= {"source": "folder", "folder": "data"} | data
+    sizes = sizes or {"swav": "auto"}
+    values["encoders"] = {name: "pixels" if name == "pixels" else "swav" for name in sizes}
+    for name, size in sizes.items():
+        values["pretrain"][name] = values["pretrain"].get(name, values["pretrain"]["swav"]) | {"image_size": size}
     Path("params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    sizes_stage.main()
     prepare.main()
     meta: dict[str, Any] = json.loads(Path("artifacts/prepare/meta.json").read_text(encoding="utf-8"))
     return meta
@@ -69,7 +81,11 @@ def classes(count: int = 10) -> None:
 
 
 def array(split: str, name: str) -> np.ndarray:
-    loaded: np.ndarray = np.load(f"artifacts/prepare/{split}/{name}.npy", allow_pickle=False)
+    place = Path("artifacts/prepare", split, f"{name}.npy")
+    if name == "images":
+        described = json.loads(Path("artifacts/prepare/encoders/swav.json").read_text())
+        place = Path("artifacts/prepare/images", str(described["image_size"]), f"{split}.npy")
+    loaded: np.ndarray = np.load(place, allow_pickle=False)
     return loaded
 
 
@@ -110,15 +126,9 @@ def test_images_labels_and_items_are_in_one_order(monkeypatch: pytest.MonkeyPatc
             assert row["id"] == hashlib.sha256(Path("data", row["path"]).read_bytes()).hexdigest()
     assert {path.name for path in Path("artifacts/prepare").rglob("*")} == {
         *(
-            "train",
-            "test",
-            "images.npy",
-            "labels.npy",
-            "items.csv",
-            "heldout.npy",
-            "statistics.json",
-            "meta.json",
-            "lineage.json",
+            *("train", "test", "labels.npy", "items.csv", "heldout.npy"),
+            *("images", "8", "train.npy", "test.npy", "encoders", "swav.json"),
+            *("meta.json", "lineage.json"),
         )
     }
 
@@ -270,7 +280,7 @@ def test_statistics_are_those_of_the_training_images() -> None:
         picture(f"train/{index}.png", colour)
     picture("test/0.png", (255, 255, 255))
     run()
-    statistics = json.loads(Path("artifacts/prepare/statistics.json").read_text())
+    statistics = json.loads(Path("artifacts/prepare/encoders/swav.json").read_text())
     values = array("train", "images").reshape(-1, 3) / 255
     assert statistics["mean"] == pytest.approx(values.mean(0).tolist(), abs=1e-6)
     expected = np.where([True, False, True], values.std(0), 1 / 255)  # a constant channel is divided by this
@@ -286,7 +296,7 @@ def test_automatic_colour_is_rgb_as_soon_as_one_image_has_colour_and_a_stated_on
         assert run()["channels"] == channels
         assert array("train", "images").shape == (1, 8, 8, channels)
         assert (array("test", "images")[1, 0, 0] == np.array(colour)[:channels]).all()
-    assert run(colour="grey", image_size=16)["channels"] == 1
+    assert run({"swav": 16}, colour="grey")["channels"] == 1
     assert array("test", "images").shape == (2, 16, 16, 1)
 
 
@@ -300,7 +310,8 @@ def test_the_automatic_size_is_the_median_shorter_side_of_training_images_within
     Path("data/train/a/broken.png").write_bytes(b"no image")
     for index in range(5):
         noise(f"test/a/{index}.png")
-    assert run(max_skipped=0.5)["image_size"] == expected
+    run(max_skipped=0.5)
+    assert array("train", "images").shape[1] == expected
 
 
 def test_held_out_images_are_labelled_training_images() -> None:
@@ -371,14 +382,13 @@ def test_unreadable_files_are_left_out_and_listed_up_to_a_bound(capsys: pytest.C
     classes()
     Path("data/dark/03.png").write_bytes(b"no image")
     picture("light/04.png", 9, side=40)
-    options = {"max_pixels": 1000, "image_size": 8}
     with pytest.raises(SystemExit, match="2"):
-        run(max_skipped=0.09, **options)
+        run(max_skipped=0.09, max_pixels=1000)
     error = capsys.readouterr().err
     assert "got 2 of 20 in data, first dark/03.png: not an image" in error
     assert error.count("\n") == 1
-    assert not [path for path in Path("artifacts").rglob("*") if path.is_file()]
-    meta = run(max_skipped=0.1, **options)
+    assert not list(Path("artifacts/prepare").rglob("*"))
+    meta = run(max_skipped=0.1, max_pixels=1000)
     assert {item["path"]: item["reason"] for item in meta["skipped"]} == {
         "dark/03.png": "not an image that can be read",
         "light/04.png": "40 x 40 pixels, more than data.max_pixels (1000)",
@@ -420,7 +430,7 @@ def test_a_folder_with_a_stack_of_medmnists_layout_is_prepared_as_it_states() ->
     arrays |= {f"{side}_labels": random.integers(0, 3, (count, 1)) for side, count in counts.items()}
     np.savez_compressed("data/somemnist.npz", **arrays)
     meta = run(heldout_fraction=0.2)
-    assert (meta["classes"], meta["image_size"], meta["channels"]) == (["0", "1", "2"], 28, 1)
+    assert (meta["classes"], meta["held"], meta["channels"]) == (["0", "1", "2"], 28, 1)
     for split in ("train", "test"):
         assert np.array_equal(array(split, "images")[..., 0], arrays[f"{split}_images"])
         assert np.array_equal(array(split, "labels"), arrays[f"{split}_labels"][:, 0])
@@ -476,3 +486,43 @@ def test_files_that_are_skipped_for_one_reason_share_a_line(capsys: pytest.Captu
         "skipped 30.psd: Photoshop: convert it to PNG",
         "skipped 2 files, first a.png: 40 x 40 pixels, more than data.max_pixels (1000)",
     ]
+
+
+def test_what_an_encoder_gets_does_not_depend_on_the_other_encoders_of_the_list() -> None:
+    """Neither its images nor the sides that they are on, nor the names of what was seen."""
+    random = np.random.default_rng(0)
+    for index in range(20):
+        height, width = random.integers(60, 200, 2)
+        picture = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((height // 4, width // 4, 1)))
+        path = Path(f"data/{'ab'[index % 2]}/{index}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(path)
+    found = {}
+    for name, sizes in {
+        "alone": {"swav": 24},
+        "others": {"large": 90, "swav": 24, "own": "auto", "pixels": 16},
+    }.items():
+        run(sizes)
+        found[name] = digest()
+    kept = {path: content for path, content in found["alone"].items() if Path(path).name != "lineage.json"}
+    assert "artifacts/prepare/images/24/train.npy" in kept
+    assert {path: found["others"][path] for path in kept if "sizes" not in path} == {
+        path: content for path, content in kept.items() if "sizes" not in path
+    }
+
+
+def test_networks_get_the_size_that_is_stated_and_pixels_at_most_what_the_images_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for index in range(4):
+        picture(f"train/{index}.png", index, side=20)
+        picture(f"test/{index}.png", 50 + index, side=20)
+    assert run({"swav": 32, "pixels": 32, "small": 12, "own": "auto"})["held"] == 20
+    kept = {path.stem: json.loads(path.read_text()) for path in Path("artifacts/prepare/encoders").iterdir()}
+    assert {name: own["image_size"] for name, own in kept.items()} == {"swav": 32, "pixels": 20, "small": 12, "own": 20}
+    assert {own["held"] for own in kept.values()} == {20}
+    for own in kept.values():
+        for split, sha256 in own["images"].items():
+            path = Path("artifacts/prepare/images", str(own["image_size"]), f"{split}.npy")
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    assert "warning: swav is to have images of 32 px, which are enlarged: they hold 20" in capsys.readouterr().out

@@ -55,7 +55,7 @@ class Watch:
         self._here = here
         self._trained = trained
         self._dog = watchdog.Watchdog(method, images, normalise=normalise, device=device, seed=here.params.seed)
-        self._probe = probe.Probe(here.run, trained, device)
+        self._probe = probe.Probe(here.run, here.encoder, trained, device)
         self._folder = layout.last_good(here.encoder)
         self._run = run
         self._good = 0

@@ -140,7 +140,7 @@ def fingerprint(here: stage.Here) -> dict[str, str]:
     return {
         "method": method,
         "parameters": _sha(parameters),
-        "data": _sha([prepared.meta()["content_hash"], prepared.statistics()]),
+        "data": _sha([prepared.meta()["content_hash"], prepared.statistics(here.encoder)]),
         # The observers' state is saved too, so they have to be able to read it.
         "code": provenance.code_hash(*provenance.code_deps("pretrain", method), *_OBSERVERS),
     }

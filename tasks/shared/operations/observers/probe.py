@@ -32,15 +32,16 @@ class Probe:
 
     Args:
         run: Where to log.
+        name: Of the encoder.
         watched: The encoder in training.
         device: Of the encoder.
     """
 
-    def __init__(self, run: tracking.Run, watched: encoder.Encoder, device: torch.device) -> None:
+    def __init__(self, run: tracking.Run, name: str, watched: encoder.Encoder, device: torch.device) -> None:
         self._run = run
         self._watched = watched
         self._device = device
-        self._images = prepared.images("train")
+        self._images = prepared.images("train", name)
         self._labels = prepared.labels("train")
         heldout = prepared.heldout()
         labelled = np.setdiff1d(np.flatnonzero(self._labels >= 0), heldout)

@@ -53,6 +53,34 @@ def _encoders(document: Any, whole: bool) -> Iterator[str]:
             yield f"pretrain.{name}.method: now encoders.{name}"
 
 
+def _image_size(document: Any, whole: bool) -> Iterator[str]:
+    """The one size of all images is now that of the networks that are trained here."""
+    data = document.get("data")
+    if not isinstance(data, CommentedMap) or "image_size" not in data:
+        if whole and isinstance(shared := document.get("pretrain", {}).get("shared"), CommentedMap):
+            yield from _add(shared, "pretrain.shared", "image_size", "auto")
+    else:
+        size = data.pop("image_size")
+        sections = document.setdefault("pretrain", CommentedMap())
+        shared = sections.setdefault("shared", CommentedMap())
+        shared.insert(min(1, len(shared)), "image_size", size)
+        yield f"data.image_size: now pretrain.shared.image_size, {size}; pixels and pretrained weights have their own"
+        if whole and isinstance(pixels := sections.get("pixels"), CommentedMap):
+            yield from _add(pixels, "pretrain.pixels", "image_size", 64 if size == "auto" else size)
+    if not whole:
+        return
+    methods = document.get("encoders")
+    for name in {name for name, method in methods.items() if method == "pixels"} if isinstance(methods, dict) else ():
+        if isinstance(section := document["pretrain"].get(name), CommentedMap):
+            yield from _add(section, f"pretrain.{name}", "image_size", 64)
+
+
+def _add(section: CommentedMap, path: str, key: str, value: Any) -> Iterator[str]:
+    if key not in section:
+        section.insert(max(0, len(section) - 1), key, value)  # the empty line below belongs to the last key
+        yield f"{path}.{key}: new, {value}"
+
+
 def _new_keys(document: Any, whole: bool) -> Iterator[str]:
     for dotted, value in _NEW.items() if whole else ():
         *parents, last = dotted.split(".")
@@ -72,4 +100,4 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
                 yield f"pretrain.{name}.kmeans_engine: new, {_NEW[template]}"
 
 
-_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _new_keys)
+_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _image_size, _new_keys)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import model_validator
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from deepclust.methods.parts.options import Shared
 
 _C = TypeVar("_C", bound=Config)
+ImageSize: Any = Pixels | Auto
 
 
 @config
@@ -57,10 +58,8 @@ class Data(Config):
     """Name of a published data set, or folder."""
     folder: Folder
     """The images, where source is folder; a DVC dependency in any case."""
-    image_size: Pixels | Auto
-    """Pixels of a side; auto: the data set's own, for a folder the median shorter side, at most 64."""
     resize: Literal["crop", "pad", "stretch"]
-    """crop: shorter side to image_size, then the centre; pad: the whole image on black; stretch."""
+    """crop: shorter side to an encoder's size, then the centre; pad: the whole image on black; stretch."""
     white: Positive | Literal["auto", "file"]
     """Of pixels of more than 8 bits: a value; file: as the format states it; auto: as measured over all images."""
     background: Literal["auto", "black", "white"]
@@ -116,11 +115,14 @@ class _WithSections(Config):
         """The options without the sections, as plain values."""
         return {name: value for name, value in as_dict(self).items() if name != "sections"}
 
+    beside: ClassVar[tuple[str, ...]] = ()  # keys of a section that are not options of what it is the section of
+
     def section(self, name: str, kind: type[_C], path: str) -> _C:
         """A section, with what it does not state from `shared`. Raises: ConfigError."""
         stated, shared = self.sections.get(name, {}), self.sections.get("shared", {})
-        if isinstance(stated, dict):  # an encoder's method is no option of it; `Params.method` reads it
-            stated = {key: value for key, value in stated.items() if (path, key) != ("pretrain", "method")}
+        if isinstance(stated, dict):
+            own = {field.name for field in dataclasses.fields(kind)}
+            stated = {key: value for key, value in stated.items() if key in own or key not in self.beside}
         blocks = kind.inherits
         return parse(kind, merged({key: shared[key] for key in blocks if key in shared}, stated), f"{path}.{name}")
 
@@ -128,6 +130,8 @@ class _WithSections(Config):
 @config
 class Pretrain(_WithSections):
     """How pretraining runs; its sections are `shared`, and one for each encoder."""
+
+    beside: ClassVar[tuple[str, ...]] = ("method", "image_size")
 
     watchdog: Literal["warn", "stop"]
     """What happens when training collapses or diverges; docs/methods/watchdog.md says how it is judged."""
@@ -294,9 +298,14 @@ class Params(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_an_earlier_list(cls, value: Any) -> Any:
+    def _refuse_what_is_earlier(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("encoders"), list):
             raise ValueError("encoders: expected {name: method, …}, got a list; run `python -m tasks.params migrate`")
+        if isinstance(value, dict) and isinstance(value.get("data"), dict) and "image_size" in value["data"]:
+            raise ValueError(
+                "data.image_size: every encoder has its own size now, pretrain.shared.image_size; run `python -m "
+                "tasks.params migrate`"
+            )
         return value
 
     def check(self) -> None:
@@ -311,13 +320,14 @@ class Params(Config):
         assert self.pretrain.shared
         for name in known:
             self.options(name)
+            self.image_size(name)
         self.adapt.check()
 
     def resolved(self, encoders: Iterable[str] | None = None) -> dict[str, Any]:
         """All values as plain ones, each section complete; of the encoders those given, or all."""
         names = encoders if encoders is not None else self.pretrain.encoders()
         network = self.pretrain.network()
-        sections = {name: as_dict(self.options(name)) for name in names}
+        sections = {name: {"image_size": self.image_size(name)} | as_dict(self.options(name)) for name in names}
         adapters = {name: as_dict(options) for name, options in self.adapt.complete().items()}
         return as_dict(self) | {
             "pretrain": self.pretrain.own() | {"shared": network} | sections,
@@ -343,6 +353,19 @@ class Params(Config):
                 f"pretrain.{encoder}.method: expected {method!r}, as encoders says, got {stated!r}; leave it out"
             )
         return method
+
+    def image_size(self, encoder: str) -> int | Literal["auto"]:
+        """Side of an encoder's images, in pixels: what its section states, else `pretrain.shared`.
+
+        Raises:
+            ConfigError: If it is not valid, or there is no such encoder.
+        """
+        self.method(encoder)
+        section, name = self.pretrain.sections[encoder], encoder
+        if not isinstance(section, dict) or "image_size" not in section:
+            section, name = self.pretrain.sections.get("shared", {}), "shared"
+        size: int | Literal["auto"] = parse(ImageSize, section.get("image_size"), f"pretrain.{name}.image_size")
+        return size
 
     def options(self, encoder: str) -> Config:
         """The options of an encoder's method.

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from deepclust.config import Config, meanings
+from deepclust.methods.parts.options import Shared
 from tasks.shared.operations.params import overrides
 from tasks.shared.operations.params.schema import Params
 
@@ -24,18 +25,26 @@ def show(values: Params, encoder: str | None, out: TextIO) -> None:
     network = _commented(shared, leave_out=shared.may_be_left_out)
     if encoder is not None:
         found = CommentedMap({"seed": values.seed, "encoders": _flow({encoder: values.method(encoder)})})
-        found["pretrain"] = CommentedMap({"shared": network, encoder: _commented(values.options(encoder))})
+        found["pretrain"] = CommentedMap({"shared": network, encoder: _section(values, encoder)})
     else:
         found = _commented(values)
         found["encoders"] = _flow(values.encoders)
         found["pretrain"]["shared"] = network
         for name in values.pretrain.encoders():
-            found["pretrain"][name] = _commented(values.options(name))
+            found["pretrain"][name] = _section(values, name)
         for name, options in values.adapt.complete().items():
             found["adapt"][name] = _commented(options)
     text = io.StringIO()
     overrides.round_trip().dump(found, text)
     out.write(re.sub(r"^(.*\S) +# ", r"\1  # ", text.getvalue(), flags=re.MULTILINE))
+
+
+def _section(values: Params, encoder: str) -> CommentedMap:
+    """An encoder's options, and the side of its images."""
+    found = _commented(values.options(encoder))
+    if "image_size" not in found:
+        found.insert(0, "image_size", values.image_size(encoder), comment=meanings(Shared)["image_size"])
+    return found
 
 
 def _commented(options: Config, leave_out: tuple[str, ...] = ()) -> CommentedMap:

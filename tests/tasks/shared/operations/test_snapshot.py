@@ -20,7 +20,7 @@ from tests import pipelines
 from tests.paths import ROOT
 
 CODE = Path("deepclust/training/code.py")
-IMAGES = layout.split("train") / "images.npy"
+IMAGES, DESCRIBED = layout.images(16) / "train.npy", layout.statistics("swav")
 
 
 @pytest.fixture
@@ -32,8 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(ROOT / file, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    for file in (IMAGES, layout.STATISTICS, layout.META, Path("data/a/1.png"), Path("data/b/2.png"), Path("domains/x")):
+    for file in (IMAGES, layout.META, Path("data/a/1.png"), Path("data/b/2.png"), Path("domains/x")):
         _parent(file).write_text(file.name)
+    _parent(DESCRIBED).write_text('{"image_size": 16}')
     lineage.write(layout.PREPARED, {})
     return tmp_path
 

@@ -41,20 +41,22 @@ def test_an_artifact_has_the_hash_of_each_file_and_of_each_artifact_of_its_deps(
     names = [path.relative_to(layout.PREPARED).as_posix() for path in layout.PREPARED.rglob("*.*")]
     assert prepared == {
         "outputs": {name: hashed(layout.PREPARED / name) for name in sorted(names) if name != "lineage.json"},
-        "inputs": {},
+        "inputs": {"artifacts/sizes": _folder_hash("sizes")},
         "reported": {"metrics/prepare.json": hashed(layout.metrics("prepare"))},
     }
-    folder = hashlib.sha256(json.dumps(_read("pretrain", "pcl")["outputs"], sort_keys=True).encode()).hexdigest()
     assert embedded["inputs"] == {
-        "artifacts/prepare/train/images.npy": hashed(layout.PREPARED / "train/images.npy"),
-        "artifacts/prepare/test/images.npy": hashed(layout.PREPARED / "test/images.npy"),
-        "artifacts/pretrain/pcl": folder,
+        "artifacts/prepare/encoders/pcl.json": hashed(layout.statistics("pcl")),
+        "artifacts/pretrain/pcl": _folder_hash("pretrain", "pcl"),
     }
     stages = ("pretrain", "embed", "cluster", "linear", "adapt")
     folders = {layout.out(stage, encoder).as_posix() for stage in stages for encoder in ENCODERS}
     assert set(_read("report")["inputs"]) == {"artifacts/prepare"} | folders
     lineage.check([*lineage.inputs("report", *ENCODERS), *lineage.inputs("adapt", "swav")])
     assert capsys.readouterr() == ("", "")
+
+
+def _folder_hash(*names: str) -> str:
+    return hashlib.sha256(json.dumps(_read(*names)["outputs"], sort_keys=True).encode()).hexdigest()
 
 
 def _retrain(patch: Patch) -> None:

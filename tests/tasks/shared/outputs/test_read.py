@@ -32,11 +32,11 @@ from tests.tasks import small_run
 UNUSED: Any = None
 # What reads a file when its `lineage.json` is not there.
 READERS: dict[str, Callable[[], object]] = {
-    "artifacts/prepare/train/images.npy": lambda: prepared.images("train"),
+    "artifacts/prepare/images/16/train.npy": lambda: prepared.images("train", "swav"),
     "artifacts/prepare/train/labels.npy": lambda: prepared.labels("train"),
     "artifacts/prepare/train/heldout.npy": prepared.heldout,
-    "artifacts/prepare/test/items.csv": lambda: prepared.load("test"),
-    "artifacts/prepare/statistics.json": lambda: (prepared.statistics(), _assigning()),
+    "artifacts/prepare/test/items.csv": lambda: prepared.load("test", "swav"),
+    "artifacts/prepare/encoders/swav.json": lambda: (prepared.statistics("swav"), _assigning()),
     "artifacts/prepare/meta.json": prepared.meta,
     "artifacts/pretrain/swav/encoder.json": lambda: encoder.load(layout.out("pretrain", "swav")),
     "artifacts/pretrain/swav/encoder.safetensors": lambda: encoder.load(layout.out("pretrain", "swav")),
@@ -61,7 +61,7 @@ READERS: dict[str, Callable[[], object]] = {
 def _assigning() -> bundle.Bundle:
     clusters, classifier = layout.out("cluster", "swav"), layout.out("linear", "swav")
     trained = layout.out("pretrain", "swav")
-    return bundle.load(trained, clusters=clusters, classifier=classifier, statistics=layout.PREPARED)
+    return bundle.load(trained, clusters=clusters, classifier=classifier, statistics=layout.statistics("swav"))
 
 
 def _pictures(name: str) -> None:
@@ -152,7 +152,7 @@ KINDS = {
     ".png": {},
 }
 FILES: dict[str, dict[str, Callable[[Path], object]]] = {
-    "artifacts/prepare/train/images.npy": {
+    "artifacts/prepare/images/16/train.npy": {
         "other images": _array(lambda array: array[:, 1:]),
         "no images": _array(lambda array: array[:0]),
     },
@@ -165,7 +165,7 @@ FILES: dict[str, dict[str, Callable[[Path], object]]] = {
         "another order": _array(lambda array: array[::-1].copy()),
     },
     "artifacts/prepare/test/items.csv": {"a row less": _text(lambda text: text[: text[:-1].rindex("\n") + 1])},
-    "artifacts/prepare/statistics.json": {
+    "artifacts/prepare/encoders/swav.json": {
         "an absurd number": _json(image_size=10**9),
         "other images": _json(image_size=28),
         "zero": _json(std=[0.0, 0.0, 0.0]),
@@ -297,7 +297,7 @@ COMMANDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        ("embed", "artifacts/prepare/test/images.npy"),
+        ("embed", "artifacts/prepare/images/16/test.npy"),
         ("cluster", "artifacts/embed/swav/train.npy"),
         ("linear", "artifacts/prepare/train/labels.npy"),
         ("adapt", "artifacts/cluster/swav/centroids.npy"),
@@ -305,7 +305,7 @@ COMMANDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         ("report", "metrics/cluster/swav.json"),
         ("report", "plots/adapt/swav.csv"),
         ("assign", "artifacts/pretrain/swav/encoder.safetensors"),
-        ("assign", "artifacts/prepare/statistics.json"),
+        ("assign", "artifacts/prepare/encoders/swav.json"),
         ("register", "artifacts/linear/swav/classifier.safetensors"),
         ("register", "artifacts/prepare/meta.json"),
         ("register", "metrics/linear/swav.json"),

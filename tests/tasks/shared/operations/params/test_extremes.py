@@ -22,7 +22,7 @@ HUGE = 10**30
 VALUES: dict[str, list[Any]] = {
     "seed": [HUGE, -1, -HUGE, 2**63, 10**99, 0.5, float("nan"), float("inf"), True, None, "", [[0]]],
     "data.folder": ["", " ", "\t", ".", "./", "a/..", "~", "~nouser", "~nouser/images", "a\0b", None],
-    "data.image_size": [10**9, 0, -8, HUGE],
+    "pretrain.shared.image_size": [10**9, 0, -8, HUGE],
     "data.white": [float("inf"), float("nan"), -1, 0, 10**400],
     "data.pages": [HUGE, -1],
     "data.bands": [[HUGE], [-1], [0.5], [0, 1]],

@@ -49,6 +49,30 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
     assert migration.migrate(earlier) == ([], "")
 
 
+@pytest.mark.parametrize(("size", "pixels"), [("auto", 64), ("96", 96)])
+def test_the_size_of_all_images_becomes_that_of_networks_and_pixels_keep_what_they_had(
+    tmp_path: Path, size: str, pixels: int
+) -> None:
+    path = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"^    image_size: .*\n", "", text, flags=re.M)
+    text = text.replace("pixels: {image_size: 32}  # at most", "pixels: {}")
+    path.write_text(text.replace("data:\n", f"data:\n  image_size: {size}  # pixels\n", 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^data.image_size: every encoder .*run `python -m tasks.params migrate`"):
+        params.load(path)
+    lines, difference = migration.migrate(path)
+    assert lines == [
+        f"data.image_size: now pretrain.shared.image_size, {size}; pixels and pretrained weights have their own",
+        f"pretrain.pixels.image_size: new, {pixels}",
+    ]
+    assert "-  image_size:" in difference
+    values = params.load(path)
+    sizes = {name: values.image_size(name) for name in ("swav", "random", "pixels")}
+    assert sizes == {"swav": values.pretrain.shared.image_size, "random": sizes["swav"], "pixels": pixels}
+    assert str(sizes["swav"]) == size
+    assert migration.migrate(path) == ([], "")
+
+
 def test_a_recipe_gets_no_keys_that_it_did_not_have(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("encoders: [pixels, swav]\npretrain:\n  pcl: {epochs: 3}\n", encoding="utf-8")
