@@ -48,13 +48,18 @@ class Named(Source):
         pixels = self._pixels(index)
         return decode.Inspected(hashlib.sha256(pixels.data).hexdigest(), pixels.shape[1], pixels.shape[0], None)
 
-    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
-        """An image as (image_size, image_size, channels) uint8."""
+    def read(
+        self, index: int, reading: Reading, *, image_sizes: Sequence[int], channels: int
+    ) -> list[NDArray[np.uint8]]:
+        """An image at each size, of which its own are its very pixels; see `Source`."""
         pixels = self._pixels(index)
-        if pixels.shape == (image_size, image_size, channels):
-            return pixels
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return square(image, image_size=image_size, channels=channels, resize=reading.resize)
+        return [
+            pixels
+            if pixels.shape == (side, side, channels)
+            else square(image, image_size=side, channels=channels, resize=reading.resize)
+            for side in image_sizes
+        ]
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         train, test = self.images["train"], self.images["test"]

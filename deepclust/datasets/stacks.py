@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -63,10 +63,12 @@ class Stacks(Source):
         sha256 = hashlib.sha256(np.ascontiguousarray(found.values).data).hexdigest()
         return decode.Inspected(sha256, width, height, depth.measure(found) if found.is_deep else None, found.depth)
 
-    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
-        """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
+    def read(
+        self, index: int, reading: Reading, *, image_sizes: Sequence[int], channels: int
+    ) -> list[NDArray[np.uint8]]:
+        """An image at each size; see `Source`. Raises: DataError with the reason."""
         image = Image.fromarray(depth.to_8_bits(self._raw(index, reading), reading.white))
-        return square(image, image_size=image_size, channels=channels, resize=reading.resize)
+        return [square(image, image_size=side, channels=channels, resize=reading.resize) for side in image_sizes]
 
     def _raw(self, index: int, reading: Reading) -> depth.Raw:
         number = bisect_right(self.starts, index) - 1

@@ -10,6 +10,7 @@ Folders that merely wrap all of this do not count, as in `flowers/<class>/…`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,7 +29,7 @@ class Folder(Source):
 
     Attributes:
         root: The folder.
-        max_pixels: See `decode.read_image`.
+        max_pixels: See `decode.read_images`.
     """
 
     root: Path
@@ -38,10 +39,12 @@ class Folder(Source):
         """What is known of a file without its pixels. Raises: DataError with the reason."""
         return decode.inspect(self.root / self.paths[index], reading, max_pixels=self.max_pixels)
 
-    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
-        """An image as (image_size, image_size, channels) uint8. Raises: DataError with the reason."""
+    def read(
+        self, index: int, reading: Reading, *, image_sizes: Sequence[int], channels: int
+    ) -> list[NDArray[np.uint8]]:
+        """An image at each size; see `Source`. Raises: DataError with the reason."""
         path = self.root / self.paths[index]
-        return decode.read_image(path, reading, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
+        return decode.read_images(path, reading, image_sizes=image_sizes, channels=channels, max_pixels=self.max_pixels)
 
 
 def load(path: str, files: find.Files, *, max_pixels: int) -> Folder:
@@ -50,7 +53,7 @@ def load(path: str, files: find.Files, *, max_pixels: int) -> Folder:
     Args:
         path: The folder, as in params.yaml.
         files: What lies in it.
-        max_pixels: See `decode.read_image`.
+        max_pixels: See `decode.read_images`.
 
     Raises:
         DataError: If it holds no images, or labels.csv does not fit it.

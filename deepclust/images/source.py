@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,5 +54,11 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, index: int, reading: Reading, *, image_size: int, channels: int) -> NDArray[np.uint8]:
-        """An image as (image_size, image_size, channels) uint8. Raises: DataError, as `inspect`."""
+    def read(
+        self, index: int, reading: Reading, *, image_sizes: Sequence[int], channels: int
+    ) -> list[NDArray[np.uint8]]:
+        """An image as (image_size, image_size, channels) uint8 for each size, which does not depend on the others.
+
+        Raises:
+            DataError: As `inspect`.
+        """

@@ -226,9 +226,10 @@ def test_cifar_is_read_from_its_binary_files_with_its_fine_labels(unverified: Pa
     assert found.paths[9:] == ["train/000009", "test/000000", "test/000001"]
     assert (found.sides, found.image_size, found.channels) == (["train"] * 10 + ["test"] * 2, 32, 3)
     for index, image in enumerate(images.transpose(0, 2, 3, 1)):
-        assert np.array_equal(found.read(index, Reading(), image_size=32, channels=3), image)
+        assert np.array_equal(found.read(index, Reading(), image_sizes=[32], channels=3)[0], image)
         assert found.inspect(index, Reading()).sha256 == hashlib.sha256(image.tobytes()).hexdigest()
-    assert found.read(11, Reading(), image_size=14, channels=1).shape == (14, 14, 1)
+    shapes = [image.shape for image in found.read(11, Reading(), image_sizes=[14, 32], channels=1)]
+    assert shapes == [(14, 14, 1), (32, 32, 1)]
     hundred = {name: bytes([7, label]) + images[0].tobytes() for name, label in (("train.bin", 42), ("test.bin", 99))}
     hundred |= {"fine_label_names.txt": "\n".join(f"fine{n}" for n in range(100)).encode()}
     archive(unverified, "cifar-100-binary", "cifar-100-binary", hundred)

@@ -47,7 +47,7 @@ def test_medmnists_layout_is_train_and_test_with_labels_and_val_is_not_used_besi
     assert labelled(found) == expected | {"pathmnist.npz/test/000000": "10", "pathmnist.npz/test/000001": "2"}
     assert found.sides == ["train"] * 5 + ["test"] * 2
     for index, expected_image in enumerate([*parts["train"], *parts["test"]]):
-        assert np.array_equal(found.read(index, Reading(), image_size=28, channels=3), expected_image)
+        assert np.array_equal(found.read(index, Reading(), image_sizes=[28], channels=3)[0], expected_image)
         seen = found.inspect(index, Reading())
         assert (seen.width, seen.height, seen.measured) == (28, 28, None)
     assert len({found.inspect(index, Reading()).sha256 for index in range(7)}) == 7
@@ -76,9 +76,9 @@ def test_npy_files_are_unlabelled_training_images_of_any_depth(tmp_path: Path) -
     seen = [found.inspect(index, Reading()).measured for index in range(6)]
     reading = Reading(white=depth.settle([one for one in seen if one], "auto"))
     assert reading.white == {"uint16": (0, 4095), "float32": (0, 1)}
-    square = found.read(1, reading, image_size=6, channels=1)
+    (square,) = found.read(1, reading, image_sizes=[6], channels=1)
     assert np.abs(square[..., 0] - np.rint(deep[1, 1:7] / 4095 * 255)).max() <= 1
-    assert np.array_equal(found.read(5, reading, image_size=6, channels=3), np.rint(floats[1] * 255))
+    assert np.array_equal(found.read(5, reading, image_sizes=[6], channels=3)[0], np.rint(floats[1] * 255))
 
 
 def test_image_files_come_before_stacks_and_a_folder_without_any_has_none(tmp_path: Path) -> None:
