@@ -174,7 +174,7 @@ def read(
     kept = sorted(set(sizes.kept.values()))
 
     def pixels(index: int) -> tuple[list[NDArray[np.uint8]], bytes, bool]:
-        images = [source.read(index, reading, image_size=size, channels=channels) for size in (sizes.own, *kept)]
+        images = source.read(index, reading, image_sizes=[sizes.own, *kept], channels=channels)
         own = np.ascontiguousarray(images[0])
         return images[1:], hashlib.sha256(own.data).digest(), bool((own != own[..., :1]).any())
 
