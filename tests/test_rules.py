@@ -22,6 +22,7 @@ DOORS = {
     "ruamel": ("tasks/shared/operations/params/",),
     "torch.distributed": ("deepclust/distributed.py", "tasks/shared/operations/processes/launcher.py"),
     "faiss": ("deepclust/clustering/kmeans.py",),
+    "huggingface_hub": ("deepclust/models/hub.py",),
     "torch": ("tasks/", "deepclust/"),
     "tifffile": ("deepclust/images/readers/tiff.py",),
     "imagecodecs": ("deepclust/images/readers/",),

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclust.errors import CheckpointError, ConfigError
+from deepclust.errors import ConfigError
+from deepclust.models import hub, weights
 
 SMALL_IMAGE = 64
 STEMS = ("auto", "small", "imagenet")
@@ -164,14 +165,11 @@ def timm_config(name: str) -> Any:
     return timm.get_pretrained_cfg(name.removeprefix(TIMM)) or timm.models.PretrainedCfg()
 
 
-def download(name: str, *, image_size: int) -> dict[str, Tensor]:
-    """The published weights of `timm/NAME.TAG`, classifier included, fitted to the image size by timm.
-
-    Only a safetensors file is fetched.
+def published(name: str) -> Any:
+    """What timm knows of the published weights of `timm/NAME.TAG`, as `timm_config`.
 
     Raises:
         ConfigError: If timm has no weights of that name.
-        CheckpointError: If they can not be fetched.
     """
     config = timm_config(name)
     if "." not in name or not config.hf_hub_id:
@@ -179,16 +177,25 @@ def download(name: str, *, image_size: int) -> dict[str, Tensor]:
         raise ConfigError(
             f"backbone: expected timm/NAME.TAG with published weights, got {name!r}; known: {known or '-'}"
         )
-    try:
-        weights = _import_timm().models.load_state_dict_from_hf(config.hf_hub_id, _HUB_FILE)
-    except Exception as error:  # of the hub's client, of its HTTP library or of the system
-        raise CheckpointError(
-            f"can not fetch {_HUB_FILE} of {config.hf_hub_id} ({_line(error)}); fetch it where there is a network, put "
-            "the safetensors file beside and name it as weights"
-        ) from error
+    return config
+
+
+def download(name: str, *, image_size: int) -> dict[str, Tensor]:
+    """The published weights of `timm/NAME.TAG`, classifier included, fitted to the image size by timm.
+
+    Only a safetensors file is fetched, and none that is in the hub's local cache.
+
+    Raises:
+        ConfigError: If timm has no weights of that name.
+        CheckpointError: If they can not be fetched.
+    """
+    state = weights.load(hub.fetch(published(name).hf_hub_id, _HUB_FILE))
     # Through timm's own loading, strict with the classifier: it fits position embeddings to another image size.
     net = _create(
-        name.removeprefix(TIMM), image_size=image_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}
+        name.removeprefix(TIMM),
+        image_size=image_size,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": state},
     )
     return dict(net.state_dict())
 
@@ -229,7 +236,7 @@ def _create(name: str, *, image_size: int, **options: Any) -> nn.Module:
 def _unfit(name: str, shape: tuple[int, ...], error: Exception) -> ConfigError:
     return ConfigError(
         f"backbone: {TIMM}{name} can not take images of shape {shape} ({_line(error)}); "
-        "take images of another size (`input_size` resizes them) or another model"
+        "take images of another size (`image_size`) or another model"
     )
 
 
