@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ from torch import Tensor
 
 from deepclust import config
 from deepclust.errors import CheckpointError, ConfigError
-from deepclust.models import backbones
+from deepclust.models import backbones, efficientnet_lite0
 from deepclust.models.encoder import HEADER, Encoder
 
 FROM_TIMM = "timm"
+_WORDS = (efficientnet_lite0.NAME, FROM_TIMM)
 # torchvision's weights of ImageNet, and nearly all others of these architectures.
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_IMAGENET_SIZE, _SMALL_SIZE = 224, 32
+_HEADER_KEYS = {
+    "backbone": config.Backbone,
+    "mean": list[config.Share],
+    "std": list[config.Positive],
+    "image_size": config.Side,
+    "input_size": config.Side | None,
+}
+_TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".pkl")
 _WRAPPERS = ("module.", "backbone.", "encoder.")
 _HEADS = ("fc", "head", "classifier")
 
@@ -27,33 +38,63 @@ _HEADS = ("fc", "head", "classifier")
 class Config(config.Config):
     """Which weights, and how the images have to be given to them."""
 
-    backbone: config.Backbone
-    """Name of the backbone; a ResNet's stem and the number of channels are taken from the weights."""
+    may_be_left_out = ("backbone", "image_size", "sha256", "mean", "std")
+
     weights: str
-    """Path of a safetensors file with the names of torchvision, of timm or of an encoder saved here, also behind the
-    prefixes `module.`, `backbone.` and `encoder.`; or timm: the published weights of a backbone timm/NAME.TAG."""
+    """efficientnet_lite0: those of a package; timm: the published weights of a backbone timm/NAME.TAG, by timm's hub;
+    or the path of a safetensors file with the names of torchvision, of timm or of an encoder saved here, also behind
+    the prefixes `module.`, `backbone.` and `encoder.`."""
+    backbone: config.Backbone | config.Auto = "auto"
+    """Name of the backbone; auto: as the weights state it, which files of ours and of tasks.convert do. A ResNet's stem
+    and the number of channels are taken from the weights."""
+    image_size: config.Pixels | config.Auto = "auto"
+    """Side that the network gets, in pixels; auto: what the weights were made for."""
     sha256: config.Hash | None = None
-    """The file's SHA-256, in hexadecimal, so that a changed file is a changed parameter; null with timm."""
-    input_size: config.Pixels | None = None
-    """Side that the network gets, in pixels; null: the images as they are."""
+    """The file's SHA-256, in hexadecimal, so that a changed file is a changed parameter; null without a file."""
     mean: tuple[config.Share, ...] | None = None
-    """Mean of each channel that the weights were trained with, in [0, 1]; null: as an encoder saved here states, else
-    as timm states, else ImageNet's for a ResNet."""
+    """Mean of each channel that the weights were trained with, in [0, 1]; null: as the file states, else as timm
+    states, else ImageNet's for a ResNet."""
     std: tuple[config.Positive, ...] | None = None
     """Likewise the standard deviation."""
 
     def _check(self) -> None:
-        if self.weights == FROM_TIMM:
-            if not self.backbone.startswith(backbones.TIMM):
-                raise ValueError(f"weights: {FROM_TIMM} needs a backbone timm/NAME.TAG, got {self.backbone!r}")
-            if self.sha256 is not None:
-                raise ValueError(f"sha256: expected null with weights: {FROM_TIMM}, got {self.sha256!r}; remove it")
+        if self.weights == FROM_TIMM and not self.backbone.startswith(backbones.TIMM):
+            raise ValueError(f"weights: {FROM_TIMM} needs a backbone timm/NAME.TAG, got {self.backbone!r}")
+        if self.weights == efficientnet_lite0.NAME and self.backbone not in ("auto", efficientnet_lite0.BACKBONE):
+            raise ValueError(f"backbone: expected auto with weights: {self.weights}, got {self.backbone!r}")
+        if self.weights in _WORDS and self.sha256 is not None:
+            raise ValueError(f"sha256: expected null with weights: {self.weights}, got {self.sha256!r}; remove it")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where weights come from, and what is known of them before they are loaded."""
+
+    backbone: str
+    image_size: int  # that they were made for
+    header: Mapping[str, Any]  # what a file says of itself
+    tensors: Callable[[int], dict[str, Tensor]]  # for images of a side
+
+
+def wanted_size(options: Config) -> int:
+    """Side of the images that the network gets, in pixels. Nothing is downloaded.
+
+    Raises:
+        ConfigError: If timm has no such model or weights, or the file's hash or backbone is not the stated one.
+        CheckpointError: If the file or package is missing or damaged.
+    """
+    return _size(options, _source(options))
+
+
+def _size(options: Config, source: _Source) -> int:
+    return source.image_size if options.image_size == "auto" else options.image_size
 
 
 def pretrained(options: Config, *, image_size: int, channels: int) -> Encoder:
     """An encoder with published or otherwise given weights, in eval mode and without gradients.
 
-    Weights are loaded strictly. Only a classifier's are left out; `description["ignored"]` names them.
+    Weights are loaded strictly. Only a classifier's are left out; `description["ignored"]` names them. Images of
+    another side than `wanted_size` are resized by the encoder.
 
     Args:
         options: Which weights.
@@ -64,40 +105,71 @@ def pretrained(options: Config, *, image_size: int, channels: int) -> Encoder:
         ConfigError: If an option is at odds with the weights or the images.
         CheckpointError: If the weights are missing, damaged or not the backbone's.
     """
-    backbone, weights, input_size = options.backbone, options.weights, options.input_size
-    stated: dict[str, Any] = {}
-    if weights == FROM_TIMM:
-        tensors = backbones.download(backbone, image_size=input_size or image_size)
-    else:
-        tensors, stated = _read(Path(weights), options.sha256)
-    tensors = _unwrapped(tensors)
-    network_channels, stem = _first_layer(backbone, tensors, weights)
-    mean, std = options.mean, options.std
+    source = _source(options)
+    size = _size(options, source)
+    tensors = source.tensors(size)
+    network_channels, stem = _first_layer(source.backbone, tensors, options.weights)
+    mean, std = options.mean or source.header.get("mean"), options.std or source.header.get("std")
     if mean is None or std is None:
-        usual = stated or _usual(backbone)
-        mean, std = mean or tuple(usual["mean"]), std or tuple(usual["std"])
+        usual = _usual(source.backbone)
+        mean, std = mean or usual["mean"], std or usual["std"]
     trained = Encoder(
-        backbone=backbone,
+        backbone=source.backbone,
         image_size=image_size,
         channels=channels,
         mean=list(mean),
         std=list(std),
         stem=stem,
         network_channels=network_channels,
-        input_size=input_size,
+        input_size=None if size == image_size else size,
     )
-    trained.description["ignored"] = _fill(trained, tensors, weights)
+    trained.description["ignored"] = _fill(trained, tensors, options.weights)
     return trained.eval().requires_grad_(False)
 
 
-def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its description where it was saved here."""
-    if path.suffix != ".safetensors":
-        raise ConfigError(
-            f"weights: expected a .safetensors file or {FROM_TIMM}, got {str(path)!r}; other files may hold code and "
-            'are not read: convert it once, `state = torch.load("FILE", map_location="cpu", weights_only=True); '
-            'state = state.get("state_dict", state); safetensors.torch.save_file(state, "FILE.safetensors")`'
+def repeated(encoder: Encoder) -> str | None:
+    """A line that says that grey images are repeated for a network of colour images; None where they are not."""
+    channels: int = encoder.description["network_channels"]
+    if encoder.description["channels"] == channels:
+        return None
+    return f"grey images are repeated for the network's {channels} channels"
+
+
+def enlarged(options: Config, encoder: Encoder) -> str | None:
+    """A line that says that the network gets more pixels than the images hold; None where it does not."""
+    stored, size = encoder.description["image_size"], encoder.description["input_size"]
+    if size is None or size <= stored:
+        return None
+    why = f"its weights were made for {size} px" if options.image_size == "auto" else f"its image_size is {size} px"
+    return f"{why}, the images hold {stored}: enlarged"
+
+
+def _source(options: Config) -> _Source:
+    weights, backbone = options.weights, options.backbone
+    if weights == efficientnet_lite0.NAME:
+        efficientnet_lite0.find()
+        return _Source(
+            efficientnet_lite0.BACKBONE, efficientnet_lite0.IMAGE_SIZE, {}, lambda size: efficientnet_lite0.load()
         )
+    if weights == FROM_TIMM:
+        size = int(backbones.published(backbone).input_size[-1])
+        return _Source(backbone, size, {}, lambda size: _unwrapped(backbones.download(backbone, image_size=size)))
+    tensors, header = _read(Path(weights), options.sha256)
+    tensors = _unwrapped(tensors)
+    if backbone == "auto":
+        backbone = header.get("backbone", "auto")
+    if backbone == "auto":
+        raise ConfigError(
+            f"backbone: {weights} does not say which network its weights are of; state it: resnet18, …, timm/NAME"
+        )
+    size = header.get("input_size") or header.get("image_size") or _usual_size(backbone, tensors, weights)
+    return _Source(backbone, size, header, lambda size: tensors)
+
+
+def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what its header says of them."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"weights: expected {', '.join(_WORDS)} or a .safetensors file, got {_remedy(str(path))}")
     if not path.is_file():
         raise CheckpointError(
             f"expected weights in {str(path)!r}, found {'no file' if path.exists() else 'none'}; mend the path"
@@ -117,11 +189,18 @@ def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, 
         with safe_open(path, framework="pt") as opened:
             header = (opened.metadata() or {}).get(HEADER)
             stated = json.loads(header) if header else {}
-            if header:
-                config.check_fields(stated, {"mean": list[config.Share], "std": list[config.Positive]}, {})
+            config.check_fields(stated, {}, _HEADER_KEYS)
             return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118  # no mapping
     except Exception as error:  # safetensors raises its own, undocumented types on damaged files
         raise CheckpointError(f"the weights {path} are damaged ({error}); fetch them again") from error
+
+
+def _remedy(weights: str) -> str:
+    if weights.startswith(backbones.TIMM):
+        return f"{weights!r}; for timm's published weights state `weights: {FROM_TIMM}, backbone: {weights}`"
+    if Path(weights).suffix in _TORCH_FILES:
+        return f"{weights!r}, which may hold code; `python -m tasks.convert {weights}` makes one of its weights"
+    return f"{weights!r}{config.hint(weights, _WORDS)}"
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,6 +236,13 @@ def _first_layer(backbone: str, tensors: Mapping[str, Tensor], weights: str) -> 
     return shape[1], "small" if shape[-1] == 3 else "imagenet"
 
 
+def _usual_size(backbone: str, tensors: Mapping[str, Tensor], weights: str) -> int:
+    """Side of the images that weights of this architecture are usually made for, where a file does not say."""
+    if backbone.startswith(backbones.TIMM):
+        return int(backbones.timm_config(backbone).input_size[-1])
+    return _IMAGENET_SIZE if _first_layer(backbone, tensors, weights)[1] == "imagenet" else _SMALL_SIZE
+
+
 def _usual(backbone: str) -> dict[str, list[float]]:
     """Mean and std that weights of this architecture are trained with, where there is such a custom."""
     if backbone.startswith(backbones.TIMM):
@@ -179,14 +265,15 @@ def _fill(encoder: Encoder, tensors: Mapping[str, Tensor], weights: str) -> list
     unknown = [name for name in kept if name not in expected]
     if missing or unknown:
         raise CheckpointError(
-            f"the weights in {weights} are not those of backbone {backbone}: it lacks {_some(missing)} and has the "
-            f"unknown {_some(unknown)}; state the backbone that they belong to, or rename them"
+            f"the weights in {weights} are not those of backbone {backbone}: the file lacks {_some(missing)} and has "
+            f"the unknown {_some(unknown)}; state the backbone that they belong to, or make the file from its torch "
+            "file: python -m tasks.convert FILE.pth"
         )
     for name, value in kept.items():
         if value.shape != expected[name].shape:
             raise CheckpointError(
                 f"expected {name} of shape {tuple(expected[name].shape)} in {weights}, got {tuple(value.shape)}; state "
-                "the backbone that the weights belong to, and as input_size the size that they were trained at"
+                "the backbone that the weights belong to, and as image_size the size that they were trained at"
             )
     encoder.backbone.load_state_dict(kept, strict=True)
     return ignored

@@ -24,7 +24,7 @@ from deepclust.training import loop
 from tasks.pretrain import history
 from tasks.shared.operations.observers import callbacks, checkpoints, progress
 from tasks.shared.operations.processes import launcher, preemption
-from tasks.shared.operations.text import say
+from tasks.shared.operations.text import say, warn
 from tasks.shared.outputs import prepared, stage
 
 CURVE = ["step", "epoch", "loss", "rate"]
@@ -83,7 +83,12 @@ def _untrained(here: stage.Here, options: Config, statistics: dict[str, Any]) ->
         from deepclust.methods import pretrained
 
         assert isinstance(options, pretrained.Config)
-        return pretrained.pretrained(options, **data)
+        found = pretrained.pretrained(options, **data)
+        if line := pretrained.repeated(found):
+            say(f"{here.encoder}: {line}")
+        if line := pretrained.enlarged(options, found):
+            warn(f"{here.encoder}: {line}")
+        return found
     data |= {"backbone": shared.backbone, "stem": shared.stem, "mean": statistics["mean"], "std": statistics["std"]}
     if method == "random":
         from deepclust.methods.random import random

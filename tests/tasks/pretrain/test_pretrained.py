@@ -20,7 +20,7 @@ def test_weights_of_a_file_run_through_to_the_report_and_another_hash_is_refused
     weights = (layout.out("pretrain", "swav") / encoders.WEIGHTS).read_bytes()
     sha256 = hashlib.sha256(weights).hexdigest()
     Path("weights.safetensors").write_bytes(weights)
-    edits = ["encoders=[swav, pretrained]", "pretrain.pretrained.backbone=small"]
+    edits = ["encoders=[swav, pretrained]", "pretrain.pretrained.weights=weights.safetensors"]
     small_run.overrides.apply([*edits, f"pretrain.pretrained.sha256='{'0' * 64}'"])
     with pytest.raises(SystemExit, match="2"):
         small_run.run("pretrain", monkeypatch, "pretrained")

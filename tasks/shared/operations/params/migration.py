@@ -81,6 +81,19 @@ def _add(section: CommentedMap, path: str, key: str, value: Any) -> Iterator[str
         yield f"{path}.{key}: new, {value}"
 
 
+def _sizes_of_pretrained(document: Any, whole: bool) -> Iterator[str]:
+    for name, section in (document.get("pretrain") or {}).items():
+        if not isinstance(section, CommentedMap) or "input_size" not in section:
+            continue
+        place, comment = list(section).index("input_size"), section.ca.items.get("input_size")
+        old = section.pop("input_size")
+        section.insert(place, "image_size", "auto" if old is None else old)
+        if comment:
+            section.ca.items["image_size"] = comment
+        became = "auto, what the weights were made for" if old is None else old
+        yield f"pretrain.{name}.input_size: now image_size, {became}"
+
+
 def _new_keys(document: Any, whole: bool) -> Iterator[str]:
     for dotted, value in _NEW.items() if whole else ():
         *parents, last = dotted.split(".")
@@ -100,4 +113,4 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
                 yield f"pretrain.{name}.kmeans_engine: new, {_NEW[template]}"
 
 
-_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _image_size, _new_keys)
+_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _image_size, _sizes_of_pretrained, _new_keys)

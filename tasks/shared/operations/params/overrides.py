@@ -235,10 +235,12 @@ def _set(document: Any, override: str) -> None:
     if isinstance(here, list):
         _child(here, last, dotted)
         here[int(last)] = value
-    elif isinstance(here, dict):
+    elif isinstance(here, CommentedMap):
         # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
         if last == "name" and here.get("name", _inherited_name(document, parents)) != value:
             above[parents[-1]] = _styled({last: value})  # an optimiser takes none of another's options along
+        elif parents == ["pretrain"] and last not in here:
+            here.insert(max(0, len(here) - 1), last, value)  # a section; the empty line below belongs to the last one
         elif last in here or len(parents) < 2:
             here[last] = value
         else:

@@ -80,6 +80,26 @@ def test_a_recipe_gets_no_keys_that_it_did_not_have(tmp_path: Path) -> None:
     assert params.read(recipe) == {"encoders": {"pixels": "pixels", "swav": "swav"}, "pretrain": {"pcl": {"epochs": 3}}}
 
 
+def test_the_size_that_a_pretrained_network_gets_keeps_its_value_and_null_is_what_the_weights_were_made_for(
+    earlier: Path,
+) -> None:
+    text = earlier.read_text(encoding="utf-8")
+    begin, end = text.index("  pretrained:"), text.index("  swav:")
+    file = "    backbone: resnet18\n    weights: w.safetensors\n    input_size: {}  # of a side\n    sha256: null\n"
+    sections = f"  pretrained:\n{file.format('null')}    mean: null\n    std: null\n  other:\n{file.format(96)}"
+    text = text[:begin] + sections + "    method: pretrained\n" + text[end:]
+    earlier.write_text(text.replace("encoders: [pixels,", "encoders: [pixels, other,"), encoding="utf-8")
+    lines, _ = migration.migrate(earlier)
+    assert "pretrain.pretrained.input_size: now image_size, auto, what the weights were made for" in lines
+    assert "pretrain.other.input_size: now image_size, 96" in lines
+    after = earlier.read_text(encoding="utf-8")
+    assert "    weights: w.safetensors\n    image_size: auto  # of a side\n    sha256: null\n" in after
+    assert "    image_size: 96  # of a side\n" in after
+    found = params.load(earlier).options("pretrained")
+    assert (found.backbone, found.image_size) == ("resnet18", "auto")  # type: ignore[attr-defined]
+    assert migration.migrate(earlier) == ([], "")
+
+
 def test_the_command_shows_lines_and_diff_and_a_broken_file_stays(
     earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,8 +99,22 @@ def test_a_text_is_taken_as_it_is_and_read_back_as_it_is_by_us_and_by_dvc(file: 
     assert params.read(file) == before | {"seed": 5}
 
 
+def test_an_encoder_with_weights_from_elsewhere_is_two_edits_that_state_only_what_matters(file: Path) -> None:
+    last = "    zero_init_residual: false\n\nembed:"
+    assert last in file.read_text(encoding="utf-8")
+    section = "{weights: timm, backbone: timm/vit_small_patch14_dinov2.lvd142m}"
+    overrides.apply(["encoders.dino=pretrained", f"pretrain.dino={section}"], file)
+    text = file.read_text(encoding="utf-8")
+    assert f"  dino: {section}\n" in text
+    assert last in text, "the empty line stays where it was"
+    assert params.load(file).options("dino").image_size == "auto"  # type: ignore[attr-defined]
+    overrides.apply(["pretrain.dino.image_size=224"], file)
+    assert params.load(file).options("dino").image_size == 224  # type: ignore[attr-defined]
+
+
 def test_yamls_quotes_and_null_keep_their_meaning_where_they_have_one(file: Path) -> None:
     digits = "1" * 30 + "e" + "2" * 33  # a number in YAML
+    overrides.apply(["pretrain.pretrained.weights=weights.safetensors"], file)  # only files have a hash
     for edit, value in {
         "data.folder='it''s'": "it's",
         'data.folder="a\\tb"': "a\tb",
