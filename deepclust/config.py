@@ -37,6 +37,9 @@ def _folder(text: str) -> str:
         raise ValueError(f"expected the path of a folder, got {text!r}; name one, such as path/to/images")
     if text.startswith("~"):
         raise ValueError(f"expected a path that DVC can follow, got {text!r}; write it out, without `~`")
+    # DVC takes the first for a file of its own, and the second for the address of a remote.
+    if os.path.normpath(text).endswith(".dvc") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        raise ValueError(f"expected a path that DVC can follow, got {text!r}; rename the folder")
     return text
 
 

@@ -21,7 +21,10 @@ from tests.paths import ROOT
 HUGE = 10**30
 VALUES: dict[str, list[Any]] = {
     "seed": [HUGE, -1, -HUGE, 2**63, 10**99, 0.5, float("nan"), float("inf"), True, None, "", [[0]]],
-    "data.folder": ["", " ", "\t", ".", "./", "a/..", "~", "~nouser", "~nouser/images", "a\0b", None],
+    "data.folder": [
+        *("", " ", "\t", ".", "./", "a/..", "~", "~nouser", "~nouser/images", "a\0b", None),
+        *("data.dvc", "sub/data.dvc/", "s3://bucket", "https:/x"),  # which DVC takes for something else
+    ],
     "pretrain.shared.image_size": [10**9, 0, -8, HUGE],
     "data.white": [float("inf"), float("nan"), -1, 0, 10**400],
     "data.pages": [HUGE, -1],
