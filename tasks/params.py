@@ -1,4 +1,4 @@
-"""python -m tasks.params check | apply RECIPE | migrate [FILE …]."""
+"""python -m tasks.params check | show [ENCODER] | folder PATH | apply RECIPE | migrate [FILE …]."""
 
 from tasks.shared.operations.params.command import main
 

@@ -141,7 +141,8 @@ def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, s
     """A stage's parameters, flat. Names do not begin with the section's, so that MLflow compares methods by them."""
     if stage == "pretrain":
         assert encoder
-        own = {"method": params.method(encoder)} | as_dict(params.options(encoder))
+        own = {"method": params.method(encoder), "image_size": params.image_size(encoder)}
+        own |= as_dict(params.options(encoder))
         return flatten({"seed": params.seed} | params.pretrain.network() | own)
     everything = params.resolved()
     if stage == "report":

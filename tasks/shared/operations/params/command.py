@@ -1,7 +1,8 @@
-"""Checks or shows params.yaml, changes it by a recipe, or brings an earlier one to the keys of today.
+"""Checks or shows params.yaml, points it at a folder, changes it by a recipe, or brings an earlier one up to date.
 
 python -m tasks.params check
 python -m tasks.params show [swav]
+python -m tasks.params folder path/to/images
 python -m tasks.params apply recipes/cifar10-resnet18.yaml
 python -m tasks.params migrate [recipe.yaml …]
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tasks.shared.operations import params
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.operations.params import migration, overrides, showing
+from tasks.shared.operations.params import folder, migration, overrides, showing
 from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout
 
@@ -26,6 +27,8 @@ def main() -> None:
     commands.add_parser("check", help="say whether params.yaml is valid")
     shown = commands.add_parser("show", help="print every value that holds, with its meaning")
     shown.add_argument("encoder", nargs="?", help="only what holds for this encoder's pretraining")
+    own = commands.add_parser("folder", help="take a folder of images, and the encoders that suit them")
+    own.add_argument("folder", type=Path, help="the images; docs/data.md says what is read")
     recipe = commands.add_parser("apply", help="change params.yaml as a recipe says, and show what changed")
     recipe.add_argument("recipe", type=Path, help="such as recipes/cifar10-resnet18.yaml")
     earlier = commands.add_parser("migrate", help="bring an earlier params.yaml, or recipes, to the keys of today")
@@ -34,6 +37,8 @@ def main() -> None:
     with errors_as_one_line():
         if arguments.command == "apply":
             say(*(overrides.apply_recipe(arguments.recipe) or f"{layout.PARAMS} says so already").split("\n"))
+        elif arguments.command == "folder":
+            say(*folder.point_at(arguments.folder))
         elif arguments.command == "show":
             showing.show(params.load(), arguments.encoder, sys.stdout)
         elif arguments.command == "migrate":

@@ -104,9 +104,9 @@ def _merge(document: Any, changes: dict[str, Any]) -> None:
         if same_kind:
             _merge(old, value)
         elif key in document and old != value:
-            document[key] = _styled(value)
+            document[key] = styled(value)
         elif key not in document:
-            _add(document, key, _styled(value))
+            _add(document, key, styled(value))
 
 
 def _add(section: Any, key: str, value: Any) -> None:
@@ -114,14 +114,14 @@ def _add(section: Any, key: str, value: Any) -> None:
     section.insert(min(1, len(section)), key, value)
 
 
-def _styled(value: Any) -> Any:
+def styled(value: Any) -> Any:
     """A plain value laid out as params.yaml does it: in one line, but for a list of mappings, one a line."""
     if isinstance(value, dict):
-        mapping = CommentedMap({key: _styled(item) for key, item in value.items()})
+        mapping = CommentedMap({key: styled(item) for key, item in value.items()})
         mapping.fa.set_flow_style()
         return mapping
     if isinstance(value, list):
-        items = CommentedSeq(map(_styled, value))
+        items = CommentedSeq(map(styled, value))
         if not any(isinstance(item, dict) for item in value):
             items.fa.set_flow_style()
         return items
@@ -156,7 +156,7 @@ def name_methods(document: Any, earlier: Any) -> None:
         section = sections.get(name)
         stated = section.pop("method", None) if isinstance(section, dict) else None
         methods[name] = stated or known.get(name, name)
-    document["encoders"] = _styled(methods)
+    document["encoders"] = styled(methods)
 
 
 def rewrite(path: Path, change: Callable[[Any], None]) -> str:
@@ -238,7 +238,7 @@ def _set(document: Any, override: str) -> None:
     elif isinstance(here, CommentedMap):
         # A key that is new here may still be valid (an encoder, its method): validation decides, and names the nearest.
         if last == "name" and here.get("name", _inherited_name(document, parents)) != value:
-            above[parents[-1]] = _styled({last: value})  # an optimiser takes none of another's options along
+            above[parents[-1]] = styled({last: value})  # an optimiser takes none of another's options along
         elif parents == ["pretrain"] and last not in here:
             here.insert(max(0, len(here) - 1), last, value)  # a section; the empty line below belongs to the last one
         elif last in here or len(parents) < 2:
@@ -274,7 +274,7 @@ def _text(text: str) -> Any:
         with contextlib.suppress(YAMLError):
             quoted = round_trip().load(text)
             return quoted if isinstance(quoted, str) else text
-    return _styled(text)
+    return styled(text)
 
 
 def _inherited_name(document: Any, parents: Sequence[str]) -> Any:
@@ -289,9 +289,9 @@ def _take_over(shared: Any, section: dict[str, Any], key: str) -> None:
     """Make a section state a block of its group's `shared`, so that a part of it can be changed: a list as it is."""
     block = shared.get(key) if isinstance(shared, dict) else None
     if isinstance(block, dict):
-        _add(section, key, _styled({}))
+        _add(section, key, styled({}))
     elif isinstance(block, list):
-        _add(section, key, _styled([dict(item) for item in block]))
+        _add(section, key, styled([dict(item) for item in block]))
 
 
 def _child(parent: Any, part: str, dotted: str) -> Any:

@@ -326,7 +326,7 @@ class Params(Config):
     def resolved(self, encoders: Iterable[str] | None = None) -> dict[str, Any]:
         """All values as plain ones, each section complete; of the encoders those given, or all."""
         names = encoders if encoders is not None else self.pretrain.encoders()
-        network = self.pretrain.network()
+        network = self.pretrain.network() | {"image_size": self.pretrain.shared.image_size}
         sections = {name: {"image_size": self.image_size(name)} | as_dict(self.options(name)) for name in names}
         adapters = {name: as_dict(options) for name, options in self.adapt.complete().items()}
         return as_dict(self) | {
