@@ -156,6 +156,7 @@ def _picture(file: BinaryIO, reading: Reading, max_pixels: int) -> Image.Image |
     format_ = formats.by_content(head)
     if format_ and format_.problem:
         raise DataError(format_.problem)
+    Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
     match format_ and format_.name:  # these readers' libraries take long to import
         case "TIFF":
             from deepclust.images.readers import tiff
@@ -178,7 +179,6 @@ def _picture(file: BinaryIO, reading: Reading, max_pixels: int) -> Image.Image |
 
             pillow_heif.register_heif_opener()
             openers = ("HEIF",)
-    Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside of pictures, whose size only Pillow sees
     image = Image.open(file, formats=openers)
     if image.width * image.height > max_pixels:
         raise DataError(f"{image.width} x {image.height} pixels, more than data.max_pixels ({max_pixels})")

@@ -127,7 +127,7 @@ def look(folder: Path, data: Data) -> Found:
 def _has_colour(source: Source, index: int, reading: Reading) -> bool:
     """Whether an image has unequal red, green and blue, as `prepare` judges it; one that can not be read has none."""
     try:
-        pixels = source.read(index, reading, image_size=_COLOUR_SIZE, channels=3)
+        (pixels,) = source.read(index, reading, image_sizes=[_COLOUR_SIZE], channels=3)
     except DataError:
         return False
     return bool((pixels != pixels[..., :1]).any())
