@@ -168,6 +168,18 @@ RESNETS: dict[str, tuple[Callable[[nn.Module], State], str, dict[str, Any], set[
         {},
         {"classifier", "projector", "momentum_backbone", "momentum_projector"},
     ),
+    "solo-learn's earlier names": (
+        lambda net: {"state_dict": under("encoder.", net) | copies("momentum_encoder.", net)},
+        "solo-learn, or lightly with a ResNet's names",
+        {},
+        {"momentum_encoder"},
+    ),
+    "lightly's DINO": (
+        lambda net: {"state_dict": under("teacher_backbone.", net) | copies("student_backbone.", net)},
+        "lightly's DINO, the teacher",
+        {},
+        {"student_backbone"},
+    ),
     "lightly": (
         lightly,
         "lightly, a ResNet's layers by number",
