@@ -16,6 +16,7 @@ from deepclust import config
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.models import backbones, efficientnet_lite0
 from deepclust.models.encoder import HEADER, Encoder
+from deepclust.models.pooling import Pooling
 
 FROM_TIMM = "timm"
 _WORDS = (efficientnet_lite0.NAME, FROM_TIMM)
@@ -28,6 +29,7 @@ _HEADER_KEYS = {
     "std": list[config.Positive],
     "image_size": config.Side,
     "input_size": config.Side | None,
+    "pooling": Pooling,
 }
 _TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".pkl")
 _WRAPPERS = ("module.", "backbone.", "encoder.")
@@ -38,7 +40,7 @@ _HEADS = ("fc", "head", "classifier")
 class Config(config.Config):
     """Which weights, and how the images have to be given to them."""
 
-    may_be_left_out = ("backbone", "image_size", "sha256", "mean", "std")
+    may_be_left_out = ("backbone", "image_size", "pooling", "sha256", "mean", "std")
 
     weights: str
     """efficientnet_lite0: those of a package; timm: the published weights of a backbone timm/NAME.TAG, by timm's hub;
@@ -49,6 +51,9 @@ class Config(config.Config):
     and the number of channels are taken from the weights."""
     image_size: config.Pixels | config.Auto = "auto"
     """Side that the network gets, in pixels; auto: what the weights were made for."""
+    pooling: Pooling = "auto"
+    """What features are made of a transformer's tokens: cls, the class token; mean, of the patches' tokens; cls+mean,
+    both; auto: as the weights' file states, else the network's own."""
     sha256: config.Hash | None = None
     """The file's SHA-256, in hexadecimal, so that a changed file is a changed parameter; null without a file."""
     mean: tuple[config.Share, ...] | None = None
@@ -122,6 +127,7 @@ def pretrained(options: Config, *, image_size: int, channels: int) -> Encoder:
         stem=stem,
         network_channels=network_channels,
         input_size=None if size == image_size else size,
+        pooling=options.pooling if options.pooling != "auto" else source.header.get("pooling", "auto"),
     )
     trained.description["ignored"] = _fill(trained, tensors, options.weights)
     return trained.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from deepclust import files, seeding
 from deepclust.config import Channels, Count, Positive, Share, Side
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.models import backbones, weights
+from deepclust.models.pooling import Pooling, dimension, pooled
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -28,6 +29,7 @@ _OPTIONS = {
     "network_channels": Channels,
     "input_size": Side | None,
 }
+_LATER = {"pooling": Pooling}  # encoders of earlier versions lack it
 _STATED = _OPTIONS | {"feature_dim": Count}
 
 
@@ -44,13 +46,14 @@ class Encoder(nn.Module):
         network_channels: Channels that the network takes; grey images are repeated for all of them. None: `channels`.
         input_size: Side that images are brought to before the network (bilinear, antialiased), in pixels. None: as
             they are.
+        pooling: What features are made of a transformer's tokens, see `deepclust.models.pooling`.
 
     Attributes:
         description: These arguments, `auto` and None resolved where they stand for something else.
         feature_dim: Dimension of the features.
 
     Raises:
-        ConfigError: If the images do not fit the network.
+        ConfigError: If the images or the pooling do not fit the network.
     """
 
     mean: Tensor
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
         stem: str | None = "auto",
         network_channels: int | None = None,
         input_size: int | None = None,
+        pooling: Pooling = "auto",
     ) -> None:
         super().__init__()
         wanted = network_channels or channels
@@ -83,10 +87,12 @@ class Encoder(nn.Module):
         size = input_size or image_size
         stem = backbones.resolve_stem(backbone, image_size=size, stem=stem or "auto")
         values = (backbone, image_size, channels, mean, std, stem, wanted, input_size)
-        self.description: dict[str, Any] = dict(zip(_OPTIONS, values, strict=True))
+        self.description: dict[str, Any] = dict(zip(_OPTIONS, values, strict=True)) | {"pooling": pooling}
         self.backbone, self.feature_dim = backbones.build(
             backbone, channels=wanted, image_size=size, stem=stem or "auto"
         )
+        if pooling != "auto":
+            self.feature_dim = dimension(self.backbone, backbone, pooling)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -96,8 +102,7 @@ class Encoder(nn.Module):
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         # Broadcasting over the statistics' channels is what repeats a grey channel.
-        features: Tensor = self.backbone((images - self.mean) / self.std)
-        return features
+        return pooled(self.backbone, (images - self.mean) / self.std, self.description["pooling"])
 
 
 def untrained(*, seed: int, **options: Any) -> Encoder:
@@ -130,9 +135,9 @@ def load(folder: Path) -> Encoder:
         CheckpointError: If a file is missing or damaged, or the weights are not exactly the backbone's.
     """
     try:
-        description = files.record(folder / DESCRIPTION, _STATED, {"ignored": list[str]})
+        description = files.record(folder / DESCRIPTION, _STATED, _LATER | {"ignored": list[str]})
         tensors = weights.load(folder / WEIGHTS)
-        encoder = Encoder(**{key: description[key] for key in _OPTIONS})
+        encoder = Encoder(**{key: description[key] for key in (*_OPTIONS, *_LATER) if key in description})
     except CheckpointError as error:
         raise CheckpointError(f"{error}; run its pretrain stage") from error
     except ConfigError as error:

@@ -241,3 +241,12 @@ def test_weights_that_are_not_exactly_the_backbones_or_at_odds_with_the_options_
     with pytest.raises(error, match=message.replace("{sha256}", file["sha256"])) as caught:
         taken(file, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_pooling_is_the_stated_one_else_that_of_the_file(tmp_path):
+    file = headed(
+        tmp_path, original("timm/test_vit", img_size=32).state_dict(), backbone="timm/test_vit", pooling="mean"
+    )
+    for stated, kept in (("auto", "mean"), ("cls+mean", "cls+mean")):
+        found = taken(file, backbone="auto", pooling=stated)
+        assert (found.description["pooling"], found.feature_dim) == (kept, 64 * len(kept.split("+")))
