@@ -7,6 +7,7 @@ Several processes each write a share of one file, so they need a common folder.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def main() -> None:
         # Up to three times faster convolutions on a CPU; torch's stub lacks the overload.
         trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         shape = tuple(trained.description[name] for name in ("image_size", "image_size", "channels"))
+        total, seconds = 0, 0.0
         for split in layout.SPLITS:
             images = prepared.images(split, here.encoder)
             if images.shape[1:] != shape:
@@ -38,6 +40,7 @@ def main() -> None:
                     f"expected an encoder of images {images.shape[1:]}, got one of {shape}; run "
                     f"`dvc repro pretrain@{here.encoder}`"
                 )
+            begin = time.monotonic()
             count = embed(
                 trained,
                 images,
@@ -45,7 +48,9 @@ def main() -> None:
                 batch_size=here.params.embed.batch_size,
                 device=device,
             )
+            total, seconds = total + count, seconds + time.monotonic() - begin
             say(f"{here.encoder}: {count} {split} images embedded in {trained.feature_dim} dimensions")
+        here.cost(images=total, embedding_seconds=seconds)
         with distributed.together():
             if distributed.is_main():
                 embedded = np.load(here.folder / f"{layout.SPLITS[-1]}.npy", mmap_mode="r", allow_pickle=False)

@@ -158,7 +158,9 @@ def _train(
                 device=device,
                 on_step=on_step,
                 on_epoch=on_epoch,
-                saving=run.saving({"history": past, "watch": observer} if observer else {}, stop=told),
+                saving=run.saving(
+                    {"history": past, "watch": observer, "clock": here.clock} if observer else {}, stop=told
+                ),
             )
         except TrainingError as error:
             if observer is None:

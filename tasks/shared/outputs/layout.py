@@ -17,6 +17,7 @@ PREPARED = ARTIFACTS / "prepare"
 META = PREPARED / "meta.json"
 REPORT = ARTIFACTS / "report" / "report.html"
 COMPARISON = ARTIFACTS / "report" / "comparison.csv"
+COSTS = ARTIFACTS / "report" / "costs.js"  # which DVC ignores
 
 
 def out(stage: str, encoder: str | None = None) -> Path:
@@ -57,6 +58,11 @@ def embeddings(encoder: str, split_name: str) -> Path:
 def state(stage: str, encoder: str | None = None) -> Path:
     """The folder in which an unfinished run of a stage keeps its state, in neither git nor DVC."""
     return STATE / stage / encoder if encoder else STATE / stage
+
+
+def cost(stage: str, encoder: str | None = None) -> Path:
+    """What the last run of a stage took, in neither git nor DVC."""
+    return STATE / "costs" / stage / f"{encoder}.json" if encoder else STATE / "costs" / f"{stage}.json"
 
 
 def preempted(stage: str, encoder: str | None = None) -> Path:

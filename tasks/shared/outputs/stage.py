@@ -23,7 +23,7 @@ from typing import Any
 
 from deepclust import config, temporary
 from deepclust.errors import PreemptedError
-from tasks.shared.operations import lock, params, snapshot, tracking
+from tasks.shared.operations import costs, lock, params, snapshot, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import launcher, orphans, signals
@@ -40,6 +40,7 @@ class Here:
         params: All parameters.
         folder: Where to write; replaces the stage's output folder when the stage succeeds.
         run: The stage's run in MLflow, on the main process.
+        clock: What the stage takes; pretraining keeps it in the state of its run.
     """
 
     stage: str
@@ -47,8 +48,10 @@ class Here:
     params: schema.Params
     folder: Path
     run: tracking.Run
+    clock: costs.Clock
     _made_from: dict[str, str]
     _files: dict[Path, str] = field(default_factory=dict)
+    _measured: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Write the stage's metrics file and log its numbers to MLflow. Nested mappings are joined by dots there."""
@@ -59,6 +62,10 @@ class Here:
         """Write the stage's curve as CSV, for `dvc plots`."""
         assert self.encoder
         self._files[layout.curve(self.stage, self.encoder)] = table(rows, columns)
+
+    def cost(self, **measured: float) -> None:
+        """Note clock readings and what they are of, which no output may hold; see `costs.record`."""
+        self._measured |= measured
 
     def commit(self) -> None:
         """Replace the old outputs, after all that can fail on a full disk."""
@@ -76,6 +83,8 @@ class Here:
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
+        reading = costs.record(self.stage, self.encoder, self.clock.state_dict() | self._measured)
+        write_if_possible(layout.cost(self.stage, self.encoder), json_text(reading))
 
 
 def _partial(path: Path) -> Path:
@@ -124,6 +133,15 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_if_possible(path: Path, text: str) -> None:
+    """Write a text file that nothing depends on; on a full or read-only disk nothing is written."""
+    try:
+        write_text(path, text)
+    except OSError:
+        with suppress(OSError):
+            _partial(path).unlink(missing_ok=True)
+
+
 @contextmanager
 def running(stage: str) -> Iterator[Here]:
     """Run the body as the stage; see the head of this file.
@@ -133,6 +151,7 @@ def running(stage: str) -> Iterator[Here]:
     state before it stopped (PreemptedError) ends with one line and status 143 or 130. The old outputs are then still
     there. Any other exception is a bug and keeps its traceback.
     """
+    clock = costs.Clock()
     per_encoder = stage not in layout.ONCE
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}")
     if per_encoder:
@@ -167,7 +186,7 @@ def running(stage: str) -> Iterator[Here]:
                     partial.mkdir(parents=True)
                     stack.callback(shutil.rmtree, partial, ignore_errors=True)
                 run = stack.enter_context(tracking.stage_run(stage, encoder, values))
-            here = Here(stage, encoder, values, partial, run, lineage.hashes(sources))
+            here = Here(stage, encoder, values, partial, run, clock, lineage.hashes(sources))
             yield here
             with launcher.together():
                 if before:

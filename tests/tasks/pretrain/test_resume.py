@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ import pytest
 
 from deepclust.errors import CheckpointError
 from deepclust.training import checkpoint, loop, resume
+from tasks.shared.operations import costs
 from tasks.shared.operations.observers import checkpoints
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout
@@ -115,9 +117,14 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
             small_run.run("pretrain", patch, "pcl")
     assert capsys.readouterr().err.splitlines()[-1].startswith("preempted: stopped after update ")
     assert layout.preempted("pretrain", "pcl").exists()
+    begin = time.monotonic()
     small_run.run("pretrain", monkeypatch, "pcl")
+    seconds = time.monotonic() - begin
     assert not layout.preempted("pretrain", "pcl").exists()
     assert outputs("pcl") == expected
+    cost = costs.reading("pretrain", "pcl")
+    assert cost is not None
+    assert cost["seconds"] > seconds, "the first part is counted too"
 
 
 def refusal(encoder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
