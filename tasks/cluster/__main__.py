@@ -7,6 +7,7 @@ If there are several processes, each fits on its share of the train embeddings; 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepclust import distributed, files, seeding
@@ -122,21 +124,27 @@ class Scorer:
         self._distances = metrics.distances(test.cpu().numpy()[self._sample])
 
     def mean(self, fits: list[Fit]) -> dict[str, Any]:
-        """Mean and standard deviation of each metric over the fits, and the sizes of the best one's clusters."""
-        scores = [self._score(found.centroids) for found in fits]
+        """Mean and standard deviation of each metric over the fits, and the sizes of the best one's clusters.
+
+        `stability` is the adjusted Rand index between the clusterings of two fits, over all pairs; of fewer than three
+        fits there is none, since one pair has no deviation.
+        """
+        assigned = [kmeans.assign(self._test, found.centroids, engine=self._options.engine) for found in fits]
+        clusterings = [clusters.cpu().numpy() for clusters, _ in assigned]
+        scores = [self._score(clusters, squared) for clusters, (_, squared) in zip(clusterings, assigned, strict=True)]
         summary: dict[str, Any] = {
             name: {"mean": float(np.mean(values)), "std": float(np.std(values))}
             for name in scores[0]
             if (values := [score[name] for score in scores if name in score])
         }
-        centroids = _best(fits).centroids
-        test_clusters, _ = kmeans.assign(self._test, centroids, engine=self._options.engine)
-        summary["sizes"] = torch.bincount(test_clusters, minlength=len(centroids)).tolist()
+        if len(fits) > 2:
+            agreements = list(itertools.starmap(metrics.ari, itertools.combinations(clusterings, 2)))
+            summary["stability"] = {"mean": float(np.mean(agreements)), "std": float(np.std(agreements))}
+        best = int(np.argmin([found.inertia for found in fits]))
+        summary["sizes"] = np.bincount(clusterings[best], minlength=len(fits[best].centroids)).tolist()
         return summary
 
-    def _score(self, centroids: Tensor) -> dict[str, float]:
-        assigned, squared = kmeans.assign(self._test, centroids, engine=self._options.engine)
-        clusters = assigned.cpu().numpy()
+    def _score(self, clusters: NDArray[np.int64], squared: Tensor) -> dict[str, float]:
         known = self._labels >= 0
         scores = {"inertia": float(squared.sum(dtype=torch.float64))}
         silhouette = metrics.silhouette(self._distances, clusters[self._sample])

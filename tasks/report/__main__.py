@@ -20,7 +20,8 @@ from PIL import Image
 from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import adaptation_plots as adaptation
-from tasks.report import comparison, plots, prune
+from tasks.report import comparison, costs, plots, prune, verdict
+from tasks.shared.operations import costs as operations
 from tasks.shared.operations import provenance, store
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import safe, say, warn
@@ -30,6 +31,7 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 _MAP_ITERATIONS = 500
 _MAP_DIMENSIONS = 50
 _FILES_SHOWN = 200
+_NEITHER_GOOD_NOR_BAD = ("k", "dim", "image_size", "megabytes")
 _WHERE: dict[str, read.Check] = {"classifier": str, "setting": str, "batch_size": int, "adapter": str, "guarded": int}
 _SHIFT: dict[str, read.Check] = {"shift": str, "severity": int, "images": int, "error": read.number}
 # The tables of `adapt`, and what checks their cells.
@@ -51,8 +53,12 @@ def main() -> None:
         stage.write_text(here.folder / layout.COMPARISON.name, stage.table(rows, list(rows[0])))
         pictures = draw(here.folder, rows, here.params)
         stage.write_text(here.folder / layout.REPORT.name, render(here.folder, pictures, rows, here.params))
+        costly = comparison.with_costs(rows)
         numbers = {
-            f"{row['encoder']}/{name}": value for row in rows for name, value in row.items() if isinstance(value, float)
+            f"{row['encoder']}/{name}": value
+            for row in costly
+            for name, value in row.items()
+            if isinstance(value, float)
         }
         for run in (here.run, here.run.pipeline):
             run.log_metrics(numbers)
@@ -60,7 +66,9 @@ def main() -> None:
         here.run.log_artifact(here.folder / layout.COMPARISON.name)
         if store.enabled():
             register_all([str(row["encoder"]) for row in rows], here.run.run_id)
-        say("", *comparison.comparison_text(rows).split("\n"), "", *comparison.verdict(rows))
+        say("", *comparison.comparison_text(costly).split("\n"), "", *verdict.best(rows))
+        say("", "On the test set:", *verdict.on_test(rows))
+    stage.write_if_possible(layout.COSTS, costs.script(costly))  # beside the outputs, when they are in their place
 
 
 def register_all(encoders: Iterable[str], run_id: str) -> None:
@@ -240,6 +248,8 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
         files_shown=_FILES_SHOWN,
         rows=rows,
         comparison=comparison,
+        verdict=verdict,
+        cost=cost,
         adaptation=adaptation,
         best=best(rows),
         pictures=pictures,
@@ -248,12 +258,17 @@ def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], v
     )
 
 
+def cost(column: str, encoder: str) -> str | None:
+    """Hash of the outputs that a column of costs is of, by which costs.js knows the cell; None for other columns."""
+    return operations.identity(costs.STAGE[column], encoder) if column in costs.STAGE else None
+
+
 def best(rows: list[comparison.Row]) -> dict[str, float]:
     """The best value of each column; of errors, the smallest."""
     found = {}
     for name in comparison.columns(rows):
         numbers = [float(value) for row in rows if isinstance(value := row[name], (int, float))]
-        if name not in ("encoder", "method", "k") and len(numbers) > 1:
+        if name not in _NEITHER_GOOD_NOR_BAD and len(numbers) > 1:
             found[name] = min(numbers) if comparison.small_is_good(name) else max(numbers)
     return found
 

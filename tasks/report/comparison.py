@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tabulate import tabulate
 
-from deepclust.config import Config, Count, Natural, Number, Share, Voters, config
+from deepclust.config import Config, Count, Natural, Number, Share, Side, Voters, config
+from tasks.report.intervals import wilson
+from tasks.shared.operations import costs
 from tasks.shared.operations.text import printable
-from tasks.shared.outputs import layout, read
+from tasks.shared.outputs import layout, prepared, read
 
 BASELINES = ("pixels", "random")
-Row = dict[str, str | float | None]
+KINDS = ("baseline", "from scratch", "pretrained")
+Row = Mapping[str, str | float | None]
+# The first table: what an encoder is worth, and what it costs. Of the two label-free columns only one is in it.
+_FIRST = ("encoder", "kind", "acc", "nmi", "knn20", "linear", "heldout", "stability")
+COSTS = ("minutes", "images_per_second")  # clock readings: in no output
+_PRICE = ("dim", "image_size", "megabytes", *COSTS)
 _TITLES = {
     "acc": "k-means ACC",
     "nmi": "NMI",
@@ -24,6 +33,11 @@ _TITLES = {
     "rankme": "RankMe",
     "clean": "clean error",
     "guard_worst": "worst guarded - source",
+    "heldout": "held out",
+    "image_size": "side",
+    "megabytes": "MB",
+    "minutes": "minutes",
+    "images_per_second": "images/s",
 }
 _ADAPTERS = ("source", "bn", "tsd")  # those with a column; the report has all
 
@@ -49,12 +63,15 @@ class _Scores(Config):
 # What a stage's metrics must have and may have, of what is read here.
 _METRICS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pretrain": ({"method": str}, {}),
-    "embed": ({"rankme": Number}, {}),
+    "embed": ({"dim": Count, "rankme": Number}, {}),
     "cluster": (
         {"k": Count},
-        dict.fromkeys(("acc", "nmi", "ari", "silhouette"), _Spread) | {"other_k": dict[int, _Scores]},
+        dict.fromkeys(("acc", "nmi", "ari", "silhouette", "stability"), _Spread) | {"other_k": dict[int, _Scores]},
     ),
-    "linear": ({"labelled": Natural}, {"linear": Share, "all": dict[Voters, Share], "reason": str}),
+    "linear": (
+        {"labelled": Natural},
+        {"linear": Share, "knn_heldout": Share, "all": dict[Voters, Share], "reason": str},
+    ),
     "adapt": (
         {"not_applicable": dict[str, str]},
         {
@@ -80,34 +97,69 @@ def stage_metrics(stage: str, encoder: str) -> dict[str, Any]:
 
 
 def collect(encoders: Sequence[str]) -> list[Row]:
-    """One row an encoder, baselines first; what was not measured is None.
+    """One row an encoder, baselines first and pretrained ones last; what was not measured is None.
 
     Raises:
         DataError: If a stage has not run.
     """
-    rows = [_row(encoder) for encoder in encoders]
-    rows.sort(key=lambda row: BASELINES.index(str(row["method"])) if row["method"] in BASELINES else len(BASELINES))
+    heldout = len(prepared.heldout())
+    rows = [_row(encoder, heldout) for encoder in encoders]
+    rows.sort(key=lambda row: (KINDS.index(str(row["kind"])), [name != row["method"] for name in BASELINES]))
     # An adapter may not apply to an encoder: all columns, in the order of the row that has most.
     names = dict.fromkeys(name for row in [*sorted(rows, key=len)[-1:], *rows] for name in row)
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _row(encoder: str) -> Row:
+def _row(encoder: str, heldout: int) -> Row:
     clusters = stage_metrics("cluster", encoder)
     linear = stage_metrics("linear", encoder)
-    row: Row = {"encoder": encoder, "method": stage_metrics("pretrain", encoder)["method"], "k": clusters["k"]}
-    for name in ("acc", "nmi", "ari", "silhouette"):
+    embedded = stage_metrics("embed", encoder)
+    method = stage_metrics("pretrain", encoder)["method"]
+    row: dict[str, str | float | None] = {"encoder": encoder, "method": method, "kind": kind(method)}
+    row |= {"k": clusters["k"]}
+    for name in ("acc", "nmi", "ari", "silhouette", "stability"):
         score = clusters.get(name) or {}
         row |= {name: score.get("mean"), f"{name}_std": score.get("std")}
     row |= _neighbours(linear.get("all") or {})
-    row |= {"linear": linear.get("linear"), "rankme": stage_metrics("embed", encoder).get("rankme")}
+    row |= {"linear": linear.get("linear"), "rankme": embedded["rankme"]}
+    accuracy = linear.get("knn_heldout")
+    row |= {"heldout": accuracy, "heldout_images": None if accuracy is None else heldout}
+    row |= {"dim": embedded["dim"], **_size(encoder)}
     adapted = stage_metrics("adapt", encoder)
     errors, guard = adapted.get("errors") or {}, adapted.get("guard") or {}
     row |= {"clean": adapted.get("clean")} | {f"error_{name}": errors[name] for name in _ADAPTERS if name in errors}
     return row | {"guard_worst": guard.get("worst_setting")}
 
 
-def _neighbours(scores: Mapping[str, float]) -> Row:
+def kind(method: str) -> str:
+    """Whether a method is a baseline, trains from scratch, or takes weights that others have trained."""
+    if method in BASELINES:
+        return "baseline"
+    return "pretrained" if method == "pretrained" else "from scratch"
+
+
+def _size(encoder: str) -> dict[str, float]:
+    """Side of the images that the network sees, in pixels, and size of its weights in 10⁶ bytes."""
+    folder = layout.out("pretrain", encoder)
+    stated = read.record(folder / "encoder.json", {"image_size": Side, "input_size": Side | None})
+    size = read.there(folder / "encoder.safetensors").stat().st_size
+    return {"image_size": stated["input_size"] or stated["image_size"], "megabytes": size / 1e6}
+
+
+def with_costs(rows: Sequence[Row]) -> list[Row]:
+    """Rows with minutes of training and images embedded in a second; None where these are not known."""
+    return [row | _costs(str(row["encoder"])) for row in map(dict, rows)]
+
+
+def _costs(encoder: str) -> dict[str, str | float | None]:
+    trained, embedded = (costs.reading(stage, encoder) or {} for stage in ("pretrain", "embed"))
+    seconds, speed = trained.get("seconds"), None
+    if embedded.get("embedding_seconds"):
+        speed = embedded.get("images", 0) / embedded["embedding_seconds"]
+    return dict(zip(COSTS, (None if seconds is None else seconds / 60, speed), strict=True))
+
+
+def _neighbours(scores: Mapping[str, float]) -> dict[str, float | None]:
     """kNN of every k at one temperature: the usual .07 where it was measured, else the first."""
     if not scores:
         return {"knn20": None, "knn200": None}
@@ -117,34 +169,57 @@ def _neighbours(scores: Mapping[str, float]) -> Row:
 
 def table(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
     """Rows of comparison.csv. Raises: DataError if it is missing or damaged."""
-    return read.table(path, {"encoder": str, "method": str}, others=read.number)
+    return read.table(path, {"encoder": str, "method": str, "kind": str}, others=read.number)
+
+
+def number(row: Mapping[str, Any], column: str) -> float | None:
+    """A finite number of a row, or None."""
+    value = row.get(column)
+    return None if value in (None, "") or not math.isfinite(float(value)) else float(value)
 
 
 def shown(row: Mapping[str, Any], column: str) -> str:
     """A cell as it is printed: `.646 ± .012`, or `.646` where there is no deviation; blank if absent."""
     value = row.get(column)
     if value is None or value == "":
-        return ""
-    if column in ("encoder", "method", "k"):
+        return "–" if column in COSTS else ""
+    if column in ("encoder", "method", "kind", "k", "dim", "image_size"):
         return str(value)
     if column == "guard_worst":
         return f"{float(value):+.3f}"
-    text = f"{float(value):.1f}" if column == "rankme" else _fraction(value)
+    if column in ("rankme", "megabytes", "minutes"):
+        return f"{float(value):,.1f}"
+    if column == "images_per_second":
+        return f"{float(value):,.0f}"
+    if column == "heldout" and (images := number(row, "heldout_images")):
+        interval = wilson(float(value), int(images))
+        return f"{fraction(value)} ({fraction(interval.low)}–{fraction(interval.high)})"
     spread = row.get(f"{column}_std")
-    return f"{text} ± {_fraction(spread)}" if spread not in (None, "") else text
+    return f"{fraction(value)} ± {fraction(spread)}" if spread not in (None, "") else fraction(value)
 
 
-def _fraction(value: Any) -> str:
+def fraction(value: Any) -> str:
+    """A number with three decimals and no leading zero."""
     text = f"{float(value):.3f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns worth showing: no empty ones, no deviations (they stand beside their means), no repeated names."""
-    names = [name for name in rows[0] if not name.endswith("_std")] if rows else []
+    """Columns worth showing: no empty ones but costs, no deviations or counts that others show, no repeated names."""
+    names = [name for name in rows[0] if not name.endswith("_std") and name != "heldout_images"] if rows else []
     if all(row.get("method") == row["encoder"] for row in rows):
         names = [name for name in names if name != "method"]
-    return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+    return [name for name in names if name in COSTS or any(row.get(name) not in (None, "") for row in rows)]
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Columns of the first table, which says what an encoder is worth and costs, and of that with all other numbers."""
+    names = columns(rows)
+    knn = next((name for name in ("knn20", *names) if name.startswith("knn") and name in names), "")
+    label_free = "heldout" if "heldout" in names else "stability"
+    wanted = (*_FIRST[:4], knn, "linear", label_free, *_PRICE)
+    first = [name for name in wanted if name in names]
+    return first, ["encoder", *(name for name in names if name not in first)]
 
 
 def small_is_good(column: str) -> bool:
@@ -152,21 +227,30 @@ def small_is_good(column: str) -> bool:
     return column in ("clean", "guard_worst") or column.startswith("error_")
 
 
-def comparison_text(rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
-    """The table for a terminal, in blocks of at most `width` characters; errors under shifts begin a block."""
+def comparison_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """Both tables for a terminal, in blocks of at most `width` characters, by default the terminal's, or 120.
+
+    Where a table does not fit, what an encoder costs, and the errors under shifts, begin a block of their own.
+    """
     if not rows:
         return "no encoders"
-    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in columns(rows)}
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    blocks = [block for names in tables(rows) if len(names) > 1 for block in _blocks(rows, names, width)]
+    return "\n\n".join(blocks)
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int) -> list[str]:
+    cells = {name: [title(name), *(shown(row, name) for row in rows)] for name in names}
     widths = {name: max(map(len, column)) for name, column in cells.items()}
-    head, *others = cells
+    head, *others = names
     fits = sum(widths.values()) + 2 * len(others) <= width
     parts: list[list[str]] = [[head]]
     for name in others:
         full = sum(widths[each] + 2 for each in parts[-1]) + widths[name] > width
-        if len(parts[-1]) > 1 and (full or (name == "clean" and not fits)):
+        if len(parts[-1]) > 1 and (full or (name in ("clean", _PRICE[0]) and not fits)):
             parts.append([head])
         parts[-1].append(name)
-    return "\n\n".join(_underlined(aligned([*zip(*(cells[name] for name in names), strict=True)])) for names in parts)
+    return [_underlined(aligned([*zip(*(cells[name] for name in part), strict=True)])) for part in parts]
 
 
 def _underlined(table: str) -> str:
@@ -181,60 +265,16 @@ def aligned(table: Sequence[Sequence[str]], words: int = 1) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in Markdown."""
-    names = columns(rows)
+    """Both tables in Markdown."""
+    return "\n\n".join(_markdown(rows, names) for names in tables(rows) if len(names) > 1) if rows else "no encoders"
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     lines = [[title(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
-    lines += [[_literal(shown(row, name)) for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "no encoders"
+    lines += [[literal(shown(row, name)) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _literal(cell: str) -> str:
+def literal(cell: str) -> str:
     """A cell whose text is no Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#!|~&])", r"\\\1", printable(cell))
-
-
-def verdict(rows: Sequence[Row]) -> list[str]:
-    """In words, in which of ACC, NMI, kNN and linear accuracy a method beats the baselines, and in which not."""
-    scores = [name for name in columns(rows) if name in ("acc", "nmi", "linear") or name.startswith("knn")]
-    found = {str(row["method"]): row for row in rows if row["method"] in BASELINES}
-    trained = [row for row in rows if row["method"] not in BASELINES]
-    if not trained:
-        return ["There are only baselines here."]
-    if not scores:
-        return ["No test image has a label: there are no accuracies, and you have to judge by the pictures."]
-    sentences = [
-        f"The baseline {name} is not in `encoders`: nothing is compared with it."
-        for name in BASELINES
-        if name not in found
-    ]
-    return sentences + [_judged(row, found, scores) for row in trained if found]
-
-
-def _judged(row: Row, found: Mapping[str, Row], scores: Sequence[str]) -> str:
-    """One method against the baselines, score by score."""
-    won, lost = [], []
-    for score in scores:
-        measured = {name: base for name, base in found.items() if None not in (row.get(score), base.get(score))}
-        ahead = {name: _number(row, score) - _number(base, score) for name, base in measured.items()}
-        behind = [name for name, lead in ahead.items() if lead <= 0]
-        if behind:
-            against = " and ".join(f"{shown(found[name], score)} of {name}" for name in behind)
-            lost.append(f"{title(score)} ({shown(row, score)} against {against})")
-        elif ahead:
-            spread = max(_number(each, f"{score}_std") for each in (row, *measured.values()))
-            close = " (by less than the deviation over seeds)" if min(ahead.values()) <= spread and spread else ""
-            won.append(title(score) + close)
-    if not won and not lost:
-        return f"{row['encoder']} has no score in common with the baselines."
-    if not won:
-        return f"{row['encoder']} does NOT beat the baselines in {_listed(lost)}: it is not working on this data."
-    sentence = f"{row['encoder']} beats {_listed(list(found))} in {_listed(won)}"
-    return f"{sentence}, but NOT in {_listed(lost)}." if lost else f"{sentence}."
-
-
-def _number(row: Row, name: str) -> float:
-    return float(row.get(name) or 0.0)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.report import comparison as comparisons
+from tasks.report import verdict
+from tasks.report.comparison import Row
 from tasks.report.comparison import aligned as aligned
-from tasks.report.comparison import markdown as markdown
 from tasks.shared.operations import store
 from tasks.shared.operations.processes.dvc_runner import Outcome
 from tasks.shared.outputs import layout
 
-Rows = Sequence[Mapping[str, str]]
+Rows = Sequence[Row]
 
 
 @dataclass
@@ -33,8 +34,13 @@ class Report:
 
 
 def comparison(path: Path = layout.COMPARISON) -> Rows:
-    """Rows of the comparison; none if there is no file."""
-    return comparisons.table(path) if path.exists() else []
+    """Rows of the comparison, with costs where they are known; none if there is no file."""
+    return comparisons.with_costs(comparisons.table(path)) if path.exists() else []
+
+
+def markdown(compared: Rows) -> str:
+    """The comparison and its verdict in Markdown."""
+    return "\n\n".join([comparisons.markdown(compared), *map(comparisons.literal, verdict.best(compared))])
 
 
 def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
@@ -48,7 +54,8 @@ def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
     if report.held_up:
         parts.append("not run, because a stage upstream failed: " + ", ".join(report.held_up))
     if compared:
-        parts += [comparisons.comparison_text(compared), f"report: {layout.REPORT.resolve()}"]
+        parts += [comparisons.comparison_text(compared), *verdict.best(compared)]
+        parts += [f"report: {layout.REPORT.resolve()}"]
     if store.enabled():
         parts.append(f"runs and models: {mlflow_ui()}")
     return "\n\n".join(parts)

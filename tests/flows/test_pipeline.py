@@ -55,9 +55,10 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     assert not (root / "crowded").exists()
     assert (root / "parents").read_text() == "parent\n" * 4
     assert (opened, closed) == ([True], [("parent", "FINISHED")])
-    assert comparison.comparison_text(comparison.table()) in caplog.text
+    assert comparison.comparison_text(comparison.with_costs(comparison.table())) in caplog.text
     rows = summary.comparison(layout.REPORT.parent / "comparison.csv")
-    assert summary.markdown(rows).splitlines()[2:] == ["| pixels | .512 |", "| random | .250 |"]
+    table = ["| pixels | baseline | .512 | – | – |", "| random | baseline | .250 | – | – |"]
+    assert summary.markdown(rows).splitlines()[2:4] == table
 
     monkeypatch.setattr(Workspace, "run_stage", lambda *_, **__: pytest.fail("a process was started"))
     assert pretrain_and_eval(overrides=["embed.batch_size=9"], return_state=True).is_completed()
