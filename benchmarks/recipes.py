@@ -63,7 +63,8 @@ def score(root: Path, encoder: str) -> list[str]:
     matched, shared = [], []
     for number in range(options.cluster.seeds):
         seed = seeding.derive(options.seed, "cluster", number)
-        fitted = kmeans.fit(features[others], k, seed=seed, iterations=options.cluster.iterations)
+        runs = cluster.restarts(options.cluster, len(others))
+        fitted = kmeans.fit(features[others], k, seed=seed, iterations=options.cluster.iterations, restarts=runs)
         clusters = kmeans.assign(features[held], fitted.centroids)[0].numpy()
         matched.append(metrics.matched_accuracy(labels[held], clusters))
         shared.append(metrics.nmi(labels[held], clusters))

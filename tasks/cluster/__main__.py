@@ -29,6 +29,7 @@ from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, prepared, stage
 
 MOST_AUTOMATIC_CLUSTERS = 100
+_RESTARTED, _MOST_RESTARTS = 50_000, 5  # images in all runs of a fit; runs
 
 
 class Fit(NamedTuple):
@@ -64,11 +65,12 @@ def main() -> None:
 def fit(features: Tensor, ks: list[int], options: schema.Cluster, seed: int) -> dict[int, list[Fit]]:
     """k-means for each k with every seed, each process on its share of the features."""
     points = _points(features[distributed.share(len(features))], options)
+    runs = restarts(options, len(features))
     fits: dict[int, list[Fit]] = {k: [] for k in ks}
     for k in ks:
         for number in range(options.seeds):
             own = seeding.derive(seed, "cluster", number)
-            found = kmeans.fit(points, k, seed=own, iterations=options.iterations, engine=options.engine)
+            found = kmeans.fit(points, k, seed=own, iterations=options.iterations, restarts=runs, engine=options.engine)
             fits[k].append(Fit(found.centroids, found.inertia))
     return fits
 
@@ -102,6 +104,12 @@ def primary_k(options: schema.Cluster, *, classes: int, images: int) -> int:
         return options.k
     wanted = classes if classes >= 2 else min(MOST_AUTOMATIC_CLUSTERS, max(2, round(math.sqrt(images / 2))))
     return min(wanted, images)
+
+
+def restarts(options: schema.Cluster, images: int) -> int:
+    """`cluster.restarts`, or for `auto` more the fewer images there are: a single run of k-means often ends in a poor
+    optimum where clusters are small, and costs little there."""
+    return options.restarts if options.restarts != "auto" else min(_MOST_RESTARTS, max(1, _RESTARTED // images))
 
 
 def _points(features: Tensor, options: schema.Cluster) -> Tensor:

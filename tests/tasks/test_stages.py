@@ -105,7 +105,9 @@ def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled
     points = torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train")))
     seed = params.load(labelled / "params.yaml").seed
     seeds = [kmeans.seeding.derive(seed, "cluster", number) for number in range(2)]
-    best = min((kmeans.fit(points, 3, seed=seed, iterations=50) for seed in seeds), key=lambda found: found.inertia)
+    best = min(
+        (kmeans.fit(points, 3, seed=seed, iterations=50, restarts=5) for seed in seeds), key=lambda found: found.inertia
+    )
     np.testing.assert_allclose(np.load(folder / "centroids.npy"), best.centroids.numpy(), atol=1e-6)
 
 

@@ -17,6 +17,7 @@ _NEW: dict[str, Any] = {
     "data.pages": "first",
     "data.bands": [],
     "data.follow_links": False,
+    "cluster.restarts": 1,
     "cluster.engine": "faiss",
     "pretrain.pcl.kmeans_engine": "faiss",
     "pretrain.deepcluster_v2.kmeans_engine": "faiss",

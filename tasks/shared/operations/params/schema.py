@@ -178,6 +178,8 @@ class Cluster(Config):
     """Further numbers of clusters to measure."""
     seeds: Count
     """How often k-means is fitted; metrics are means, the clusters shown are those of the lowest inertia."""
+    restarts: Count | Auto
+    """Runs of each fit, of which the one of the lowest inertia counts; auto: 50,000 / images, from 1 to 5."""
     iterations: Count
     """Most Lloyd iterations."""
     engine: Literal["faiss", "torch"]
