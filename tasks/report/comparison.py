@@ -33,7 +33,7 @@ _TITLES = {
     "rankme": "RankMe",
     "clean": "clean error",
     "guard_worst": "worst guarded - source",
-    "heldout": "held out",
+    "heldout": "kNN held out",
     "image_size": "side",
     "megabytes": "MB",
     "minutes": "minutes",
@@ -250,7 +250,12 @@ def _blocks(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int)
         if len(parts[-1]) > 1 and (full or (name in ("clean", _PRICE[0]) and not fits)):
             parts.append([head])
         parts[-1].append(name)
-    return [_underlined(aligned([*zip(*(cells[name] for name in part), strict=True)])) for part in parts]
+    return [
+        _underlined(
+            aligned([*zip(*(cells[name] for name in part), strict=True)], words=2 if part[1:2] == ["kind"] else 1)
+        )
+        for part in parts
+    ]
 
 
 def _underlined(table: str) -> str:

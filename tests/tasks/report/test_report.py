@@ -160,7 +160,7 @@ def test_a_wide_comparison_goes_on_below_with_costs_and_errors_together(here: Pa
     headings = [re.split(r"\s{2,}", block.splitlines()[0])[1:] for block in blocks]
     first, others = ([comparison.title(name) for name in names[1:]] for names in comparison.tables(rows))
     assert list(itertools.chain(*headings)) == first + others, "each column once, in order"
-    assert first == ["kind", "k-means ACC", "NMI", "kNN 20", "linear", "held out", *first[6:]]
+    assert first == ["kind", "k-means ACC", "NMI", "kNN 20", "linear", "kNN held out", *first[6:]]
     assert first[6:] == ["dim", "side", "MB", "minutes", "images/s"]
     if width < 400:
         assert {"clean error", "dim"} <= {heading[0] for heading in headings}
