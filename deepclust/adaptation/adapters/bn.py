@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deepclust.adaptation.base import Adapter, AdapterConfig
+from deepclust.adaptation.base import BATCH_STATISTICS, Adapter, AdapterConfig
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import (
     batch_norms,
@@ -28,6 +28,11 @@ class Config(AdapterConfig):
 
     prior: NotNegative = 0.0
     """How many images the running statistics count for: 0 forgets them, and then a batch needs two images."""
+
+    @property
+    def passes(self) -> float:
+        """As of every adapter."""
+        return BATCH_STATISTICS
 
 
 class BN(Adapter):

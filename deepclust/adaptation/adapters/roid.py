@@ -50,6 +50,11 @@ class Config(LearnerConfig):
     seed: Natural = 0
     """Of the second views."""
 
+    @property
+    def passes(self) -> float:
+        """As of every learner, with a second view at each step."""
+        return super().passes + self.steps * self.step_passes
+
 
 def soft_likelihood_ratio(logits_BC: Tensor, *, clip: float = 0.99, eps: float = 1e-5) -> Tensor:
     """−Σ_c p_c log(p_c / (1 − p_c) + eps) for each image (B,). Probabilities above `clip` are cut, without gradient."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepclust.adaptation.adapters.tent import entropy
-from deepclust.adaptation.base import Learner, LearnerConfig, check_logits, check_shapes, copy_into
+from deepclust.adaptation.base import BATCH_STATISTICS, Learner, LearnerConfig, check_logits, check_shapes, copy_into
 from deepclust.adaptation.classifier import Classifier
 from deepclust.adaptation.normalisation import batch_norms, renormalise, statistics
 from deepclust.adaptation.parameters import select_parameters
@@ -61,6 +61,13 @@ class Config(LearnerConfig):
     """Whether the student's view may be flipped left to right; not for digits and letters."""
     seed: Natural = 0
     """Of the student's views."""
+
+    @property
+    def passes(self) -> float:
+        """As of every adapter: the teacher's answer, and the steps of student and teacher on the memory."""
+        answers = 2.0 if self.predict == "after" else 1.0
+        step = self.step_passes + BATCH_STATISTICS
+        return answers + self.steps * step * self.memory_size / self.update_frequency
 
 
 class Member(NamedTuple):
