@@ -69,6 +69,20 @@ class Evidence(NamedTuple):
     differs_bn: Tensor | None
 
 
+class Attempt(NamedTuple):
+    """What an adapter made of a batch.
+
+    Attributes:
+        logits: (B, C), or None if it had no answer.
+        before: What `Adapter.undo` takes to be as before the batch; None where nothing is learnt.
+        problem: Why it had no answer.
+    """
+
+    logits: Tensor | None
+    before: dict[str, Any] | None
+    problem: str = ""
+
+
 class Baselines:
     """The two models that a guard compares with: the source model, and `bn` where it applies. Guards may share them.
 
@@ -145,17 +159,21 @@ class Guard:
         check_images(images)
         return self.answer(images, self.baselines.source(images), self.baselines.bn(images))
 
-    def answer(self, images: Tensor, source_BC: Tensor, bn_BC: Tensor | None) -> Tensor:
-        """As the call, where the logits of the source model and of `bn` are known already."""
+    def answer(self, images: Tensor, source_BC: Tensor, bn_BC: Tensor | None, attempt: Attempt | None = None) -> Tensor:
+        """As the call, where the logits of the source model and of `bn` are known already.
+
+        Args:
+            images: (B, …).
+            source_BC: The source model's logits.
+            bn_BC: Those of `bn`, None where it has none.
+            attempt: What an adapter with the guard's adapter's options and state has made of the batch, where that is
+                known too. The guard's adapter then stays as it was if the attempt is given, and takes the state of
+                before the batch if not: go on with attempts of the other one until `verdict` is not the adapter.
+        """
         if torch.is_inference_mode_enabled():
             raise AdaptationError(INFERENCE.format(self.name))
         self.adapter.check_mode(images)
-        adapted_BC, before, problem = bn_BC, None, "bn has no answer: it needs two images, and finite logits"
-        if not isinstance(self.adapter, BN) or self.adapter.config.prior:
-            try:
-                adapted_BC, before = self.adapter.attempt(images)
-            except AdaptationError as error:
-                adapted_BC, problem = None, str(error)
+        adapted_BC, before, problem = attempt or self._attempt(images, bn_BC)
         self._remember(_evidence(source_BC, bn_BC, adapted_BC))
         won = None if bn_BC is None else self._won_by_bn()
         if adapted_BC is None:
@@ -171,6 +189,14 @@ class Guard:
         given = {"adapter": adapted_BC, "bn": bn_BC, "source": source_BC}[verdict.answer]
         assert given is not None
         return given
+
+    def _attempt(self, images: Tensor, bn_BC: Tensor | None) -> Attempt:
+        if isinstance(self.adapter, BN) and not self.adapter.config.prior:
+            return Attempt(bn_BC, None, "bn has no answer: it needs two images, and finite logits")
+        try:
+            return Attempt(*self.adapter.attempt(images))
+        except AdaptationError as error:
+            return Attempt(None, None, str(error))
 
     def reset(self) -> None:
         """Forget the stream: adapter, window and counts."""

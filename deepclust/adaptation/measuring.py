@@ -1,6 +1,8 @@
 """What every adapter answers on every stream, guarded and not, and the table that follows from it.
 
-Source model and `bn` are asked once a batch; guards share their answers.
+Nothing is computed twice for a batch: guards share the answers of the source model and of `bn`, adapters that leave the
+model as it is share its features, and a guarded adapter shares what the unguarded one does until its guard first takes
+a batch back.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepclust.adaptation import ADAPTERS, Classifier
+from deepclust.adaptation import ADAPTERS, Classifier, WholeModel
 from deepclust.adaptation.adapters.bn import BN
 from deepclust.adaptation.adapters.source import Source
 from deepclust.adaptation.base import Adapter, AdapterConfig
-from deepclust.adaptation.guard import Baselines, Guard
+from deepclust.adaptation.guard import Attempt, Baselines, Guard
 from deepclust.adaptation.shifts import Shift, Stream, load
 from deepclust.errors import AdaptationError
 from deepclust.evaluation import metrics
@@ -88,6 +90,20 @@ class Adapters:
     not_applicable: dict[str, str] = field(default_factory=dict)
 
 
+class _Remembering(nn.Module):
+    """A featurizer that computes the features of a batch once, if it is asked for the same batch again and again."""
+
+    def __init__(self, featurizer: nn.Module) -> None:
+        super().__init__()
+        self.featurizer = featurizer
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self.featurizer(images)
+        return self._last[1]
+
+
 def make(
     model: Classifier, options: Mapping[str, AdapterConfig], source_images: Sequence[Tensor], *, guard: bool
 ) -> Adapters:
@@ -101,6 +117,12 @@ def make(
         except AdaptationError as error:
             found.not_applicable[name] = str(error)
             found.free.pop(name, None)
+    if not isinstance(model, WholeModel):
+        every = [found.baselines.source, *found.free.values(), *(guard.adapter for guard in found.guarded.values())]
+        shared = _Remembering(found.baselines.source.model.featurizer)
+        for adapter in every:
+            if adapter.frozen:
+                adapter.model.featurizer = shared
     return found
 
 
@@ -120,6 +142,7 @@ def follow(
         adapter.reset()
     for guard in adapters.guarded.values():
         guard.reset()
+    together = set(adapters.guarded)  # with the unguarded adapter of the name: no guard has taken anything back yet
     for batch in stream.batches:
         images = load(shifts, stream, batch).to(device)
         begin = _now(device)
@@ -127,28 +150,42 @@ def follow(
         after_source = _now(device)
         bn = adapters.baselines.bn(images)
         after_bn = _now(device)
+        attempts: dict[str, Attempt] = {}
+        tried: dict[str, float] = {}
         for name, adapter in adapters.free.items():
             if name in failed:
                 continue
-            known, spent = None, 0.0
+            known, spent = None, after_source - begin if adapter.frozen else 0.0
             if isinstance(adapter, Source):
-                known, spent = source, after_source - begin
+                known = source
             elif isinstance(adapter, BN) and not adapter.config.prior:
                 known, spent = bn, after_bn - after_source
             start = _now(device)
             try:
-                logits = adapter(images) if known is None else known
+                if known is not None:
+                    logits = known
+                elif name in together:
+                    logits, before = adapter.attempt(images)
+                    attempts[name] = Attempt(logits, before)
+                else:
+                    logits = adapter(images)
             except AdaptationError as error:
                 failed[name] = str(error)
+                if name in together:
+                    attempts[name] = Attempt(None, adapter.state_dict(), str(error))
                 continue
+            tried[name] = _now(device) - start
             answers[name, False].put(batch, logits, logits, 0)
             answers[name, False].seconds += spent + _now(device) - start
         for name, guard in adapters.guarded.items():
             start = _now(device)
-            logits = guard.answer(images, source, bn)
+            logits = guard.answer(images, source, bn, attempts.get(name))
+            if guard.verdict.answer != "adapter":
+                together.discard(name)
             given = ("adapter", "bn", "source").index(guard.verdict.answer)
             answers[name, True].put(batch, logits, guard.adapted, given)
-            answers[name, True].seconds += after_bn - begin + _now(device) - start
+            shared = tried.get(name, 0.0) if name in attempts else 0.0
+            answers[name, True].seconds += after_bn - begin + shared + _now(device) - start
     return {key: value for key, value in answers.items() if key[1] or key[0] not in failed}, failed
 
 

@@ -128,12 +128,13 @@ def align_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     def collect(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, _BatchNorm)
-        values = given[0].double()
+        # One copy, changed in place: of large images, making room for more takes longer than the sums.
+        values = given[0].to(torch.float64, copy=True)
         dims = [dim for dim in range(values.dim()) if dim != 1]
         count = values.new_tensor(values.numel() / values.shape[1])
         # About the running mean, so that nothing is lost to cancellation.
-        centred = values - norm.running_mean.double().view(1, -1, *[1] * (values.dim() - 2))  # type: ignore[union-attr]
-        new = [count, centred.sum(dims), centred.square().sum(dims)]
+        values -= norm.running_mean.double().view(1, -1, *[1] * (values.dim() - 2))  # type: ignore[union-attr]
+        new = [count, values.sum(dims), values.square_().sum(dims)]
         sums[norm] = [old + add for old, add in zip(sums[norm], new, strict=True)] if norm in sums else new
 
     modes = [(module, module.training) for module in model.modules()]

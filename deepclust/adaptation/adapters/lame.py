@@ -106,6 +106,7 @@ class LAME(Adapter):
 
     name = "lame"
     config_class = Config
+    frozen = True
     config: Config
 
     def _check_model(self, model: Classifier) -> None:

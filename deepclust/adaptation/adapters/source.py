@@ -9,3 +9,4 @@ class Source(Adapter):
     """Predicts and learns nothing, so before and after, episodic or not, are the same."""
 
     name = "source"
+    frozen = True

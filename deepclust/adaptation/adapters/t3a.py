@@ -89,6 +89,7 @@ class T3A(Adapter):
 
     name = "t3a"
     config_class = Config
+    frozen = True
     config: Config
     bank: Supports
 

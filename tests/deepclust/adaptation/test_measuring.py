@@ -148,7 +148,8 @@ def made(model, **stated):
 
 @pytest.mark.parametrize("prior", [0.0, 8.0])
 def test_every_answer_is_that_of_the_adapter_and_of_its_guard_asked_alone_and_the_model_is_left_as_it_was(model, prior):
-    stated = {"bn": {"prior": prior}, "tent": {"rate": 0.01}, "t3a": {}}
+    stated = {"bn": {"prior": prior}, "tent": {"rate": 0.01}, "t3a": {}, "lame": {}}
+    stated["rotta"] = {"rate": 0.1, "nu": 0.5, "update_frequency": 8}  # its guard takes back the second batch
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapters = made(model, **stated)
     assert (list(adapters.free), list(adapters.guarded)) == (["source", *stated], list(stated))
@@ -165,30 +166,33 @@ def test_every_answer_is_that_of_the_adapter_and_of_its_guard_asked_alone_and_th
         np.testing.assert_allclose(found[name, False].entropy, -(chances * chances.log()).nansum(1), atol=1e-5)
         if name == "source":
             continue
-        guard, given, whose = Guard(asked[1], Baselines(model, source_images())), [], []
+        guard, given, whose, own = Guard(asked[1], Baselines(model, source_images())), [], [], []
         for images in batches:
             given += guard(images).argmax(1).tolist()
+            own += guard.adapted.argmax(1).tolist()
             whose += [("adapter", "bn", "source").index(guard.verdict.answer)] * len(images)
         assert found[name, True].classes.tolist() == given
         assert found[name, True].given.tolist() == whose
+        assert found[name, True].own.tolist() == own
+    assert found["rotta", True].given[::16].tolist() == [0, 2, 2, 2, 2]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_adapter_that_fails_is_absent_with_its_reason_and_its_guarded_twin_goes_on_as_the_source_model(
     model, monkeypatch
 ):
-    class Failing(Source):
-        met = 0
+    met, each = stream("reset", 10)
+    second = shifts.load(met, each, each.batches[1])
 
+    class Failing(Source):
         def _adapt(self, images):
-            self.met += 1
-            if self.met == 2:
+            if torch.equal(images, second):
                 raise AdaptationError("expected a first batch, got a second; stop earlier")
             return super()._adapt(images)
 
     monkeypatch.setitem(ADAPTERS, "failing", Failing)
     monkeypatch.setattr(measuring, "Source", type("Other", (), {}))  # whose answers are known
-    found, failed = measuring.follow(made(model, failing={}), *stream("reset", 10), CPU)
+    found, failed = measuring.follow(made(model, failing={}), met, each, CPU)
     assert failed == {"failing": "expected a first batch, got a second; stop earlier"}
     assert set(found) == {("source", False), ("failing", True)}
     guarded = found["failing", True]
@@ -215,6 +219,23 @@ def test_each_adapter_pays_for_its_own_calls_and_a_guarded_one_for_those_it_comp
     monkeypatch.setattr(measuring, "_now", lambda device: sum(costs[name] for name in asked))
     slow("tent", Tent, "_adapt"), slow("bn", BN, "_adapt"), slow("source", adapters.baselines, "source")
     found, _ = measuring.follow(adapters, *stream("reset", 20), CPU)
-    assert asked == ["source", "bn", "tent", "tent"] * 2, "the guard and bn itself share bn's answer"
+    assert found["tent", True].given[0] == 2
+    once = ["source", "bn", "tent"]
+    assert asked == [*once, *once, "tent"], "the guard and bn itself share bn's answer, and tent's until it is refused"
     expected = {("source", False): 100, ("bn", False): 10, ("tent", False): 1, ("bn", True): 110, ("tent", True): 111}
     assert {key: each.seconds for key, each in found.items()} == {key: 2 * each for key, each in expected.items()}
+
+
+def test_adapters_that_leave_the_model_as_it_is_share_its_features_and_a_guard_what_its_adapter_did(model, monkeypatch):
+    adapters = made(model, t3a={}, lame={}, tent={"rate": 10.0})
+    featurizers = {id(each.model.featurizer) for name, each in adapters.free.items() if name != "tent"}
+    assert featurizers == {id(adapters.guarded[name].adapter.model.featurizer) for name in ("t3a", "lame")}
+    asked = []
+    adapters.baselines.source.model.featurizer.featurizer.register_forward_hook(lambda *_: asked.append("shared"))
+    for name, each in (("free", adapters.free["tent"]), ("guarded", adapters.guarded["tent"].adapter)):
+        each.model.register_forward_hook(lambda *_, name=name: asked.append(name))
+    found, _ = measuring.follow(adapters, *stream("continual", 16), CPU)
+    given = found["tent", True].given[::16].tolist()
+    first = next(index for index, whose in enumerate(given) if whose)
+    alone = ["shared", "free"], ["shared", "free", "guarded"]
+    assert asked == [call for index in range(5) for call in alone[index > first]]
