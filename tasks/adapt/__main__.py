@@ -23,14 +23,15 @@ from deepclust import seeding
 from deepclust.adaptation import measuring, shifts
 from deepclust.adaptation.base import AdapterConfig
 from deepclust.adaptation.normalisation import align_statistics
+from deepclust.models import cost
+from deepclust.models import encoder as encoders
 from deepclust.models.devices import default_device
 from deepclust.models.features import to_float
-from tasks.adapt import classifiers, domains
+from tasks.adapt import budget, classifiers, domains
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import say
-from tasks.shared.outputs import prepared, stage, tables
+from tasks.shared.outputs import layout, prepared, stage, tables
 
-SOURCE_IMAGES = 1024  # training images, without their labels, for statistics and confidence without a shift
 SOURCE_BATCH = 256
 PREDICTIONS = [
     *("classifier", "setting", "batch_size", "shift", "path", "adapter", "guarded", "prediction", "confidence")
@@ -82,9 +83,15 @@ def main() -> None:
     with stage.running("adapt") as here:
         assert here.encoder
         values = here.params.adapt
+        planned = plan(here.encoder, values)
+        if planned.reason:
+            nothing_measured(here, planned)
+            return
+        say(f"at most {planned.images} test images of each shift: about {planned.minutes:.1f} minutes of one core")
+        here.run.log_params({"auto.images": planned.images, "auto.minutes": round(planned.minutes, 2)})
         work = here.folder / "shifts"
         work.mkdir()
-        met = list(collect(here.params, here.encoder, work))
+        met = list(collect(here.params, here.encoder, planned.images, work))
         source_images = list(source_batches(here.params.seed, here.encoder))
         columns = {"stream": measuring.CURVE, "predictions": PREDICTIONS}
         long_tables = {name: LongTable(here.folder / f"{name}.csv", columns[name]) for name in columns}
@@ -118,12 +125,36 @@ def main() -> None:
         here.curve(table, measuring.COLUMNS)
 
 
-def collect(values: schema.Params, encoder: str, work: Path) -> Iterator[shifts.Shift]:
-    """All shifts, `clean` first; corrupted images and those of domains are kept in files in the folder `work`."""
+def plan(encoder: str, values: schema.Adapt) -> budget.Plan:
+    """How many images the encoder is measured on, or why it is not."""
+    network = encoders.load(layout.out("pretrain", encoder))
+    size, channels = (network.description[name] for name in ("image_size", "channels"))
+    test, train = (prepared.labels(split) for split in ("test", "train"))
+    labelled = int((test >= 0).sum())
+    data = budget.Data(
+        test=labelled or len(test),
+        train=len(train),
+        labelled=int((train >= 0).sum()),
+        domains=budget.domain_sizes(Path(values.domains)),
+    )
+    return budget.plan(encoder, cost.of(network, (channels, size, size)), data, values)
+
+
+def nothing_measured(here: stage.Here, planned: budget.Plan) -> None:
+    """Say why, and write tables without rows."""
+    say(f"not measured: {planned.reason}")
+    for name, columns in (("table", measuring.COLUMNS), ("stream", measuring.CURVE), ("predictions", PREDICTIONS)):
+        stage.write_text(here.folder / f"{name}.csv", stage.table([], columns))
+    here.metrics({"images": 0, "labelled": 0, "not_applicable": {}, "reason": planned.reason})
+    here.curve([], measuring.COLUMNS)
+
+
+def collect(values: schema.Params, encoder: str, count: int, work: Path) -> Iterator[shifts.Shift]:
+    """All shifts with at most `count` images each, `clean` first; but for these, kept in files in the folder `work`."""
     options, seed = values.adapt, values.seed
     test = prepared.load("test", encoder)
-    rows = shifts.choose(test.labels, count=options.images, seed=seed)
-    if len(rows) < options.images:
+    rows = shifts.choose(test.labels, count=count, seed=seed)
+    if options.images != "auto" and len(rows) < options.images:
         say(f"adapt.images {options.images}: there are {len(rows)} test images to choose from, all are used")
     clean = shifts.Shift(*shifts.CLEAN, test.images[rows], test.labels[rows], [test.paths[row] for row in rows])
     yield clean
@@ -138,7 +169,7 @@ def collect(values: schema.Params, encoder: str, work: Path) -> Iterator[shifts.
         reading=domains.reading(encoder),
         image_size=clean.images.shape[1],
         channels=clean.images.shape[3],
-        count=options.images,
+        count=count,
         max_pixels=values.data.max_pixels,
         follow_links=values.data.follow_links,
         seed=seed,
@@ -148,7 +179,7 @@ def collect(values: schema.Params, encoder: str, work: Path) -> Iterator[shifts.
 def source_batches(seed: int, encoder: str) -> Iterator[Tensor]:
     """Batches (B, C, H, W) in [0, 1] of training images, a seeded choice."""
     images = prepared.images("train", encoder)
-    order = torch.randperm(len(images), generator=seeding.generator("adapt", seed, "source"))[:SOURCE_IMAGES]
+    order = torch.randperm(len(images), generator=seeding.generator("adapt", seed, "source"))[: budget.SOURCE_IMAGES]
     for rows in torch.split(order, SOURCE_BATCH):
         yield to_float(torch.from_numpy(images[np.sort(rows.numpy())])).to(default_device())
 

@@ -152,6 +152,7 @@ def adapted(folder: Path, encoder: str, values: schema.Params) -> dict[str, Any]
         "adapters": names,
         "means": means,
         "curves": {title: curves[title] for title in first if title in curves},
+        "images": metrics.get("images", 0),
         "guard": adaptation.guard_sentence(metrics.get("guard") or {}),
         "predictions": (made / "predictions.csv").as_posix() if predicted else None,
         "absent": absent,

@@ -246,3 +246,20 @@ def test_without_labels_there_are_indicators_and_predictions_of_clusters_alone(n
     means = metrics()
     assert [float(row["error"]) for row in measured if row["adapter"] == "source"] == [means["errors"]["source"]]
     assert (means["labelled"], means["clean"]) == (0, None)
+
+
+def test_an_encoder_beyond_the_budget_has_empty_tables_and_the_reason_and_one_that_is_named_is_measured(
+    new: object, capsys: Any
+) -> None:
+    folder = run("adapt.budget=1.0e-5")
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured: ")]
+    assert said.startswith("not measured: 128 test images of each shift would take about 0 minutes of one core, and ")
+    assert metrics() == {"images": 0, "labelled": 0, "not_applicable": {}, "reason": said.partition(": ")[2]}
+    columns = (measuring.COLUMNS, measuring.CURVE, adapt.PREDICTIONS)
+    assert [(folder / name).read_text() for name in FILES] == [",".join(each) + "\n" for each in columns]
+    assert layout.curve("adapt", "swav").read_text() == (folder / "table.csv").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "lineage.json"])
+    assert table(run("adapt.encoders=[swav]")), "whatever it costs"
+    assert "at most 128 test images of each shift: about 0.0 minutes of one core" in capsys.readouterr().out
+    assert table(run(encoder="pixels")) == []
+    assert metrics("pixels")["reason"] == "adapt.encoders does not name it"

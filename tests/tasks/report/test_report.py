@@ -137,6 +137,23 @@ def test_the_report_says_how_pixels_were_scaled_and_what_was_warned_of_skipped_a
     assert "and 1 more, in artifacts/prepare/meta.json" in said
 
 
+def test_an_encoder_that_the_budget_leaves_out_is_shown_with_its_reason_and_blank_in_the_table(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(here, tmp_path / "copy"))
+    overrides.apply(["adapt.budget=1.0e-6", "adapt.domains=domains"])
+    small_run.run("adapt", monkeypatch, "swav")
+    rows = comparison.collect(["swav", "random"])
+    assert [row["clean"] is None for row in rows] == [False, True]
+    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "galleries": {}}
+    adapted = {str(row["encoder"]): report.adapted(tmp_path, str(row["encoder"]), params.load()) for row in rows}
+    text = report.render(layout.REPORT.parent, pictures | {"adaptation": adapted}, rows, params.load())
+    said = (
+        '<summary>swav</summary>\n<p class="small soft">not measured — adapt: 30 test images of each shift would take'
+    )
+    assert said in text
+
+
 def test_the_section_on_adaptation_shows_every_group_the_first_one_unfolded(here: Path) -> None:
     text = layout.REPORT.read_text(encoding="utf-8").partition("Adaptation to shifted images</h2>")[2]
     text = text.partition("<summary>swav</summary>")[2].partition("<summary>deepcluster_v2</summary>")[0]

@@ -19,6 +19,8 @@ _NEW: dict[str, Any] = {
     "data.follow_links": False,
     "cluster.restarts": 1,
     "cluster.engine": "faiss",
+    "adapt.encoders": "auto",
+    "adapt.budget": 6,
     "pretrain.pcl.kmeans_engine": "faiss",
     "pretrain.deepcluster_v2.kmeans_engine": "faiss",
 }

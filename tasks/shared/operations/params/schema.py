@@ -228,8 +228,12 @@ class Adapt(_WithSections):
     """Strengths of each corruption, 1 to 5."""
     domains: Folder
     """A folder domain/class/images that is met as it is; a DVC dependency in any case."""
-    images: Count
-    """Most test images of each shift."""
+    images: Count | Auto
+    """Most test images of each shift; auto: 384, 256 or 128, the most for which the encoder stays within the budget."""
+    encoders: tuple[Name, ...] | Auto
+    """Encoders that are measured, whatever they cost; auto: all that stay within the budget."""
+    budget: Positive | None
+    """Estimated minutes of one core that an encoder may take; null: any."""
 
     def _check(self) -> None:
         # Twice the same would count double in every mean.
@@ -324,6 +328,8 @@ class Params(Config):
             self.options(name)
             self.image_size(name)
         self.adapt.check()
+        if self.adapt.encoders != "auto":
+            _check_names("adapt.encoders", self.adapt.encoders, self.encoders)
 
     def resolved(self, encoders: Iterable[str] | None = None) -> dict[str, Any]:
         """All values as plain ones, each section complete; of the encoders those given, or all."""

@@ -20,6 +20,7 @@ def earlier(tmp_path: Path) -> Path:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     text = re.sub(r"^encoders: .*$", "encoders: [pixels, swav, mine]  # all of them", text, flags=re.M)
     text = re.sub(r"^ +(kmeans_)?engine: .*\n", "", text, flags=re.M)
+    text = re.sub(r"^  (encoders|budget): .*\n", "", text, flags=re.M).replace("  images: auto", "  images: 500")
     mine = text[text.index("  pcl:") : text.index("  simsiam:")].replace("  pcl:", "  mine:\n    method: pcl", 1)
     path = tmp_path / "params.yaml"
     path.write_text(text.replace("  simsiam:", f"{mine}  simsiam:", 1), encoding="utf-8")
@@ -35,6 +36,8 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
         "encoders: now a mapping of each encoder to its method",
         "pretrain.mine.method: now encoders.mine",
         "cluster.engine: new, faiss",
+        "adapt.encoders: new, auto",
+        "adapt.budget: new, 6",
         "pretrain.pcl.kmeans_engine: new, faiss",
         "pretrain.deepcluster_v2.kmeans_engine: new, faiss",
         "pretrain.mine.kmeans_engine: new, faiss",
@@ -45,6 +48,7 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
     assert values.encoders == {"pixels": "pixels", "swav": "swav", "mine": "pcl"}
     after = params.read(earlier)
     assert after["data"] == before["data"]
+    assert after["adapt"] == before["adapt"] | {"encoders": "auto", "budget": 6}, "images keep their number"
     assert after["pretrain"]["swav"] == before["pretrain"]["swav"]
     assert migration.migrate(earlier) == ([], "")
 

@@ -74,6 +74,11 @@ def test_the_repositorys_parameters_are_valid_and_frozen(whole: dict[str, Any]) 
         ("adapt.lame", {"affinity": "linear", "neighbours": 5}, r"^adapt\.lame: affinity 'linear' has no neighbours"),
         ("adapt.tdd", {}, r"^adapt\.tdd: unknown parameter; did you mean tsd\?$"),
         ("adapt.settings", ["rest"], r"^adapt\.settings\.0: expected one of .*; got 'rest'; did you mean reset\?$"),
+        (
+            "adapt.encoders",
+            ["swaf"],
+            r"^adapt\.encoders\.0: expected one of .*; got 'swaf'; did you mean swav\?$",
+        ),
         ("adapt.severities", [5, 3, 5], r"^adapt: severities must be distinct, got \[5, 3, 5\]$"),
         ("adapt.fine_tune.batch_size", 1, r"^adapt\.fine_tune\.batch_size: .*greater than or equal to 2, got 1$"),
         ("encoders", {"wide": "swav"}, r"^encoders names 'wide', but there is no section pretrain\.wide"),
