@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from deepclust.adaptation import shifts
+from deepclust.adaptation import measuring, shifts
 from deepclust.evaluation import probing
 from tasks.adapt import __main__ as adapt
-from tasks.adapt import classifiers
+from tasks.adapt import budget, classifiers
 from tasks.shared.operations import params
 from tasks.shared.operations.params import overrides, schema
 from tasks.shared.outputs import environment, layout, prepared
@@ -43,9 +43,13 @@ def measure(root: Path, encoder: str, values: schema.Params, *, heldout: bool) -
     os.chdir(root)
     rows: Rows = []
     with tempfile.TemporaryDirectory() as work:
-        met = list(_heldout(values, Path(work)) if heldout else adapt.collect(values, Path(work)))
+        count = values.adapt.images if values.adapt.images != "auto" else budget.SIZES[0]
+        met = list((_heldout if heldout else adapt.collect)(values, count, Path(work)))
         source_images = list(adapt.source_batches(values.seed))
-        long_tables = adapt.open_tables(Path(work))
+        long_tables = {
+            name: adapt.LongTable(Path(work) / f"{name}.csv", columns)
+            for name, columns in (("stream", measuring.CURVE), ("predictions", adapt.PREDICTIONS))
+        }
         for kind in values.adapt.classifiers:
             found = classifiers.build(kind, encoder, values, source_images)
             if found.model is None:
@@ -53,15 +57,14 @@ def measure(root: Path, encoder: str, values: schema.Params, *, heldout: bool) -
                 continue
             if heldout:
                 found.model.head.load_state_dict(_refitted(encoder, values).state_dict())
-            parts, _ = adapt.run(found, kind, met, source_images, values.adapt, long_tables, seed=values.seed)
-            rows += parts["table"]
+            rows += adapt.run(found, kind, met, source_images, values.adapt, long_tables, seed=values.seed).table
     return rows
 
 
-def _heldout(values: schema.Params, work: Path) -> Iterable[shifts.Shift]:
+def _heldout(values: schema.Params, count: int, work: Path) -> Iterable[shifts.Shift]:
     """As `adapt.collect`, of the held-out training images and without domains."""
     rows = prepared.heldout()
-    rows = rows[shifts.choose(prepared.labels("train")[rows], count=values.adapt.images, seed=values.seed)]
+    rows = rows[shifts.choose(prepared.labels("train")[rows], count=count, seed=values.seed)]
     clean = shifts.Shift(
         *shifts.CLEAN, prepared.images("train")[rows], prepared.labels("train")[rows], [str(row) for row in rows]
     )
