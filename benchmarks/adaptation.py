@@ -44,8 +44,8 @@ def measure(root: Path, encoder: str, values: schema.Params, *, heldout: bool) -
     rows: Rows = []
     with tempfile.TemporaryDirectory() as work:
         count = values.adapt.images if values.adapt.images != "auto" else budget.SIZES[0]
-        met = list((_heldout if heldout else adapt.collect)(values, count, Path(work)))
-        source_images = list(adapt.source_batches(values.seed))
+        met = list((_heldout if heldout else adapt.collect)(values, encoder, count, Path(work)))
+        source_images = list(adapt.source_batches(values.seed, encoder))
         long_tables = {
             name: adapt.LongTable(Path(work) / f"{name}.csv", columns)
             for name, columns in (("stream", measuring.CURVE), ("predictions", adapt.PREDICTIONS))
@@ -61,13 +61,12 @@ def measure(root: Path, encoder: str, values: schema.Params, *, heldout: bool) -
     return rows
 
 
-def _heldout(values: schema.Params, count: int, work: Path) -> Iterable[shifts.Shift]:
+def _heldout(values: schema.Params, encoder: str, count: int, work: Path) -> Iterable[shifts.Shift]:
     """As `adapt.collect`, of the held-out training images and without domains."""
     rows = prepared.heldout()
     rows = rows[shifts.choose(prepared.labels("train")[rows], count=count, seed=values.seed)]
-    clean = shifts.Shift(
-        *shifts.CLEAN, prepared.images("train")[rows], prepared.labels("train")[rows], [str(row) for row in rows]
-    )
+    images, labels = prepared.images("train", encoder)[rows], prepared.labels("train")[rows]
+    clean = shifts.Shift(*shifts.CLEAN, images, labels, [str(row) for row in rows])
     yield clean
     for name in values.adapt.corruptions:
         for severity in values.adapt.severities:
