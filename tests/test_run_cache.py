@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,3 +174,24 @@ def test_what_the_rule_forbids_is_what_dvc_does_not_restore(
             repo.reproduce()
         ran.append(len(Path("../ran").read_text()) if Path("../ran").exists() else 0)
     assert (ran == [1, 2, 2]) == restored == (not list(_reasons(stated)))
+
+
+def test_clock_readings_beside_the_report_are_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    folder = layout.COSTS.parent
+    command = f"mkdir -p {folder}; echo text >{layout.REPORT}; date +%N >{layout.COSTS}"
+    stated = {"cmd": command, "params": ["value"], "outs": [folder.as_posix()]}
+    Path("dvc.yaml").write_text(json.dumps({"stages": {"report": stated}}), encoding="utf-8")
+    Path("params.yaml").write_text("value: 1", encoding="utf-8")
+    Repo.init(no_scm=True).close()
+    locks = []
+    for _ in range(2):
+        with Repo() as repo:
+            repo.reproduce(force=True)
+            layout.COSTS.write_text("changed")
+            assert repo.status() == {}
+            repo.checkout()
+        assert layout.COSTS.read_text() == "changed"
+        locks.append(Path("dvc.lock").read_bytes())
+    assert locks[0] == locks[1]

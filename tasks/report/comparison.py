@@ -230,7 +230,7 @@ def small_is_good(column: str) -> bool:
 def comparison_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
     """Both tables for a terminal, in blocks of at most `width` characters, by default the terminal's, or 120.
 
-    Where a table does not fit, what an encoder costs, and the errors under shifts, begin a block of their own.
+    Where a table does not fit, the held-out accuracy with the costs, and the errors under shifts, begin a block.
     """
     if not rows:
         return "no encoders"
@@ -247,7 +247,7 @@ def _blocks(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int)
     parts: list[list[str]] = [[head]]
     for name in others:
         full = sum(widths[each] + 2 for each in parts[-1]) + widths[name] > width
-        if len(parts[-1]) > 1 and (full or (name in ("clean", _PRICE[0]) and not fits)):
+        if len(parts[-1]) > 1 and (full or (name in ("heldout", "clean") and not fits)):
             parts.append([head])
         parts[-1].append(name)
     return [

@@ -60,7 +60,7 @@ def _ranked(found: Mapping[str, Interval], by: str) -> str:
         told = [f"{name} {_told(each)}" for name, each in found.items()]
         return f"Best for this data, by {by}: no difference between {listed(told)}."
     told = [f"{name} {_told(found[name])}" for name in level]
-    others = f"; no difference to {listed(told)}" if told else ""
+    others = f"; no difference from {listed(told)}" if told else ""
     return f"Best for this data, by {by}: {first} {_told(found[first])}{others}."
 
 

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from deepclust.clustering import kmeans
 from deepclust.models import encoder as encoders
 from deepclust.models import features
+from tasks.cluster import __main__ as cluster
 from tasks.pretrain import __main__ as pretrain
 from tasks.shared.operations import params
 from tasks.shared.operations.observers import probe
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout, lineage
+from tests.paths import ROOT
 from tests.tasks import small_run
 from tests.tasks.conftest import ENCODERS
 
@@ -109,6 +111,18 @@ def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled
         (kmeans.fit(points, 3, seed=seed, iterations=50, restarts=5) for seed in seeds), key=lambda found: found.inertia
     )
     np.testing.assert_allclose(np.load(folder / "centroids.npy"), best.centroids.numpy(), atol=1e-6)
+
+
+def test_stability_is_the_agreement_of_all_pairs_of_fits_on_the_test_images() -> None:
+    points = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]])
+    centroids = [[0.0, 5.0], [5.0, 0.0], [0.0, 1.0]]  # the same clusters twice, then one alone and five
+    fits = [cluster.Fit(torch.tensor([[one], [other]]), inertia=1.0) for one, other in centroids]
+    options = params.load(ROOT / "params.yaml").cluster
+    scorer = cluster.Scorer(points, np.full(6, -1), options, seed=0)
+    # Of 15 pairs 6 and 10 are together, 4 in both: as many as by chance, 6 · 10 / 15.
+    agreements = [1.0, 0.0, 0.0]
+    assert scorer.mean(fits)["stability"] == pytest.approx({"mean": np.mean(agreements), "std": np.std(agreements)})
+    assert "stability" not in scorer.mean(fits[:2]), "one pair has no deviation"
 
 
 def test_each_head_clusters_unseen_images_by_their_strongest_score(labelled: Path, unlabelled: Path) -> None:

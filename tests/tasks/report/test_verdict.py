@@ -36,7 +36,7 @@ def test_a_clear_winner_on_held_out_labels_is_named_alone_whatever_the_test_labe
 def test_those_whose_intervals_reach_that_of_the_best_are_no_different() -> None:
     rows = [row("pixels", heldout=0.8), row("pcl", heldout=0.88), row("swav", heldout=0.9), row("moco", heldout=None)]
     assert verdict.best(rows) == [
-        f"{HELDOUT}swav .900 (.880–.917); no difference to pcl .880 (.858–.899).",
+        f"{HELDOUT}swav .900 (.880–.917); no difference from pcl .880 (.858–.899).",
         "Not compared: moco (no held-out accuracy).",
     ]
 
@@ -51,7 +51,7 @@ def test_ties_at_the_top_are_no_difference() -> None:
 def test_without_labels_the_agreement_of_clusterings_decides_and_is_called_a_hint() -> None:
     rows = [stable("pixels", 0.5), stable("swav", 0.8), stable("pcl", 0.79), stable("one", 0.99, rankme=1.0)]
     ranked, left_out, hint = verdict.best([*rows, row("moco")])
-    assert ranked == f"{STABILITY}swav .800 (.790–.810); no difference to pcl .790 (.780–.800)."
+    assert ranked == f"{STABILITY}swav .800 (.790–.810); no difference from pcl .790 (.780–.800)."
     assert left_out == (
         "Not compared: one (RankMe 1.0: its features may have collapsed) and moco (fewer than three k-means seeds)."
     )
