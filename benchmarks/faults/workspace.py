@@ -140,7 +140,8 @@ def hashes(work: Path, tops: Iterable[str]) -> dict[str, str]:
         place = work / top
         files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
         for path in files:
-            if path.name != "lineage.json":  # hashes, also of inputs that a case has damaged and signed again
+            # Hashes, also of inputs that a case has damaged and signed again; clock readings.
+            if path.name not in ("lineage.json", layout.COSTS.name):
                 found[path.relative_to(work).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
