@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepclust.models import encoder as encoders
-from tasks.shared.outputs import layout
+from tasks.shared.outputs import layout, prepared
 from tests.tasks import small_run
 
 
@@ -34,3 +34,15 @@ def test_weights_of_a_file_run_through_to_the_report_and_another_hash_is_refused
     np.testing.assert_allclose(own, original, atol=1e-6)
     with layout.COMPARISON.open() as file:
         assert {row["encoder"] for row in csv.DictReader(file)} == {"swav", "pretrained"}
+
+
+def test_it_is_said_that_grey_images_are_repeated_and_small_ones_enlarged(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_run.overrides.apply(["encoders=[pretrained]"])
+    grey = prepared.statistics() | {"channels": 1}
+    monkeypatch.setattr(prepared, "statistics", lambda *encoder: grey)
+    small_run.run("pretrain", monkeypatch, "pretrained")
+    said = capsys.readouterr()
+    assert "pretrained: grey images are repeated for the network's 3 channels\n" in said.out
+    assert "warning: pretrained: its weights were made for 160 px, the images hold 16: enlarged\n" in said.err
