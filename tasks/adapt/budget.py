@@ -74,7 +74,7 @@ def plan(encoder: str, cost: Cost, data: Data, values: schema.Adapt) -> Plan:
     if named:
         return least
     return least._replace(
-        reason=f"{least.images} test images of each shift would take about {least.minutes:.0f} minutes of one core, "
+        reason=f"{least.images} test images of each shift would take about {least.minutes:.1f} minutes of one core, "
         f"and adapt.budget is {values.budget:g}; raise it, take fewer adapt.corruptions, or name {encoder} in "
         "adapt.encoders"
     )

@@ -253,7 +253,7 @@ def test_an_encoder_beyond_the_budget_has_empty_tables_and_the_reason_and_one_th
 ) -> None:
     folder = run("adapt.budget=1.0e-5")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured: ")]
-    assert said.startswith("not measured: 128 test images of each shift would take about 0 minutes of one core, and ")
+    assert said.startswith("not measured: 128 test images of each shift would take about 0.0 minutes of one core, and ")
     assert metrics() == {"images": 0, "labelled": 0, "not_applicable": {}, "reason": said.partition(": ")[2]}
     columns = (measuring.COLUMNS, measuring.CURVE, adapt.PREDICTIONS)
     assert [(folder / name).read_text() for name in FILES] == [",".join(each) + "\n" for each in columns]

@@ -87,8 +87,8 @@ def test_a_larger_encoder_is_measured_on_fewer_images_or_not_at_all() -> None:
     assert budget.plan("lite", lite, photographs, few)[::2] == (128, "")
     refused = budget.plan("lite", lite, photographs, values())
     assert refused.reason == (
-        "128 test images of each shift would take about 11 minutes of one core, and adapt.budget is 6; raise it, take "
-        "fewer adapt.corruptions, or name lite in adapt.encoders"
+        "128 test images of each shift would take about 10.8 minutes of one core, and adapt.budget is 6; raise it, "
+        "take fewer adapt.corruptions, or name lite in adapt.encoders"
     )
     assert "1000 test images of each shift" in budget.plan("lite", lite, photographs, values(images=1000)).reason
     for measured in (values(encoders=("lite",)), values(budget=11.0)):
