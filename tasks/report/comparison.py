@@ -58,6 +58,7 @@ class _Scores(Config):
     acc: _Spread | None = None
     nmi: _Spread | None = None
     ari: _Spread | None = None
+    stability: _Spread | None = None
 
 
 # What a stage's metrics must have and may have, of what is read here.

@@ -51,6 +51,15 @@ def encoder():
     return built.eval().requires_grad_(False)
 
 
+def test_on_a_cpu_fewer_images_go_through_the_network_at_once_the_larger_it_takes_them():
+    with seeding.seeded(0):
+        large = Encoder(backbone="small", image_size=8, channels=1, mean=[0.5], std=[0.25], input_size=200).eval()
+    found = list(features.batches(large, images(25), slice(0, 25), batch_size=12, device=CPU))
+    assert [where.stop - where.start for where, _ in found] == [10, 10, 5], "400,000 pixels are 10 images of 200 a side"
+    whole = large(features.to_float(torch.from_numpy(images(25)))).detach().numpy()
+    np.testing.assert_allclose(np.concatenate([rows for _, rows in found]), whole, atol=1e-5)
+
+
 def _embed(path, count, *, broken=False):
     net = encoder()
     if broken and distributed.rank() == 1:
