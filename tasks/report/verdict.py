@@ -80,7 +80,7 @@ def on_test(rows: Sequence[Row]) -> list[str]:
     sentences = [
         f"The baseline {name} is not in `encoders`: nothing is compared with it."
         for name in comparison.BASELINES
-        if name not in found
+        if name not in found and (name != "random" or any(row["method"] != "pretrained" for row in trained))
     ]
     return sentences + [_judged(row, found, scores) for row in trained if found]
 

@@ -110,4 +110,6 @@ def test_each_score_is_judged_by_itself() -> None:
         "and .300 ± .020 of random) and kNN 20 (.600 against .800 of pixels and .700 of random).",
     ]
     assert verdict.on_test(rows[1:3])[0].startswith("The baseline pixels is not in `encoders`")
+    frozen = [row("pixels", 0.8, 0.8, 0.5), row("pretrained", 0.9, 0.9, 0.9)]
+    assert verdict.on_test(frozen) == ["pretrained beats pixels in k-means ACC, kNN 20 and linear."], "no random net"
     assert "No test image has a label" in verdict.on_test([row("pixels", None, None), row("swav", None, None)])[0]
