@@ -235,7 +235,8 @@ class Workspace:
         (self.root / "domains").mkdir()
         (self.root / "tmp").mkdir()
         self._log, self._notes = self.root / "log.txt", self.root / "notes"
-        self._run([sys.executable, "-m", "tasks.prepare"], {})
+        for stage in ("sizes", "prepare"):
+            self._run([sys.executable, "-m", f"tasks.{stage}"], {})
 
     def straight(self, method: str) -> Straight:
         """Train undisturbed, twice: the second run counts calls, and tells whether two runs are the same at all.

@@ -76,8 +76,10 @@ def candidate(folder: Path, name: str, edits: list[str], seed: int, recipe: Path
     torch.set_num_threads(environment.threads())
     (folder / name).mkdir(parents=True, exist_ok=True)
     root = workspace(folder / name, seed, recipe, [f"encoders=[{encoder}]", *edits])
-    taken = [run(root, stage, None if stage == "prepare" else encoder) for stage in ("prepare", "pretrain", "embed")]
-    row = f"| {' | '.join([name, str(seed), *score(root, encoder), f'{taken[1]:.0f}'])} |"
+    stages = ("sizes", "prepare", "pretrain", "embed")
+    taken = {stage: run(root, stage, None if stage in layout.ONCE else encoder) for stage in stages}
+    seconds = taken["pretrain"]
+    row = f"| {' | '.join([name, str(seed), *score(root, encoder), f'{seconds:.0f}'])} |"
     print(row, file=sys.stderr, flush=True)
     return row
 

@@ -141,6 +141,7 @@ def main() -> None:
     try:
         roots = [workspace(folder.resolve(), seed, arguments.recipe, arguments.override) for seed in arguments.seeds]
         for root in roots:
+            run(root, "sizes", None)
             run(root, "prepare", None)
         encoders = params.load(roots[0] / layout.PARAMS).encoders
         with ThreadPoolExecutor(environment.parallel()) as pool:

@@ -98,7 +98,8 @@ def workspace(root: Path, encoder: str, epochs: int) -> None:
         f"pretrain.{encoder}.batch_size=64",
     ]
     overrides.apply(edits, root / "params.yaml")
-    subprocess.run([sys.executable, "-m", "tasks.prepare"], cwd=root, env=environment(), check=True)
+    for stage in ("sizes", "prepare"):
+        subprocess.run([sys.executable, "-m", f"tasks.{stage}"], cwd=root, env=environment(), check=True)
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -112,7 +112,7 @@ def _store() -> None:
 def _stages() -> list[list[str]]:
     """Every stage's module and arguments, upstream first."""
     inner = [[f"tasks.{stage}", encoder] for stage in STAGES for encoder in ENCODERS]
-    return [["tasks.prepare"], *inner, ["tasks.report"]]
+    return [["tasks.sizes"], ["tasks.prepare"], *inner, ["tasks.report"]]
 
 
 def pictures(folder: Path, count: int, *, seed: int, top: int = 180, classes: bool = True) -> None:
