@@ -46,14 +46,17 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name to a safetensors file.
+    """Write tensors by name to a safetensors file, which gets the mode that any new file gets, not safetensors' 0600.
 
     Raises:
         OSError: If the disk does not take them.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         if not (number := re.search(r"os error (\d+)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)

@@ -1,12 +1,15 @@
 """An encoder comes back as it was saved, or not at all."""
 
+import os
+import stat
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from deepclust import seeding
 from deepclust.errors import CheckpointError
-from deepclust.models import encoder
+from deepclust.models import encoder, weights
 
 
 def fresh(backbone="small", stem="auto"):
@@ -47,3 +50,12 @@ def test_damaged_encoders_are_refused(tmp_path, name, damage):
     damage(tmp_path / name)
     with pytest.raises(CheckpointError, match="pretrain stage"):
         encoder.load(tmp_path)
+
+
+def test_a_file_of_weights_can_be_read_by_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        weights.save({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
