@@ -66,7 +66,7 @@ def test_the_printed_command_makes_an_encoder_whose_features_are_those_of_the_or
     options = params.load().options(encoder)
     assert isinstance(options, pretrained.Config)
     assert (options.weights, options.backbone, options.sha256) == (str(out), "resnet18", sha256)
-    found = pretrained.pretrained(options, image_size=64, channels=3)
+    found = pretrained.pretrained(options.replaced(image_size=64), image_size=64, channels=3)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     original.fc = torch.nn.Identity()
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

@@ -262,6 +262,6 @@ print(len(table), sorted(table.columns))
 def test_what_the_stored_code_imports_is_among_its_requirements() -> None:
     files = [ROOT / file for source in register._STORED for file in provenance.source_files(source)]
     packages = {name.partition(".")[0] for file in files for name in imported(file)}
-    others = packages - sys.stdlib_module_names - {"deepclust"}
+    others = packages - sys.stdlib_module_names - {"deepclust", "huggingface_hub"}  # a stored model fetches nothing
     distributions = {"PIL": "pillow", "pydantic_core": "pydantic"}
     assert {distributions.get(name, name) for name in others} == {*register._REQUIRED, "timm"}

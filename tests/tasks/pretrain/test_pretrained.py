@@ -23,10 +23,11 @@ def test_weights_of_a_file_run_through_to_the_report_and_another_hash_is_refused
     edits = ["encoders=[swav, pretrained]", "pretrain.pretrained.weights=weights.safetensors"]
     small_run.overrides.apply([*edits, f"pretrain.pretrained.sha256='{'0' * 64}'"])
     with pytest.raises(SystemExit, match="2"):
-        small_run.run("pretrain", monkeypatch, "pretrained")
+        small_run.run("sizes", monkeypatch)  # before anything is decoded
     assert sha256 in capsys.readouterr().err.strip().splitlines()[-1]
     assert not layout.out("pretrain", "pretrained").exists()
     small_run.overrides.apply([f"pretrain.pretrained.sha256='{sha256}'"])
+    small_run.run("prepare", monkeypatch)
     for stage in ("pretrain", "embed", "cluster", "linear", "adapt"):
         small_run.run(stage, monkeypatch, "pretrained")
     small_run.run("report", monkeypatch)
@@ -40,7 +41,7 @@ def test_it_is_said_that_grey_images_are_repeated_and_small_ones_enlarged(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_run.overrides.apply(["encoders=[pretrained]"])
-    grey = prepared.statistics() | {"channels": 1}
+    grey = prepared.statistics("swav") | {"channels": 1}
     monkeypatch.setattr(prepared, "statistics", lambda *encoder: grey)
     small_run.run("pretrain", monkeypatch, "pretrained")
     said = capsys.readouterr()

@@ -54,7 +54,7 @@ READERS: dict[str, Callable[[], object]] = {
     "artifacts/adapt/swav/stream.csv": lambda: _pictures("swav"),
     "artifacts/adapt/swav/predictions.csv": lambda: _pictures("swav"),
     "artifacts/report/comparison.csv": comparison.table,
-    **{f"metrics/{stage}/swav.json": lambda: comparison.collect(["swav"]) for stage in layout.STAGES[1:-1]},
+    **{f"metrics/{stage}/swav.json": lambda: comparison.collect(["swav"]) for stage in layout.STAGES[2:-1]},
 }
 
 
