@@ -430,8 +430,10 @@ class Workspace:
         self._log.write_text("", encoding="utf-8")
 
     def _left(self) -> str:
-        """Files of unfinished runs but for locks, what was to become an output, and temporary files."""
-        found = [path for path in (self.root / layout.STATE).rglob("*") if path.is_file() and path.suffix != ".lock"]
+        """Files of unfinished runs, what was to become an output, and temporary files."""
+        state = self.root / layout.STATE
+        found = [path for path in state.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        found = [path for path in found if not path.is_relative_to(state / "costs")]  # of finished ones
         found += (self.root / "tmp").iterdir()
         for folder in (layout.ARTIFACTS, layout.METRICS, layout.PLOTS):
             found += (self.root / folder).rglob(".*.partial")
