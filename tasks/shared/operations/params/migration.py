@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml.comments import CommentedMap
 
+from deepclust.errors import ConfigError
 from tasks.shared.operations.params import overrides
 
 # Keys that are new, with the value that comes nearest to what was done before.
@@ -20,7 +21,7 @@ _NEW: dict[str, Any] = {
     "cluster.restarts": 1,
     "cluster.engine": "faiss",
     "adapt.encoders": "auto",
-    "adapt.budget": 6,
+    "adapt.budget": None,
     "pretrain.pcl.kmeans_engine": "faiss",
     "pretrain.deepcluster_v2.kmeans_engine": "faiss",
 }
@@ -40,11 +41,22 @@ def migrate(path: Path) -> tuple[list[str], str]:
     def change(document: Any) -> None:
         # A recipe states some sections only, and gets no keys that it did not have.
         whole = "seed" in document and "data" in document
+        _check(document)
         for step in _STEPS:
             lines.extend(step(document, whole))
 
     difference = overrides.rewrite(path, change)
     return lines, difference
+
+
+def _check(document: Any) -> None:
+    """Refuse a file whose outer sections, in which the steps look for keys, are none."""
+    sections = {name: document[name] for name in ("data", "pretrain", "cluster", "adapt") if name in document}
+    if isinstance(pretrain := sections.get("pretrain"), CommentedMap) and "shared" in pretrain:
+        sections["pretrain.shared"] = pretrain["shared"]
+    for name, section in sections.items():
+        if not isinstance(section, CommentedMap):
+            raise ConfigError(f"{name}: expected a mapping, got {section!r}")
 
 
 def _encoders(document: Any, whole: bool) -> Iterator[str]:
@@ -57,25 +69,22 @@ def _encoders(document: Any, whole: bool) -> Iterator[str]:
 
 
 def _image_size(document: Any, whole: bool) -> Iterator[str]:
-    """The one size of all images is now that of the networks that are trained here."""
-    data = document.get("data")
-    if not isinstance(data, CommentedMap) or "image_size" not in data:
-        if whole and isinstance(shared := document.get("pretrain", {}).get("shared"), CommentedMap):
-            yield from _add(shared, "pretrain.shared", "image_size", "auto")
-    else:
-        size = data.pop("image_size")
-        sections = document.setdefault("pretrain", CommentedMap())
-        shared = sections.setdefault("shared", CommentedMap())
+    """The one size of all images is now that of the networks that are trained here; encoders of pixels keep theirs."""
+    size = "auto"
+    if "image_size" in document.get("data", ()):
+        size = document["data"].pop("image_size")
+        shared = document.setdefault("pretrain", CommentedMap()).setdefault("shared", CommentedMap())
         shared.insert(min(1, len(shared)), "image_size", size)
         yield f"data.image_size: now pretrain.shared.image_size, {size}; pixels and pretrained weights have their own"
-        if whole and isinstance(pixels := sections.get("pixels"), CommentedMap):
-            yield from _add(pixels, "pretrain.pixels", "image_size", 64 if size == "auto" else size)
     if not whole:
         return
-    methods = document.get("encoders")
-    for name in {name for name, method in methods.items() if method == "pixels"} if isinstance(methods, dict) else ():
-        if isinstance(section := document["pretrain"].get(name), CommentedMap):
-            yield from _add(section, f"pretrain.{name}", "image_size", 64)
+    sections, methods = document.get("pretrain", {}), document.get("encoders")
+    if "shared" in sections:
+        yield from _add(sections["shared"], "pretrain.shared", "image_size", "auto")
+    named = [name for name, method in methods.items() if method == "pixels"] if isinstance(methods, dict) else []
+    for name in dict.fromkeys(["pixels", *named]):
+        if isinstance(section := sections.get(name), CommentedMap):
+            yield from _add(section, f"pretrain.{name}", "image_size", 64 if size == "auto" else size)
 
 
 def _add(section: CommentedMap, path: str, key: str, value: Any) -> Iterator[str]:
@@ -105,7 +114,7 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
             section = section.get(part) if isinstance(section, CommentedMap) else None
         if isinstance(section, CommentedMap) and last not in section:
             section.insert(max(0, len(section) - 1), last, value)  # the empty line below belongs to the last key
-            yield f"{dotted}: new, {value}"
+            yield f"{dotted}: new, {'null' if value is None else value}"
     if whole:
         methods = document.get("encoders")
         for name, method in methods.items() if isinstance(methods, dict) else ():

@@ -309,8 +309,8 @@ class Params(Config):
             raise ValueError("encoders: expected {name: method, …}, got a list; run `python -m tasks.params migrate`")
         if isinstance(value, dict) and isinstance(value.get("data"), dict) and "image_size" in value["data"]:
             raise ValueError(
-                "data.image_size: every encoder has its own size now, pretrain.shared.image_size; run `python -m "
-                "tasks.params migrate`"
+                "data.image_size: every encoder has its own size now; state pretrain.shared.image_size, and of an "
+                "earlier file or recipe run `python -m tasks.params migrate FILE`"
             )
         return value
 

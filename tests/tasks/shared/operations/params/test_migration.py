@@ -37,7 +37,7 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
         "pretrain.mine.method: now encoders.mine",
         "cluster.engine: new, faiss",
         "adapt.encoders: new, auto",
-        "adapt.budget: new, 6",
+        "adapt.budget: new, null",
         "pretrain.pcl.kmeans_engine: new, faiss",
         "pretrain.deepcluster_v2.kmeans_engine: new, faiss",
         "pretrain.mine.kmeans_engine: new, faiss",
@@ -48,7 +48,9 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
     assert values.encoders == {"pixels": "pixels", "swav": "swav", "mine": "pcl"}
     after = params.read(earlier)
     assert after["data"] == before["data"]
-    assert after["adapt"] == before["adapt"] | {"encoders": "auto", "budget": 6}, "images keep their number"
+    assert after["adapt"] == before["adapt"] | {"encoders": "auto", "budget": None}, (
+        "images keep their number, and nobody is left out"
+    )
     assert after["pretrain"]["swav"] == before["pretrain"]["swav"]
     assert migration.migrate(earlier) == ([], "")
 
@@ -60,19 +62,24 @@ def test_the_size_of_all_images_becomes_that_of_networks_and_pixels_keep_what_th
     path = tmp_path / "params.yaml"
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     text = re.sub(r"^    image_size: .*\n", "", text, flags=re.M)
-    text = text.replace("pixels: {image_size: 32}  # at most", "pixels: {}")
+    text = text.replace("pixels: {image_size: 32}  # at most", "pixels: {}\n  raw: {}\n  last: {}")
+    text = text.replace("encoders: {", "encoders: {raw: pixels, last: pixels, ")
     path.write_text(text.replace("data:\n", f"data:\n  image_size: {size}  # pixels\n", 1), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"^data.image_size: every encoder .*run `python -m tasks.params migrate`"):
+    with pytest.raises(
+        ConfigError, match=r"^data.image_size: every encoder .* pretrain.shared.image_size, .*tasks.params migrate"
+    ):
         params.load(path)
     lines, difference = migration.migrate(path)
     assert lines == [
         f"data.image_size: now pretrain.shared.image_size, {size}; pixels and pretrained weights have their own",
-        f"pretrain.pixels.image_size: new, {pixels}",
+        *(f"pretrain.{name}.image_size: new, {pixels}" for name in ("pixels", "raw", "last")),
     ]
     assert "-  image_size:" in difference
     values = params.load(path)
-    sizes = {name: values.image_size(name) for name in ("swav", "random", "pixels")}
-    assert sizes == {"swav": values.pretrain.shared.image_size, "random": sizes["swav"], "pixels": pixels}
+    sizes = {name: values.image_size(name) for name in ("swav", "random", "pixels", "raw", "last")}
+    assert sizes == {"swav": values.pretrain.shared.image_size, "random": sizes["swav"]} | dict.fromkeys(
+        ("pixels", "raw", "last"), pixels
+    )
     assert str(sizes["swav"]) == size
     assert migration.migrate(path) == ([], "")
 
@@ -102,6 +109,18 @@ def test_the_size_that_a_pretrained_network_gets_keeps_its_value_and_null_is_wha
     found = params.load(earlier).options("pretrained")
     assert (found.backbone, found.image_size) == ("resnet18", "auto")  # type: ignore[attr-defined]
     assert migration.migrate(earlier) == ([], "")
+
+
+@pytest.mark.parametrize("section", ["data", "pretrain", "pretrain.shared", "cluster", "adapt"])
+@pytest.mark.parametrize("value", ["text", "null", "[1]"])
+def test_a_section_that_is_no_mapping_is_named(tmp_path: Path, section: str, value: str) -> None:
+    path, key = tmp_path / "params.yaml", section.rpartition(".")[2]
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    path.write_text(re.sub(rf"^( *){key}:.*\n((\1 .*)?\n)*", rf"\1{key}: {value}\n", text, count=1, flags=re.M))
+    before = path.read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"^{section}: expected a mapping, got "):
+        migration.migrate(path)
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_the_command_shows_lines_and_diff_and_a_broken_file_stays(
