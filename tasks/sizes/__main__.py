@@ -16,7 +16,7 @@ def main() -> None:
     """Run the stage."""
     with stage.running("sizes") as here:
         sizes = {encoder: size(here.params, encoder) for encoder in here.params.encoders}
-        stage.write_text(here.folder / layout.SIZES.name, stage.json_text({"encoders": sizes}))
+        stage.write_text(here.folder / layout.SIZES.name, stage.json_text({"encoders": dict(sorted(sizes.items()))}))
         named = (f"{encoder} {found['image_size']}" for encoder, found in sizes.items())
         say(f"sides of images in pixels: {', '.join(named)}")
 

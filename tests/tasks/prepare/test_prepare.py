@@ -526,3 +526,12 @@ def test_networks_get_the_size_that_is_stated_and_pixels_at_most_what_the_images
             path = Path("artifacts/prepare/images", str(own["image_size"]), f"{split}.npy")
             assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     assert "warning: swav is to have images of 32 px, which are enlarged: they hold 20" in capsys.readouterr().out
+
+
+def test_the_order_of_encoders_is_no_reason_to_decode_again() -> None:
+    for index in range(4):
+        picture(f"{index}.png", index)
+    run({"swav": 16, "pixels": 8})
+    before = Path("artifacts/sizes/sizes.json").read_bytes()
+    run({"pixels": 8, "swav": 16})
+    assert Path("artifacts/sizes/sizes.json").read_bytes() == before
