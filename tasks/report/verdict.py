@@ -45,7 +45,7 @@ def _stability(row: Row) -> Interval | str:
     if rank is None or rank < LEAST_RANKME:  # a line of points is cut in the same places again and again
         return f"RankMe {'unknown' if rank is None else shown(row, 'rankme')}: its features may have collapsed"
     spread = number(row, "stability_std") or 0.0
-    return Interval(value, value - spread, value + spread)
+    return Interval(value, value - spread, min(1.0, value + spread))
 
 
 def _ranked(found: Mapping[str, Interval], by: str) -> str:

@@ -58,6 +58,11 @@ def test_without_labels_the_agreement_of_clusterings_decides_and_is_called_a_hin
     assert hint.startswith("No labels are held out, so this is a hint and no proof")
 
 
+def test_no_agreement_is_above_one() -> None:
+    ranked, _ = verdict.best([stable("pixels", 0.99, 0.05), stable("swav", 0.97, 0.01)])
+    assert ranked.endswith("no difference between pixels .990 (.940–1.000) and swav .970 (.960–.980).")
+
+
 @pytest.mark.parametrize("missing", [None, "", float("nan")])
 def test_what_is_not_measured_is_neither_best_nor_level(missing: Any) -> None:
     found = verdict.best([row("pixels", heldout=missing, stability=missing), row("swav", heldout=missing)])
