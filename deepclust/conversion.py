@@ -117,7 +117,7 @@ def read(path: Path) -> Any:
             ) from error
         raise CheckpointError(
             f"expected a file of torch.save in {path}, got a damaged one or another kind; a safetensors file is "
-            f"named as `weights` as it is, of others {_STATE_ONLY}"
+            f"named as `weights` as it is; of another kind, {_STATE_ONLY}"
         ) from error
 
 

@@ -187,7 +187,7 @@ def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, 
         raise CheckpointError(
             f"expected weights in {path}, can not read it ({error.strerror}); mend the path"
         ) from error
-    if sha256 is None or found != sha256.lower():
+    if sha256 is None or found != sha256:
         raise ConfigError(
             f"sha256: expected the SHA-256 of {path}, {found}; got {sha256}; state it if the file is right"
         )
