@@ -138,6 +138,8 @@ def _set_all(document: Any, overrides: Sequence[str]) -> None:
 def name_methods(document: Any, earlier: Any) -> None:
     """Turn a list of encoders into a mapping of each to its method, in place.
 
+    The section of an encoder that drops out says its method from then on, if its name does not.
+
     Args:
         document: The parameters.
         earlier: The encoders before the change, whose methods stay.
@@ -156,6 +158,9 @@ def name_methods(document: Any, earlier: Any) -> None:
         section = sections.get(name)
         stated = section.pop("method", None) if isinstance(section, dict) else None
         methods[name] = stated or known.get(name, name)
+    for name, method in known.items():
+        if name not in methods and name != method and isinstance(own := sections.get(name), CommentedMap):
+            own.insert(0, "method", method)
     document["encoders"] = styled(methods)
 
 

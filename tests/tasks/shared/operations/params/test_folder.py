@@ -86,6 +86,13 @@ def test_colour_images_get_the_pretrained_encoder_beside_pixels_in_one_edit_that
     assert commands(again) == commands(printed)
 
 
+def test_encoders_of_other_names_may_drop_out(run: Run) -> None:
+    put(Path("photos"), 10)
+    overrides.apply(["encoders={raw: pixels, swav: swav}", "pretrain.raw={image_size: 16}"])
+    assert run("photos")[0] == 0
+    assert (list(params.load().encoders), params.load().method("raw")) == (["pixels", "pretrained"], "pixels")
+
+
 def test_grey_images_keep_the_encoders_and_the_line_for_the_pretrained_one_works(run: Run) -> None:
     put(Path("scans"), 600, colour=False)
     status, printed = run("scans")

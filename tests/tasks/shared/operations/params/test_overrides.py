@@ -45,6 +45,15 @@ def test_a_comment_stays_as_far_behind_the_value_as_it_was(file: Path) -> None:
     assert "\n  folder: some/longer/path  # the images" in text
 
 
+def test_an_encoder_of_another_name_keeps_its_method_while_it_is_not_listed(file: Path) -> None:
+    overrides.apply(["encoders={raw: pixels, swav: swav}", "pretrain.raw={image_size: 16}"], file)
+    overrides.apply(["encoders=[swav]"], file)
+    assert (params.load(file).encoders, params.load(file).method("raw")) == ({"swav": "swav"}, "pixels")
+    overrides.apply(["encoders=[raw, swav]"], file)
+    assert params.read(file)["encoders"] == {"raw": "pixels", "swav": "swav"}
+    assert params.read(file)["pretrain"]["raw"] == {"image_size": 16}
+
+
 def test_lists_items_and_nested_values_can_be_set_at_once(file: Path) -> None:
     before = file.read_text()
     edits = ["encoders=[pixels, swav]", "pretrain.swav.optimiser.rate=1e-2", "pretrain.swav.crops.1.count=4"]
