@@ -44,7 +44,6 @@ OTHER_FILES = {
     "flows/serve.py": "what Prefect's server answers",
     "tasks/shared/outputs/read.py": "the door",
     "tasks/prepare/arrays.py": "arrays of this stage",
-    "tasks/prepare/__main__.py": "arrays of this stage",
     "tasks/embed/__main__.py": "arrays of this stage",
     "tasks/adapt/__main__.py": "rows of this stage",
     "tasks/shared/operations/last_preparation.py": "DVC's cache; damage costs a warning",
