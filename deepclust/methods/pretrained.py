@@ -85,10 +85,16 @@ def wanted_size(options: Config) -> int:
     """Side of the images that the network gets, in pixels. Nothing is downloaded.
 
     Raises:
-        ConfigError: If timm has no such model or weights, or the file's hash or backbone is not the stated one.
+        ConfigError: If timm has no such model or weights, the file's hash or backbone is not the stated one, or the
+            network can not take this side or pooling.
         CheckpointError: If the file or package is missing or damaged.
     """
-    return _size(options, _source(options))
+    source = _source(options)
+    size = _size(options, source)
+    Encoder(  # which refuses what it can not take
+        backbone=source.backbone, image_size=size, channels=3, mean=[0.5] * 3, std=[0.5] * 3, pooling=options.pooling
+    )
+    return size
 
 
 def _size(options: Config, source: _Source) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepclust.errors import CheckpointError, ConfigError
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import say
 from tasks.shared.outputs import layout, stage
@@ -30,6 +31,7 @@ def size(params: schema.Params, encoder: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: If there is no such encoder, or the size is not valid.
+        CheckpointError: If weights are missing or damaged.
     """
     method = params.method(encoder)
     if method == "pretrained":
@@ -37,7 +39,10 @@ def size(params: schema.Params, encoder: str) -> dict[str, Any]:
 
         options = params.options(encoder)
         assert isinstance(options, pretrained.Config)
-        return {"image_size": pretrained.wanted_size(options), "enlarged": False}
+        try:
+            return {"image_size": pretrained.wanted_size(options), "enlarged": False}
+        except (ConfigError, CheckpointError) as error:
+            raise type(error)(f"pretrain.{encoder}: {error}") from error
     return {"image_size": params.image_size(encoder), "enlarged": method != "pixels"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,28 @@ def test_it_is_said_that_grey_images_are_repeated_and_small_ones_enlarged(
     said = capsys.readouterr()
     assert "pretrained: grey images are repeated for the network's 3 channels\n" in said.out
     assert "warning: pretrained: its weights were made for 160 px, the images hold 16: enlarged\n" in said.err
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (
+            "{weights: efficientnet_lite0, pooling: cls}",
+            "pooling: expected auto, as timm/tf_efficientnet_lite0 is no tr",
+        ),
+        (
+            "{weights: timm, backbone: timm/vit_tiny_patch16_224.augreg_in21k, image_size: 100}",
+            "backbone: timm/vit_tiny",
+        ),
+        ("{weights: timm, backbone: timm/vit_tinny_patch16_224.augreg_in21k}", "backbone: timm .* has no model"),
+        ("{weights: nowhere.safetensors, backbone: resnet18}", "expected weights in 'nowhere.safetensors', found none"),
+    ],
+)
+def test_what_weights_can_not_do_is_said_of_their_encoder_before_anything_is_decoded(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edit: str, line: str
+) -> None:
+    small_run.overrides.apply(["encoders.other=pretrained", f"pretrain.other={edit}"])
+    with pytest.raises(SystemExit, match="2"):
+        small_run.run("sizes", monkeypatch)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: pretrain.other: {line}", said)
