@@ -145,6 +145,8 @@ def stage_params(stage: str, encoder: str | None, params: Params) -> dict[str, s
         own |= as_dict(params.options(encoder))
         return flatten({"seed": params.seed} | params.pretrain.network() | own)
     everything = params.resolved()
+    if stage == "sizes":
+        return flatten({"encoders": everything["encoders"]})
     if stage == "report":
         return flatten({"seed": params.seed, "encoders": everything["encoders"]} | everything["report"])
     seed = {"seed": params.seed} if stage in _SEEDED else {}

@@ -20,8 +20,9 @@ from mlflow import MlflowClient
 
 from deepclust.errors import PreemptedError, TrackingError
 from tasks import tracking as command
-from tasks.shared.operations import outbox, params, tracking
+from tasks.shared.operations import outbox, params, provenance, tracking
 from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.outputs import layout
 from tests.paths import ROOT
 
 TRACK = (
@@ -395,3 +396,13 @@ def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     assert start(tmp_path, code, DEEPCLUST_TRACKING="off").communicate(timeout=60)[0] == ""
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("stage", layout.STAGES)
+def test_every_stage_has_parameters_to_log(stage: str) -> None:
+    values = params.load(ROOT / "params.yaml")
+    logged = provenance.stage_params(stage, None if stage in layout.ONCE else "swav", values)
+    assert logged
+    assert all(isinstance(value, str) for value in logged.values())
+    if stage == "pretrain":
+        assert logged["image_size"] == "auto"
