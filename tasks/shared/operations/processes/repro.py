@@ -90,7 +90,9 @@ def _refuse_damaged(repo: Any, stage: str) -> None:
     cache = repo.cache.local
     cache.check = check
     repo.stage_cache = Runs(repo)
-    look(out.hash_info.value for found in repo.stage.collect(stage) for out in found.outs if out.hash_info)
+    with repo.lock:  # another process may be writing dvc.lock
+        stages = repo.stage.collect(stage)
+    look(out.hash_info.value for found in stages for out in found.outs if out.hash_info)
 
 
 def is_dropped(path: Path) -> bool:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,22 @@ def test_a_stage_waits_for_another_dvc_process(workspace: Workspace, root: Path)
         (root / ".dvc/tmp/rwlock").write_text(json.dumps({"write": holder, "read": {}}))
         assert _run(workspace, "prepare") == ["run"]
         assert other.poll() == 0
+
+
+def test_a_stage_waits_for_another_process_that_is_writing_dvcs_lock_file(workspace: Workspace, root: Path) -> None:
+    from dvc.repo import Repo
+
+    assert _run(workspace, "prepare") == ["run"]
+    path = root / "dvc.lock"
+    whole = path.read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with Repo() as repo, repo.lock:
+            path.write_bytes(b"")  # DVC empties the file first
+            run = pool.submit(_run, workspace, "embed@pixels")
+            time.sleep(5)
+            assert not run.done()
+            path.write_bytes(whole)
+        assert run.result() == ["run"]
 
 
 def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> None:
