@@ -38,7 +38,7 @@ class Pull(base.Method):
 '''
 RUN = """
 import runpy, sys
-for words in ("tasks.prepare", "tasks.pretrain pull", "tasks.params show pull"):
+for words in ("tasks.sizes", "tasks.prepare", "tasks.pretrain pull", "tasks.params show pull"):
     sys.argv = words.split()
     runpy.run_module(sys.argv[0], run_name="__main__")
 """
@@ -54,7 +54,7 @@ def test_a_new_method_is_a_file_a_line_and_a_section(tmp_path: Path) -> None:
     registry = tmp_path / "deepclust/methods/__init__.py"
     registry.write_text(registry.read_text().replace("METHODS = {\n", 'METHODS = {\n    "pull": "Pull",\n'))
     params = tmp_path / "params.yaml"
-    text = params.read_text().replace("  pixels: {}\n", f"  pixels: {{}}\n{SECTION}")
+    text = params.read_text().replace("  random: {}\n", f"  random: {{}}\n{SECTION}")
     params.write_text(text.replace("encoders: {", "encoders: {pull: pull, ", 1))
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DEEPCLUST_TRACKING": "off"}

@@ -43,7 +43,7 @@ def test_a_pipeline_on_names_like_formulas_markup_and_commands_ends_with_a_repor
     assert [char for char in said if not char.isprintable() and char != "\n"] == []
     for line in (r"no\x1b[31m image.png: ", r"no\x9b class (4)", f"({', '.join(sorted(SHOWN))})"):
         assert line in said
-    assert {path.split("/")[0] for path in prepared.load("train").paths} == set(CLASSES), "tables keep names"
+    assert {path.split("/")[0] for path in prepared.load("train", "pixels").paths} == set(CLASSES), "tables keep names"
     with Path("artifacts/adapt/pixels/table.csv").open(encoding="utf-8", newline="") as file:
         assert DOMAIN in {row["shift"] for row in csv.DictReader(file)}
     report = layout.REPORT.read_text(encoding="utf-8")

@@ -54,7 +54,7 @@ def test_one_image_a_class_goes_through_every_stage(tmp_path: Path, monkeypatch:
     edits = ["encoders=[pixels, pcl]", "pretrain.pcl.batch_size=4", "pretrain.pcl.key_groups=2"]
     _workspace(tmp_path, monkeypatch, [f"class{index:02}/image.png" for index in range(30)], *edits)
     _through(monkeypatch, "pixels", "pcl")
-    trained = len(prepared.images("train"))
+    trained = prepared.count("train")
     assert trained < 30
     for encoder in ("pixels", "pcl"):
         assert json.loads(layout.metrics("cluster", encoder).read_text())["k"] == trained
