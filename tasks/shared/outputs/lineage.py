@@ -93,8 +93,9 @@ def check(paths: Iterable[Path]) -> None:
     for path in paths:
         if known := _read(folder := _folder(path)):
             files = {folder / name: value for name, value in known.outputs.items()}
-            places = [path, *described(path)]
-            _compare({file: value for file, value in files.items() if any(map(file.is_relative_to, places))})
+            _compare({file: value for file, value in files.items() if file.is_relative_to(path)})
+            for images in described(path):  # which the path itself names, so it has to be whole
+                _compare({file: value for file, value in files.items() if file.is_relative_to(images)})
     stale: list[Path] = []  # upstream first
     changed: dict[Path, list[str]] = {}  # an artifact: the stages that read another one in its place
     unknown: list[str] = []

@@ -305,7 +305,7 @@ COMMANDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         ("report", "metrics/cluster/swav.json"),
         ("report", "plots/adapt/swav.csv"),
         ("assign", "artifacts/pretrain/swav/encoder.safetensors"),
-        ("assign", "artifacts/cluster/swav/cluster.json"),
+        ("assign", "artifacts/prepare/encoders/swav.json"),
         ("register", "artifacts/linear/swav/classifier.safetensors"),
         ("register", "artifacts/prepare/meta.json"),
         ("register", "metrics/linear/swav.json"),
