@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ RATE_BATCH = 256  # images of the update that a stated rate is for
 
 
 @config
-class OptimiserConfig(Config):
+class OptimiserConfig(Config, ABC):
     """What all optimisers share: for each step, a rate of a linear warm-up and then of a cosine."""
 
     rate: Positive = 0.05
@@ -31,9 +32,9 @@ class OptimiserConfig(Config):
     final_rate: Share = 0.0
     """Share of the rate that the cosine ends at."""
 
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """torch's optimiser over groups that each state their weight decay."""
-        raise NotImplementedError
 
 
 @config
