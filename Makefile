@@ -1,5 +1,5 @@
 # The commands of this repository. Each sets up .venv first, and again when the lock has changed.
-#   make pipeline   the whole pipeline; ARGS="--targets … --override key=value … --force"
+#   make pipeline   the whole pipeline; ARGS="--stages … --encoders … --override key=value … --force"
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
 #   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…

@@ -1,6 +1,6 @@
 """The whole pipeline: each stage of DVC's graph as a Prefect task that waits for the stages upstream of it.
 
-python -m flows.pipeline --targets embed --override pretrain.swav.epochs=5
+python -m flows.pipeline --stages embed --encoders swav --override pretrain.swav.epochs=5
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import Semaphore
-from typing import Any
+from typing import Any, get_args
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -23,7 +23,8 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
-from flows import server, watchdog
+from flows import schema, server, watchdog
+from flows.schema import EncoderName, Machines, Override, RunOn, Stage
 from flows.stage import RETRIES, RETRY_SECONDS
 from tasks.report import summary
 from tasks.shared.operations import params, tracking
@@ -77,39 +78,57 @@ def run_stage(
 
 @flow(name="pretrain-and-eval", persist_result=False, validate_parameters=True)
 def pretrain_and_eval(
-    targets: list[str] | None = None, overrides: list[str] | None = None, force: bool = False
+    stages: list[Stage] | None = None,
+    encoders: list[EncoderName] | None = None,
+    overrides: list[Override] | None = None,
+    force: bool = False,
+    isolated: bool = False,
+    machines: Machines = 1,
+    run_on: RunOn = "here",
 ) -> State[Any]:
     """Pretrain, embed, cluster, evaluate, adapt and compare: every stage that is not up to date.
 
     Args:
-        targets: Stages (`embed@swav`) or groups of them (`embed`) to bring up to date with everything upstream of them;
-            all stages if there are none.
-        overrides: Edits of params.yaml that stay, such as `pretrain.swav.epochs=5`.
-        force: Run the stages even if nothing has changed.
+        stages: What to bring up to date, with everything upstream of it; all stages if none is chosen.
+        encoders: Only the stages of these encoders; all encoders if none is named. The stage report needs all.
+        overrides: Edits of params.yaml that stay there, such as pretrain.swav.epochs=5.
+        force: Run these stages even if nothing has changed.
+        isolated: Run in a copy of the workspace, beside other runs, and leave the workspace as it is.
+        machines: Machines over which a stage is spread that can use several.
+        run_on: Where a stage runs: here, in this run's own process; else as a run of its own in that pool.
     """
     logger = get_run_logger()
     server.watch_for_worker()
     try:
+        _check_built(isolated, machines, run_on)
         with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
-            return _run(workspace, targets, overrides, force)
+            return _run(workspace, stages or [], encoders or [], overrides or [], force)
     except DeepclustError as error:
         message = safe_lines(str(error))
         logger.error("error: %s", message)
         return Failed(message=message)
 
 
-def _check(targets: Sequence[str] | None, edits: Sequence[str] | None) -> None:
-    """Refuse parameters and targets that can not run, before anything is written."""
-    dvc_runner.check(overrides.preview(edits) if edits else params.load(), targets or [])
+def _check_built(isolated: bool, machines: int, run_on: str) -> None:
+    for option, given in (("isolated", isolated), ("machines", machines > 1), ("run_on", run_on != "here")):
+        if given:
+            raise StageError(f"{option}: not built yet; leave it out")
 
 
-def _run(workspace: Workspace, targets: Sequence[str] | None, edits: Sequence[str] | None, force: bool) -> State[Any]:
+def _check(groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str]) -> None:
+    """Refuse parameters, stages and encoders that can not run, before anything is written."""
+    dvc_runner.check(overrides.preview(edits) if edits else params.load(), groups, encoders)
+
+
+def _run(
+    workspace: Workspace, groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str], force: bool
+) -> State[Any]:
     logger = get_run_logger()
-    _check(targets, edits)
+    _check(groups, encoders, edits)
     if edits:
         logger.info("params.yaml:\n%s", safe_lines(overrides.apply(edits)) or "says so already")
     with watchdog.stages_run():
-        stages = workspace.select(targets)
+        stages = workspace.select(groups, encoders)
         unchanged = set() if force else workspace.unchanged()
         logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
         parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
@@ -178,22 +197,24 @@ def _hold() -> Iterator[Workspace]:
 def main() -> None:
     """Run the flow here, on an embedded server if none is configured."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
-    parser.add_argument("--targets", nargs="+", metavar="STAGE", help="stages, with everything upstream; default: all")
-    parser.add_argument("--override", nargs="+", metavar="KEY=VALUE", help="edits of params.yaml, kept")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with everything upstream; default: all")
+    parser.add_argument("--encoders", nargs="+", metavar="ENCODER", help="only their stages; default: all")
+    parser.add_argument(
+        "--override", nargs="+", metavar="KEY=VALUE", dest="overrides", help="edits of params.yaml, kept"
+    )
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
-    arguments = parser.parse_args()
+    parser.add_argument("--isolated", action="store_true", help="in a copy of the workspace, beside other runs")
+    parser.add_argument("--machines", default=1, metavar="N", help="machines of a stage that can use several")
+    parser.add_argument("--run-on", default="here", metavar="WHERE", help=", ".join(get_args(RunOn)))
+    parameters = vars(parser.parse_args())
     with errors_as_one_line():
         try:
             with _hold() as workspace:
                 # Refuse what can not run before the server is started, which takes a while.
-                _check(arguments.targets, arguments.override)
+                _check(parameters["stages"] or [], parameters["encoders"] or [], parameters["overrides"] or [])
+                schema.check(pretrain_and_eval.fn, parameters)
                 with server.configured(hold=workspace.descriptors):
-                    state = pretrain_and_eval(
-                        targets=arguments.targets,
-                        overrides=arguments.override,
-                        force=arguments.force,
-                        return_state=True,
-                    )
+                    state = pretrain_and_eval(**parameters, return_state=True)
         except KeyboardInterrupt:
             sys.exit(130)
         except TerminationSignal:

@@ -477,7 +477,8 @@ def _arguments() -> Iterator[Case]:
         yield Case(fault=f"argument: {name}", command="assign", argv=["tasks.assign", "--encoder", text, NEW])
         yield Case(fault=f"argument: {name}", command="register", argv=["tasks.register", f"--encoder={text}"])
         if name != "no name":
-            yield Case(fault=f"argument: {name}", command="flow", argv=["flows.pipeline", "--targets", text])
+            for option in ("--stages", "--encoders"):
+                yield Case(fault=f"argument: {name}", command="flow", argv=["flows.pipeline", option, text])
     paths: dict[str, tuple[str, Callable[[], Any]]] = {
         "not there": ("nowhere", lambda: None),
         "nothing": ("", lambda: None),

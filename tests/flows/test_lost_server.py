@@ -36,7 +36,7 @@ def test_a_second_flow_is_refused_while_the_server_starts_and_a_lost_server_ends
     flows: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", _FLOW, "--targets", "prepare"]
+        command = [sys.executable, "-c", _FLOW, "--stages", "prepare"]
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         flows.append(subprocess.Popen(command, cwd=tmp_path, env=env, **streams))
         return flows[-1]

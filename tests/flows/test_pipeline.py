@@ -86,10 +86,10 @@ def test_a_failed_stage_shows_its_tail_and_holds_up_only_what_needs_it(
 def test_the_server_of_a_run_that_a_worker_started_is_watched_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[str] = []
     monkeypatch.setattr(server.watchdog, "watched", lambda url, _: watched.append(url) or nullcontext())
-    pretrain_and_eval(targets=["none"], return_state=True)
+    pretrain_and_eval(encoders=["none"], return_state=True)
     assert not watched, "whoever calls the flow in a process of its own lives on"
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "any")
-    pretrain_and_eval(targets=["none"], return_state=True)
+    pretrain_and_eval(encoders=["none"], return_state=True)
     assert watched == [PREFECT_API_URL.value()]
 
 
@@ -99,7 +99,7 @@ def test_the_summary_shows_no_password(
     monkeypatch.setattr(tracking, "open_pipeline", lambda: "")
     monkeypatch.setenv("DEEPCLUST_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
-    assert pretrain_and_eval(targets=["prepare"], return_state=True).is_completed()
+    assert pretrain_and_eval(stages=["prepare"], return_state=True).is_completed()
     assert "runs and models: http://***@127.0.0.1:1" in caplog.text
     assert "hunter2" not in caplog.text
 
@@ -110,8 +110,8 @@ def test_a_preempted_stage_is_tried_again_begins_anew_once_and_fails_in_the_end(
     monkeypatch.setattr(module.run_stage, "retry_delay_seconds", 0.1)
     monkeypatch.setattr(module, "RETRIES", 1)
     preempt(root, times=3)
-    assert pretrain_and_eval(targets=["prepare"], return_state=True).is_failed()
-    assert pretrain_and_eval(targets=["prepare"], force=True, return_state=True).is_completed()
+    assert pretrain_and_eval(stages=["prepare"], return_state=True).is_failed()
+    assert pretrain_and_eval(stages=["prepare"], force=True, return_state=True).is_completed()
     assert pipelines.ran(root) == ["prepare"] * 4
     assert (root / "resumes").read_text() == "prepare auto\nprepare auto\nprepare never\nprepare auto\n"
     assert "prepare was preempted: it was told to stop, and goes on when it is run again" in caplog.text
@@ -120,11 +120,11 @@ def test_a_preempted_stage_is_tried_again_begins_anew_once_and_fails_in_the_end(
 
 def test_a_mistake_is_one_line_and_nothing_runs_or_is_written(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = (root / "params.yaml").read_bytes()
-    for targets, edit, message in (
-        (["embd"], "seed=5", "got 'embd'; did you mean embed?"),
+    for encoders, edit, message in (
+        (["pixel"], "seed=5", "expected an encoder (pixels, random), got 'pixel'; did you mean pixels?"),
         (None, "adapt.domains=nowhere", "create it, or name another one: adapt.domains=path/to/images"),
     ):
-        state = pretrain_and_eval(targets=targets, overrides=[edit], return_state=True)
+        state = pretrain_and_eval(encoders=encoders, overrides=[edit], return_state=True)
         assert state.is_failed()
         assert (state.message or "").endswith(message)
     assert (root / "params.yaml").read_bytes() == before
@@ -139,7 +139,7 @@ def test_an_ended_flow_leaves_no_process_behind_and_a_second_one_is_refused_in_o
     (root / "slow").touch()
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-m", "flows.pipeline", "--targets", "prepare"]
+    command = [sys.executable, "-m", "flows.pipeline", "--stages", "prepare"]
     flow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert eventually((root / "state/asleep").exists, 60)
     assert _main(monkeypatch)[0] == 2
@@ -155,7 +155,7 @@ def test_an_ended_flow_leaves_no_process_behind_and_a_second_one_is_refused_in_o
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, Mock]:
     """The exit status of the command, and the flow that it called."""
-    called = Mock(return_value=Completed(), description="")
+    called = Mock(return_value=Completed(), description="", fn=pretrain_and_eval.fn)
     monkeypatch.setattr(sys, "argv", ["pretrain_and_eval", *arguments])
     monkeypatch.setattr(module, "pretrain_and_eval", called)
     with pytest.raises(SystemExit) as stop:
@@ -163,13 +163,22 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, Moc
     return stop.value.code, called
 
 
-def test_a_target_may_be_an_encoder_that_an_override_adds_and_a_folder_that_dvc_can_not_follow_is_one_line(
+def test_a_run_may_be_of_an_encoder_that_an_override_adds_and_a_folder_that_dvc_can_not_follow_is_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _main(monkeypatch, "--targets", "embed@swav")[0] == 2
-    status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--targets", "embed@swav")
-    assert (status, called.call_args.kwargs["targets"]) == (0, ["embed@swav"])
+    assert _main(monkeypatch, "--encoders", "swav")[0] == 2
+    status, called = _main(monkeypatch, "--override", "encoders=[pixels, swav]", "--encoders", "swav")
+    assert (status, called.call_args.kwargs["encoders"]) == (0, ["swav"])
     capsys.readouterr()
+    for words, message in (
+        (["--stages", "embd"], r"expected a stage \(prepare, embed, report\), got 'embd'; did you mean embed\?"),
+        (["--encoders", "../x"], r"expected an encoder \(pixels, random\), got '\.\./x'"),
+        (["--override", "x"], "expected an override like .*, got 'x'"),
+        (["--machines", "0"], "machines: input should be greater than or equal to 1, got '0'"),
+        (["--run-on", "moon"], "run_on: input should be 'here', .*, got 'moon'"),
+    ):
+        assert _main(monkeypatch, *words)[0] == 2
+        assert re.match(rf"error: .*{message}.*\n$", capsys.readouterr().err)
     for folder, remedy in (("~/x", "write it out, without `~`"), ("nowhere", "create it, or name")):
         status, called = _main(monkeypatch, "--override", "data.source=folder", f"data.folder={folder}")
         assert (status, called.called) == (2, False), "before the server starts"

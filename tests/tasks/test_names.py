@@ -129,7 +129,8 @@ NAMING = {
     "tasks.params apply": (command.main, ["apply", "recipe.yaml"]),
     "tasks.overrides": (overrides.main, [f"encoders={json.dumps({HOSTILE: 'swav'})}"]),
     "tasks.overrides of a section": (overrides.main, ["pretrain.$(touch marker)={}"]),
-    "flows.pipeline --targets": (flows.pipeline.main, ["--targets", f"embed@{HOSTILE}"]),
+    "flows.pipeline --stages": (flows.pipeline.main, ["--stages", HOSTILE]),
+    "flows.pipeline --encoders": (flows.pipeline.main, ["--encoders", HOSTILE]),
     "flows.pipeline --override": (flows.pipeline.main, ["--override", f"encoders={json.dumps({HOSTILE: 'swav'})}"]),
 }
 # These take no name, but a params.yaml that has one.

@@ -1,7 +1,7 @@
 """Runs stages through DVC, which holds the graph and decides what has changed. Only this and repro.py import it.
 
 with Workspace() as workspace:
-    for stage in workspace.select(["embed@swav"]):
+    for stage in workspace.select(["embed"], ["swav"]):
         workspace.run_stage(stage, on_line=print)
 """
 
@@ -132,17 +132,17 @@ class Workspace:
             raise StageError(f"DVC can not read the pipeline in {Path.cwd()}: {repro.in_one_line(error)}") from error
         return {stage: edges[stage] for stage in TopologicalSorter(edges).static_order()}
 
-    def select(self, targets: Sequence[str] | None = None) -> list[str]:
-        """The targets with everything upstream of them, upstream first; all stages if there are none.
+    def select(self, groups: Sequence[str] = (), encoders: Sequence[str] = ()) -> list[str]:
+        """Stages with everything upstream of them, upstream first.
 
-        A target is a stage (`embed@swav`) or a group of stages (`embed`).
+        Args:
+            groups: Names of stages, each for all encoders that it has (`embed`); none: all.
+            encoders: Only the stages of these, and those without an encoder that are named; none: all.
 
         Raises:
-            StageError: If a target is unknown.
+            StageError: If a name is unknown.
         """
-        if not targets:
-            return list(self.graph)
-        wanted = {stage for target in targets for stage in _members(target, list(self.graph))}
+        wanted = set(_members(groups, encoders, list(self.graph)))
         for stage in reversed(self.graph):
             if stage in wanted:
                 wanted.update(self.graph[stage])
@@ -150,9 +150,9 @@ class Workspace:
 
     def one(self, name: str) -> str:
         """The name, if it is that of a single stage. Raises: StageError if it is not."""
-        members = _members(name, list(self.graph))
-        if members != [name]:
+        if members := [stage for stage in self.graph if stage.startswith(f"{name}@")]:
             raise StageError(f"expected a single stage, got {name!r}; name one of {', '.join(members)}")
+        _known("a stage", [name], list(self.graph))
         return name
 
     def unchanged(self) -> set[str]:
@@ -234,16 +234,17 @@ def drop_damaged() -> int:
         raise StageError(f"DVC can not read the cache of {Path.cwd()}: {repro.in_one_line(error)}") from error
 
 
-def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
+def check(values: schema.Params, groups: Sequence[str] = (), encoders: Sequence[str] = ()) -> None:
     """Refuse what can not run, with more to say than DVC, for which a missing folder is a missing dep.
 
     Args:
         values: Parameters, which need not be written yet.
-        targets: Stages and groups of stages.
+        groups: Names of stages, as `Workspace.select` takes them.
+        encoders: Names of encoders, as `Workspace.select` takes them.
 
     Raises:
-        StageError: If a folder of images is to be read and is not there, or a target is no stage of dvc.yaml with
-            these parameters.
+        StageError: If a folder of images is to be read and is not there, or dvc.yaml with these parameters has no such
+            stage or encoder.
     """
     reads = {"data.folder": (values.data.folder, values.data.source == "folder")}
     for name, (folder, needed) in (reads | {"adapt.domains": (values.adapt.domains, True)}).items():
@@ -259,18 +260,29 @@ def check(values: schema.Params, targets: Sequence[str] = ()) -> None:
         raise StageError("expected stages in dvc.yaml, got none that can be read; restore the file")
     for name, stated in graph.items():
         stages += [f"{name}@{encoder}" for encoder in values.encoders] if "foreach" in stated else [name]
-    for target in targets:
-        _members(target, stages)
+    _members(groups, encoders, stages)
 
 
-def _members(target: str, stages: Sequence[str]) -> list[str]:
-    members = [stage for stage in stages if target in (stage, stage.partition("@")[0])]
-    if not members:
-        groups = [stage.partition("@")[0] for stage in stages]
-        near = difflib.get_close_matches(target, [*groups, *stages], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise StageError(f"expected a stage ({', '.join(stages)}), got {target!r}{hint}")
-    return members
+def _members(groups: Sequence[str], encoders: Sequence[str], stages: Sequence[str]) -> list[str]:
+    """The stages that `Workspace.select` names, without those upstream."""
+    names = [stage.partition("@")[::2] for stage in stages]
+    _known("a stage", groups, [group for group, _ in names])
+    _known("an encoder", encoders, [encoder for _, encoder in names if encoder])
+    return [
+        stage
+        for stage, (group, encoder) in zip(stages, names, strict=True)
+        if group in groups or (not groups and (encoder or not encoders))
+        if encoder in encoders or not encoders or not encoder
+    ]
+
+
+def _known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise StageError(f"expected {what} ({', '.join(known)}), got {name!r}{hint}")
 
 
 def _failure(stage: str, status: int, tail: list[str]) -> str:

@@ -45,8 +45,13 @@ def test_the_graph_and_what_is_run_restored_unchanged_or_changed_are_dvcs(worksp
     assert workspace.graph == {"prepare": (), **embeds, "report": tuple(embeds)}
     assert workspace.select() == ["prepare", *embeds, "report"]
     assert workspace.select(["embed"]) == ["prepare", "embed@pixels", "embed@random"]
+    assert workspace.select(["prepare", "embed"], ["random"]) == ["prepare", "embed@random"]
+    assert workspace.select(encoders=["random"]) == ["prepare", "embed@random"], "report needs all encoders"
+    assert workspace.select(["report"], ["random"]) == workspace.select()
+    with pytest.raises(StageError, match=r"\(prepare, embed, report\), got 'embd'; did you mean embed\?$"):
+        workspace.select(["embd"])
     with pytest.raises(StageError, match=r"got 'embed@pixel'; did you mean embed@pixels\?$"):
-        workspace.select(["embed@pixel"])
+        workspace.one("embed@pixel")
     with pytest.raises(StageError, match="expected a single stage, got 'embed'; name one of"):
         workspace.one("embed")
     seen: list[str] = []
