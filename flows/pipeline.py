@@ -78,9 +78,9 @@ def run_stage(
 
 @flow(name="pretrain-and-eval", persist_result=False, validate_parameters=True)
 def pretrain_and_eval(
-    stages: list[Stage] | None = None,
-    encoders: list[EncoderName] | None = None,
-    overrides: list[Override] | None = None,
+    stages: Sequence[Stage] = (),
+    encoders: Sequence[EncoderName] = (),
+    overrides: Sequence[Override] = (),
     force: bool = False,
     isolated: bool = False,
     machines: Machines = 1,
@@ -102,7 +102,7 @@ def pretrain_and_eval(
     try:
         _check_built(isolated, machines, run_on)
         with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
-            return _run(workspace, stages or [], encoders or [], overrides or [], force)
+            return _run(workspace, stages, encoders, overrides, force)
     except DeepclustError as error:
         message = safe_lines(str(error))
         logger.error("error: %s", message)
@@ -197,10 +197,10 @@ def _hold() -> Iterator[Workspace]:
 def main() -> None:
     """Run the flow here, on an embedded server if none is configured."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with everything upstream; default: all")
-    parser.add_argument("--encoders", nargs="+", metavar="ENCODER", help="only their stages; default: all")
+    parser.add_argument("--stages", nargs="+", default=(), metavar="STAGE", help="with everything upstream; default: all")
+    parser.add_argument("--encoders", nargs="+", default=(), metavar="ENCODER", help="only their stages; default: all")
     parser.add_argument(
-        "--override", nargs="+", metavar="KEY=VALUE", dest="overrides", help="edits of params.yaml, kept"
+        "--override", dest="overrides", nargs="+", default=(), metavar="KEY=VALUE", help="edits of params.yaml, kept"
     )
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     parser.add_argument("--isolated", action="store_true", help="in a copy of the workspace, beside other runs")
@@ -211,7 +211,7 @@ def main() -> None:
         try:
             with _hold() as workspace:
                 # Refuse what can not run before the server is started, which takes a while.
-                _check(parameters["stages"] or [], parameters["encoders"] or [], parameters["overrides"] or [])
+                _check(parameters["stages"], parameters["encoders"], parameters["overrides"])
                 schema.check(pretrain_and_eval.fn, parameters)
                 with server.configured(hold=workspace.descriptors):
                     state = pretrain_and_eval(**parameters, return_state=True)

@@ -122,7 +122,7 @@ def test_a_mistake_is_one_line_and_nothing_runs_or_is_written(root: Path, caplog
     before = (root / "params.yaml").read_bytes()
     for encoders, edit, message in (
         (["pixel"], "seed=5", "expected an encoder (pixels, random), got 'pixel'; did you mean pixels?"),
-        (None, "adapt.domains=nowhere", "create it, or name another one: adapt.domains=path/to/images"),
+        ([], "adapt.domains=nowhere", "create it, or name another one: adapt.domains=path/to/images"),
     ):
         state = pretrain_and_eval(encoders=encoders, overrides=[edit], return_state=True)
         assert state.is_failed()
