@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import http.client
+import json
 import os
 import socket
 import subprocess
@@ -125,24 +126,34 @@ def answers(url: str) -> bool:
     """Whether a Prefect server answers at this address (`…/api`). It need not admit who asks."""
     with (
         contextlib.suppress(OSError, http.client.HTTPException, ValueError),
-        get(f"{url}/health", seconds=5) as reply,
+        request(f"{url}/health", seconds=5) as reply,
     ):
         return reply.status == 200 and reply.read().strip() == b"true"
     return False
 
 
-def get(url: str, *, seconds: float, auth: str | None = None) -> http.client.HTTPResponse:
-    """Open an address of the server, without the environment's proxy, which may not reach this machine.
+def request(
+    url: str, *, seconds: float, auth: str | None = None, method: str = "GET", body: object = None
+) -> http.client.HTTPResponse:
+    """Ask the server, without the environment's proxy, which may not reach this machine.
+
+    Args:
+        url: The address to open.
+        seconds: How long to wait for an answer.
+        auth: The string that the server asks for.
+        method: GET, POST or PATCH.
+        body: What to send, as JSON.
 
     Raises:
         OSError: If nobody answers in time, or with an error (`urllib.error.HTTPError`).
         http.client.HTTPException: If what answers does not speak HTTP.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url)
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     if auth:
-        request.add_unredirected_header("Authorization", access.authorization(auth))
-    return cast(http.client.HTTPResponse, opener.open(request, timeout=seconds))
+        asked.add_unredirected_header("Authorization", access.authorization(auth))
+    return cast(http.client.HTTPResponse, opener.open(asked, timeout=seconds))
 
 
 def _free_port() -> int:

@@ -18,7 +18,8 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from flows import access, serve, server
+from flows import access, pools, server
+from flows.pools import process, registry
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tests import pipelines
 from tests.paths import ROOT
@@ -107,11 +108,11 @@ def test_a_run_may_not_set_its_command_its_environment_or_what_the_pool_does_not
         status, _, answer = _request(create, auth, body={"job_variables": variables})
         assert status == 422
         assert f"({next(iter(variables))!r} was unexpected)" in answer
-    pool = f"{url}/work_pools/{serve.POOL}"
+    pool = f"{url}/work_pools/{pools.PROCESS}"
     earlier = {"base_job_template": ProcessWorker.get_default_base_job_template()}
     assert _request(pool, auth, body=earlier, method="PATCH")[0] == 204
-    serve._make_pool(url, auth)
-    assert (serve._pool(url, auth) or {})["base_job_template"] == serve._template()
+    registry.make(url, auth, pools.PROCESS, process.TYPE, process.template())
+    assert (registry.read(url, auth, pools.PROCESS) or {})["base_job_template"] == process.template()
 
 
 def test_a_server_that_refuses_or_does_not_answer_is_one_line_with_the_remedy(served: tuple[Path, str, str]) -> None:
@@ -125,7 +126,7 @@ def test_a_server_that_refuses_or_does_not_answer_is_one_line_with_the_remedy(se
         ):
             server._admitted(url)
     with pytest.raises(StageError, match="status 401"):
-        serve._pool(url, None)
+        registry.read(url, None, pools.PROCESS)
     nobody = "http://user:secret@127.0.0.1:1/api"
     with (
         temporary_settings({PREFECT_API_URL: nobody}),
