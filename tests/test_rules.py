@@ -16,6 +16,8 @@ ROOMS = {"flows": {"flows", "tasks"}, "tasks": {"tasks", "deepclust"}, "deepclus
 # Where a library may be imported: files, or whole folders.
 DOORS = {
     "prefect": ("flows/",),
+    "prefect_docker": ("flows/pools/",),
+    "docker": ("flows/pools/",),
     "mlflow": ("tasks/shared/operations/tracking.py", "tasks/model/mlflow_model.py"),
     "dvc": ("tasks/shared/operations/processes/dvc_runner.py", "tasks/shared/operations/processes/repro.py"),
     "pydantic": ("deepclust/config.py", "tasks/shared/operations/params/"),

@@ -1,0 +1,155 @@
+"""The Docker work pool: each run is a container of one image, with the workspace under its own path."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows import pools
+from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.operations.text import masked
+from tasks.shared.outputs.environment import QUIET
+
+TYPE = "docker"
+LABEL = "deepclust.workspace"  # of each container: by it `make stop` finds them
+HEARTBEAT_SECONDS = 30  # the shortest that Prefect takes
+
+_HOME = "/tmp/deepclust"  # of the container, for a user who may have none there
+# What the user has set for the pipeline is fixed with the pool, but for what belongs to a single run.
+_HANDED_ON = (
+    *("DEEPCLUST_PARALLEL", "DEEPCLUST_THREADS", "DEEPCLUST_COLLECTIVE_SECONDS", "DEEPCLUST_TRACKING"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all containers of the pool have in common.
+
+    Attributes:
+        workspace: Absolute path of the clone, the same in the containers.
+        image: Name and tag of an image of the engine, or of a registry.
+        gpus: `all` of the machine, or `none`.
+        user: Number of user and group, `uid:gid`, who own the workspace.
+        shared_memory: Size of /dev/shm, such as `8g`: loaders and several processes of a stage exchange data there.
+        mounts: Folders outside of the workspace, `PATH` to read or `PATH:rw`, under the same path in the containers.
+        network: Docker's network mode, `host` or a network's name.
+
+    Raises:
+        StageError: If an engine would refuse a value, or take it for something else.
+    """
+
+    workspace: Path
+    image: str = "deepclust:latest"
+    gpus: str = "none"
+    user: str = ""
+    shared_memory: str = "8g"
+    mounts: tuple[str, ...] = ()
+    network: str = "host"
+
+    def __post_init__(self) -> None:
+        if not self.user:
+            owner = self.workspace.stat()
+            object.__setattr__(self, "user", f"{owner.st_uid}:{owner.st_gid}")
+        _expect(self.gpus in ("none", "all"), "--gpus", "none or all", self.gpus)
+        _expect(_is(r"\w[\w.:/-]*(@sha256:[0-9a-f]{64})?", self.image), "--image", "name:tag", self.image)
+        _expect(_is(r"\d{1,10}:\d{1,10}", self.user), "--user", "uid:gid, such as 1000:1000", self.user)
+        _expect(_is(r"\d+[bkmg]", self.shared_memory), "--shared-memory", "a size such as 8g", self.shared_memory)
+        _expect(_is(r"[\w.-]+", self.network), "--network", "host or a network's name", self.network)
+        for path in (str(self.workspace), *self.mounts):
+            folder = path.removesuffix(":rw")
+            fits = Path(folder).is_absolute() and Path(folder).exists() and not re.search(r"[:,\n]|\{\{", folder)
+            _expect(fits, "--mount", "an absolute path that exists, without `:`, `,` and `{{`", path)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The pool's options on a command line."""
+    group = parser.add_argument_group("with --docker")
+    group.add_argument("--image", default=Settings.image, help="name:tag of the containers' image (%(default)s)")
+    group.add_argument("--gpus", default=Settings.gpus, metavar="none|all", help="GPUs of each container (%(default)s)")
+    group.add_argument("--user", default="", metavar="UID:GID", help="who runs (the workspace's owner)")
+    group.add_argument("--shared-memory", default=Settings.shared_memory, metavar="SIZE", help="/dev/shm (%(default)s)")
+    group.add_argument("--mount", action="append", default=[], metavar="PATH[:rw]", help="a folder outside, to read")
+    group.add_argument("--network", default=Settings.network, help="Docker's network mode (%(default)s)")
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """The options, for the workspace in the current folder. Raises: StageError as `Settings`."""
+    return Settings(
+        workspace=Path.cwd(),
+        image=options.image,
+        gpus=options.gpus,
+        user=options.user,
+        shared_memory=options.shared_memory,
+        mounts=tuple(options.mount),
+        network=options.network,
+    )
+
+
+def template(settings: Settings) -> dict[str, Any]:
+    """How each container is started; a run can set nothing of it.
+
+    The address and the credential of Prefect's server are not in it: the worker hands on its own.
+    """
+    create: dict[str, Any] = {
+        "user": settings.user,
+        "working_dir": str(settings.workspace),
+        "shm_size": settings.shared_memory,
+    }
+    if settings.gpus == "all":
+        create["device_requests"] = [{"count": -1, "capabilities": [["gpu", "compute", "utility"]]}]
+    return pools.fixed(
+        {
+            "image": settings.image,
+            # A local name is never looked up in a public registry, where anybody could have put something under it.
+            "image_pull_policy": "IfNotPresent" if _registry(settings.image) else "Never",
+            "command": "python -m flows.container",
+            "env": _environment(),
+            "labels": {LABEL: str(settings.workspace)},
+            "network_mode": settings.network,
+            "volumes": [f"{settings.workspace}:{settings.workspace}", *map(_volume, settings.mounts)],
+            "auto_remove": False,  # the worker would not learn how a container ended: it removes them itself
+            "stream_output": True,
+            "container_create_kwargs": create,
+        }
+    )
+
+
+def _environment() -> dict[str, str]:
+    handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+    for name, value in handed_on.items():
+        _expect(
+            masked(value) == value, name, "an address without a password, for the pool would keep it", masked(value)
+        )
+    return {
+        **QUIET,
+        **handed_on,
+        "HOME": _HOME,
+        "USER": "deepclust",  # who has no entry in the image's /etc/passwd has no name either
+        "PREFECT_HOME": f"{_HOME}/prefect",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    }
+
+
+def _registry(image: str) -> str:
+    """The host in an image's name, empty for a local one."""
+    host, slash, _ = image.partition("/")
+    return host if slash and host != "localhost" and re.search(r"[.:]", host) else ""
+
+
+def _volume(mount: str) -> str:
+    folder = mount.removesuffix(":rw")
+    return f"{folder}:{folder}" + ("" if mount.endswith(":rw") else ":ro")
+
+
+def _is(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text, re.ASCII) is not None
+
+
+def _expect(fits: bool, option: str, expected: str, got: str) -> None:
+    if not fits:
+        raise StageError(f"{option}: expected {expected}, got {got!r}; mend it")
