@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from flows import pools
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 from tasks.shared.outputs.environment import QUIET
 
+if TYPE_CHECKING:
+    from docker import DockerClient
+
 TYPE = "docker"
 LABEL = "deepclust.workspace"  # of each container: by it `make stop` finds them
+GRACE = 12  # seconds between SIGTERM and SIGKILL: a stage saves its state in 8
 HEARTBEAT_SECONDS = 30  # the shortest that Prefect takes
 
 _HOME = "/tmp/deepclust"  # of the container, for a user who may have none there
@@ -65,29 +71,28 @@ class Settings:
             fits = Path(folder).is_absolute() and Path(folder).exists() and not re.search(r"[:,\n]|\{\{", folder)
             _expect(fits, "--mount", "an absolute path that exists, without `:`, `,` and `{{`", path)
 
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Self:
+        """What a command line says that has `options` and --image; the workspace is the current folder."""
+        return cls(
+            workspace=Path.cwd(),
+            image=arguments.image,
+            gpus=arguments.gpus,
+            user=arguments.user,
+            shared_memory=arguments.shared_memory,
+            mounts=tuple(arguments.mount),
+            network=arguments.network,
+        )
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The pool's options on a command line."""
-    group = parser.add_argument_group("with --docker")
-    group.add_argument("--image", default=Settings.image, help="name:tag of the containers' image (%(default)s)")
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Settings`, but --image, which other pools have too."""
+    group = parser.add_argument_group("Docker")
     group.add_argument("--gpus", default=Settings.gpus, metavar="none|all", help="GPUs of each container (%(default)s)")
     group.add_argument("--user", default="", metavar="UID:GID", help="who runs (the workspace's owner)")
     group.add_argument("--shared-memory", default=Settings.shared_memory, metavar="SIZE", help="/dev/shm (%(default)s)")
     group.add_argument("--mount", action="append", default=[], metavar="PATH[:rw]", help="a folder outside, to read")
     group.add_argument("--network", default=Settings.network, help="Docker's network mode (%(default)s)")
-
-
-def settings(options: argparse.Namespace) -> Settings:
-    """The options, for the workspace in the current folder. Raises: StageError as `Settings`."""
-    return Settings(
-        workspace=Path.cwd(),
-        image=options.image,
-        gpus=options.gpus,
-        user=options.user,
-        shared_memory=options.shared_memory,
-        mounts=tuple(options.mount),
-        network=options.network,
-    )
 
 
 def template(settings: Settings) -> dict[str, Any]:
@@ -108,15 +113,49 @@ def template(settings: Settings) -> dict[str, Any]:
             # A local name is never looked up in a public registry, where anybody could have put something under it.
             "image_pull_policy": "IfNotPresent" if _registry(settings.image) else "Never",
             "command": "python -m flows.container",
-            "env": _environment(),
+            "env": _environment() | ({"NVIDIA_VISIBLE_DEVICES": "void"} if settings.gpus == "none" else {}),
             "labels": {LABEL: str(settings.workspace)},
             "network_mode": settings.network,
             "volumes": [f"{settings.workspace}:{settings.workspace}", *map(_volume, settings.mounts)],
-            "auto_remove": False,  # the worker would not learn how a container ended: it removes them itself
+            "auto_remove": False,  # see docker_worker.py
             "stream_output": True,
             "container_create_kwargs": create,
         }
     )
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[DockerClient]:
+    """The container engine that DOCKER_HOST names, or this machine's.
+
+    Raises:
+        StageError: If none answers.
+    """
+    import docker
+    from docker.errors import DockerException
+
+    where = os.environ.get("DOCKER_HOST") or "/var/run/docker.sock"
+    try:
+        client = docker.from_env(timeout=60)
+        client.ping()
+    except (DockerException, OSError, ValueError) as error:
+        raise StageError(_no_engine(where, error)) from error
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _no_engine(where: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "Permission denied" in text:
+        got = "no permission"
+        remedy = "join its group (it makes you root: docs/security.md), or use an engine of your own without root"
+    elif "FileNotFoundError" in text or "No such file" in text:
+        got, remedy = "nothing there", "start the engine, or name its socket: DOCKER_HOST=unix:///path/to/docker.sock"
+    else:
+        got, remedy = masked(text)[:200], "start the engine, or mend DOCKER_HOST"
+    return f"expected a container engine at {masked(where)}, got {got}; {remedy}"
 
 
 def _environment() -> dict[str, str]:
@@ -153,3 +192,24 @@ def _is(pattern: str, text: str) -> bool:
 def _expect(fits: bool, option: str, expected: str, got: str) -> None:
     if not fits:
         raise StageError(f"{option}: expected {expected}, got {got!r}; mend it")
+
+
+def end_containers(workspace: Path) -> int:
+    """End what runs in containers of the workspace, with time to save its state, and remove them; how many there were.
+
+    Raises:
+        StageError: If there is no engine.
+    """
+    from docker.errors import APIError
+
+    with engine() as client:
+        found = client.containers.list(all=True, ignore_removed=True, filters={"label": f"{LABEL}={workspace}"})
+        for container in found:
+            with contextlib.suppress(APIError):  # it has ended meanwhile
+                container.kill("SIGTERM")
+        for container in found:
+            with contextlib.suppress(APIError):
+                container.stop(timeout=GRACE)
+            with contextlib.suppress(APIError):  # the worker was faster
+                container.remove(force=True)
+    return len(found)
