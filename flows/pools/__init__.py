@@ -7,6 +7,7 @@ from typing import Any
 PROCESS = "deepclust"
 DOCKER = "deepclust-docker"
 KUBERNETES = "deepclust-kubernetes"
+KUBERNETES_GPU = "deepclust-kubernetes-gpu"  # for what computes: the template of a pool is fixed, GPUs included
 
 # Work queues. The first holds what computes: one stage at a time, so that it has the GPU to itself.
 GPU = "gpu"
