@@ -74,7 +74,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         image = f"({_REGISTRY})?{_TAGGED}" if self.pull_policy == "Never" else _REGISTRY + _TAGGED
-        _match("image", self.image, image, "registry, name and tag, such as registry.example.org/deepclust:0.5")
+        _match("image", self.image, image, "registry, name and tag, such as registry.example.org/deepclust:0.1.0")
         _match("namespace", self.namespace, _LABEL, "at most 63 of a-z, 0-9 and -")
         _match("claim", self.claim, _NAME, "a claim of the namespace, of a-z, 0-9, - and .")
         _match("secret", self.secret, _NAME, "a Secret of the namespace, of a-z, 0-9, - and .")
