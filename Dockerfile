@@ -1,24 +1,42 @@
-# The pinned dependencies and the code: the same stages in a container. GPUs are used if the engine passes them on.
+# The locked dependencies and the code, for any user and with or without GPUs. `make image` builds it and tries it out.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS builder
+RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv \
+    && python -m venv --without-pip /opt/venv
+# A change of code alone installs nothing again.
+COPY pyproject.toml requirements.lock /opt/
+# Of the lock, what the extras need: nothing for developers, no workers of Prefect's, and no HEIC (docs/security.md, Licences).
+# As constraints, the lock's pins and hashes hold for everything, and what it lacks is refused; --no-config leaves out
+# [tool.uv], which is for making the lock. Bytecode is compiled here, as containers do not write beside the libraries;
+# that of the libraries' tests is 98 MB.
+RUN /opt/uv/bin/uv pip install --no-config --no-cache --python /opt/venv/bin/python --compile-bytecode --require-hashes \
+    --constraint /opt/requirements.lock -r /opt/pyproject.toml --extra pipeline --extra dicom --extra efficientnet \
+    && find /opt/venv -path '*/tests/*' -name '*.pyc' -delete
+
 FROM ${BASE_IMAGE}
+# Git tells DVC and the tracking which code ran, whoever owns the workspace.
+RUN (command -v git || (apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*)) \
+    && git config --system safe.directory '*'
+# The base's pip, where Python's own images and Debian keep it.
+RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/pip* \
+    /usr/bin/pip* /usr/lib/python3*/ensurepip /usr/lib/python3/dist-packages/pip* /usr/share/python-wheels
+# The home is open to all, for containers that run as another user; the name is for users that /etc/passwd lacks.
+RUN useradd --uid 1000 deepclust && install -d -m 1777 /home/deepclust && install -d -m 777 /workspace
+ENV HOME=/home/deepclust USER=deepclust VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 \
+    DO_NOT_TRACK=1 DVC_NO_ANALYTICS=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=builder /opt/venv /opt/venv
 
-# Git tells DVC and the tracking which code ran. The image works without it, but then records no commit.
-RUN command -v git || (apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*)
-
-# Bytecode is compiled once here: each stage is a process of its own, and the container may not write beside the libraries.
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PYTHONDONTWRITEBYTECODE=1
-RUN python -m venv /opt/venv && pip install --no-cache-dir --disable-pip-version-check uv
-
-# The dependencies come before the code, so that a change of code installs nothing again.
-COPY requirements.lock /opt/requirements.lock
-RUN uv pip sync --require-hashes /opt/requirements.lock
-
-RUN useradd --create-home --uid 1000 deepclust && install -d -o deepclust /workspace
+# Only for use without a workspace: Python finds the code of the folder that it starts in. There is no git here.
 WORKDIR /workspace
-COPY --chown=deepclust . .
-# The image has no git repository; one mounted over the workspace has settings of its own.
-RUN uv pip install --no-deps --no-build-isolation --editable . \
-    && dvc config --local core.no_scm true && chown -R deepclust .
+COPY . .
+RUN printf '[core]\n    no_scm = true\n' >.dvc/config.local && chmod -R a+rwX .
 
-USER deepclust
+ARG COMMIT=unknown
+ARG VERSION=unknown
+ARG LOCK=unknown
+LABEL org.opencontainers.image.title=deepclust org.opencontainers.image.licenses=Apache-2.0 \
+    org.opencontainers.image.revision=${COMMIT} org.opencontainers.image.version=${VERSION} deepclust.lock=${LOCK}
+# By number, so that Kubernetes can tell that it is not root.
+USER 1000:1000
 CMD ["python", "-m", "flows.pipeline"]

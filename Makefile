@@ -2,7 +2,7 @@
 #   make pipeline   the whole pipeline; ARGS="--stages … --encoders … --override key=value … --force"
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
-#   make image      the container image, and one stage run in it; ENGINE=podman BASE_IMAGE=…
+#   make image      the container image, tried in containers; ENGINE=podman IMAGE=… BASE_IMAGE=… BUILD_ARGS=… RUN_ARGS="--gpus all"
 #   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make audit: are weaknesses of them known?
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ ENGINE ?= docker
 IMAGE ?= deepclust:latest
 BASE_IMAGE ?= python:3.11-slim-bookworm
 BUILD_ARGS ?=
+RUN_ARGS ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -36,8 +37,11 @@ lint: setup
 	$(BIN)/mypy
 
 image:
-	$(ENGINE) build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(BASE_IMAGE) -t $(IMAGE) .
-	$(ENGINE) run --rm $(IMAGE) python -m tests.image
+	$(ENGINE) build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+		--build-arg COMMIT="$$(git describe --always --abbrev=40 --dirty --exclude='*' || echo unknown)" \
+		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+		--build-arg LOCK="$$(sha256sum requirements.lock | cut -d ' ' -f 1)" -t $(IMAGE) .
+	$(PYTHON) -m tests.image "$(ENGINE)" $(IMAGE) $(RUN_ARGS)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 \
