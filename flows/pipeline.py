@@ -21,9 +21,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import task_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows import schema, server, watchdog
+from flows.remote import Remote
 from flows.schema import EncoderName, Machines, Override, RunOn, Stage
 from flows.stage import RETRIES, RETRY_SECONDS
 from tasks.report import summary
@@ -33,7 +34,6 @@ from tasks.shared.operations.params import overrides
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.shared.operations.text import safe_lines
-from tasks.shared.outputs import environment
 
 # The workspace that `main` has locked since before it started the server. A flow that a worker runs locks it itself.
 _held: ContextVar[Workspace] = ContextVar("_held")
@@ -52,7 +52,7 @@ def _preempted(_: Any, run: TaskRun, state: State[Any]) -> bool:
     retry_condition_fn=_preempted,
 )
 def run_stage(
-    stage: str, workspace: Workspace, slots: Semaphore, *, unchanged: bool, force: bool, env: dict[str, str]
+    stage: str, runner: Workspace | Remote, slots: Semaphore, *, unchanged: bool, force: bool, env: dict[str, str]
 ) -> State[Outcome]:
     """One stage of the graph. DVC alone decides whether there is anything to do, so Prefect caches nothing.
 
@@ -68,7 +68,7 @@ def run_stage(
         )
     try:
         with slots:
-            outcome = workspace.run_stage(stage, on_line=logger.info, force=force, env=env)
+            outcome = runner.run_stage(stage, on_line=logger.info, force=force, env=env)
     except StageError as error:
         logger.log(logging.WARNING if isinstance(error, PreemptedStage) else logging.ERROR, "%s", error)
         return Failed(message=str(error).partition("\n")[0], data=error)
@@ -100,17 +100,22 @@ def pretrain_and_eval(
     logger = get_run_logger()
     server.watch_for_worker()
     try:
-        _check_built(isolated, machines, run_on)
-        with nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace:
-            return _run(workspace, stages, encoders, overrides, force)
+        _check_built(isolated, machines)
+        with (
+            watchdog.cancellable(),
+            nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace,
+        ):
+            return _run(workspace, stages, encoders, overrides, force, run_on)
+    except watchdog.CancelledRun as error:
+        return Cancelled(message=str(error))
     except DeepclustError as error:
         message = safe_lines(str(error))
         logger.error("error: %s", message)
         return Failed(message=message)
 
 
-def _check_built(isolated: bool, machines: int, run_on: str) -> None:
-    for option, given in (("isolated", isolated), ("machines", machines > 1), ("run_on", run_on != "here")):
+def _check_built(isolated: bool, machines: int) -> None:
+    for option, given in (("isolated", isolated), ("machines", machines > 1)):
         if given:
             raise StageError(f"{option}: not built yet; leave it out")
 
@@ -121,7 +126,12 @@ def _check(groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str])
 
 
 def _run(
-    workspace: Workspace, groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str], force: bool
+    workspace: Workspace,
+    groups: Sequence[str],
+    encoders: Sequence[str],
+    edits: Sequence[str],
+    force: bool,
+    run_on: RunOn,
 ) -> State[Any]:
     logger = get_run_logger()
     _check(groups, encoders, edits)
@@ -131,15 +141,18 @@ def _run(
         stages = workspace.select(groups, encoders)
         unchanged = set() if force else workspace.unchanged()
         logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
+        runner = workspace if run_on == "here" else Remote(run_on)
         parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
         status = "KILLED"
         try:
-            report = _run_stages(workspace, stages, unchanged, force, {tracking.PARENT: parent} if parent else {})
+            env = {tracking.PARENT: parent} if parent else {}
+            report = _run_stages(runner, workspace.graph, stages, unchanged, force, env)
             status = "FAILED" if report.failed else "FINISHED"
         finally:
-            workspace.stop()
-            if parent:
-                tracking.close_pipeline(parent, status)
+            with watchdog.uninterrupted():
+                runner.stop()
+                if parent:
+                    tracking.close_pipeline(parent, status)
         table = summary.comparison() if "report" in report.outcomes else []
         text = safe_lines(summary.text(stages, report, table))  # of an address, it shows the password
         logger.log(logging.ERROR if report.failed else logging.INFO, "\n%s", text)
@@ -151,24 +164,29 @@ def _run(
 
 
 def _run_stages(
-    workspace: Workspace, stages: Sequence[str], unchanged: set[str], force: bool, env: dict[str, str]
+    runner: Workspace | Remote,
+    graph: dict[str, tuple[str, ...]],
+    stages: Sequence[str],
+    unchanged: set[str],
+    force: bool,
+    env: dict[str, str],
 ) -> summary.Report:
-    """Run the stages, upstream first, `parallel()` at once; a failed one stops only those that depend on it.
+    """Run the stages, upstream first, `slots` at once; a failed one stops only those that depend on it.
 
     Prefect gives each task a thread, in which it waits for the stages upstream. The limit is not the number of threads:
     one that waits would hold up a stage that could run.
     """
-    slots = Semaphore(environment.parallel())
+    slots = Semaphore(runner.slots)
     futures: dict[str, PrefectFuture[Any]] = {}
     for stage in stages:
         futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
             stage,
-            workspace,
+            runner,
             slots,
             unchanged=stage in unchanged,
             force=force,
             env=env,
-            wait_for=[futures[upstream] for upstream in workspace.graph[stage]],
+            wait_for=[futures[upstream] for upstream in graph[stage]],
             return_state=False,
         )
     wait(list(futures.values()))
@@ -197,7 +215,9 @@ def _hold() -> Iterator[Workspace]:
 def main() -> None:
     """Run the flow here, on an embedded server if none is configured."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pretrain_and_eval.description)
-    parser.add_argument("--stages", nargs="+", default=(), metavar="STAGE", help="with everything upstream; default: all")
+    parser.add_argument(
+        "--stages", nargs="+", default=(), metavar="STAGE", help="with everything upstream; default: all"
+    )
     parser.add_argument("--encoders", nargs="+", default=(), metavar="ENCODER", help="only their stages; default: all")
     parser.add_argument(
         "--override", dest="overrides", nargs="+", default=(), metavar="KEY=VALUE", help="edits of params.yaml, kept"

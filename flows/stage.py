@@ -6,55 +6,105 @@ python -m flows.stage embed@swav
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Completed, Failed
 
+from flows import code as versions
 from flows import server, watchdog
-from tasks.shared.operations import params
+from flows.schema import IsolatedName, OneStage, RunId
+from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
-from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, Workspace, check
+from tasks.shared.operations.processes.dvc_runner import (
+    DeepclustError,
+    Outcome,
+    PreemptedStage,
+    StageError,
+    Workspace,
+    check,
+)
 from tasks.shared.operations.text import safe_lines
+from tasks.shared.outputs import layout
 
 RETRIES = 5  # of a preempted stage
 RETRY_SECONDS = 5.0  # before each
+PREEMPTED = "Preempted"  # name of the state of a run that was told to stop, and goes on in the next one
+GRACE = 8.0  # seconds to write a checkpoint: `docker stop` kills a container after 10
 
 
 @flow(name="stage", persist_result=False)
-def stage(name: str) -> State[Any]:
+def stage(
+    name: OneStage,
+    force: bool = False,
+    resume: Literal["auto", "never"] = "auto",
+    parent: RunId = "",
+    folder: IsolatedName = "",
+    code: RunId = "",
+) -> State[Any]:
     """Run one stage, unless nothing it depends on has changed. The stages upstream of it must be up to date.
 
     Args:
         name: The stage as in DVC, such as `embed@swav`.
+        force: Run it even if nothing has changed.
+        resume: `never` begins anew where an earlier run left a checkpoint.
+        parent: Id of the run in MLflow that groups the stages of a pipeline run.
+        folder: Name of the isolated run in whose worktree to work; empty: the workspace itself.
+        code: Fingerprint of the code that this run must have (`flows.code`); empty: any.
     """
     logger = get_run_logger()
+    server.watch_for_worker()
+    env = ({tracking.PARENT: parent} if parent else {}) | ({"DEEPCLUST_RESUME": "never"} if resume == "never" else {})
     try:
-        with watchdog.stages_run(), Workspace(alone=False) as workspace:
+        if code:
+            versions.check(code)
+        with (
+            contextlib.chdir(_worktree(folder)),
+            watchdog.stages_run(),
+            watchdog.cancellable(),
+            Workspace(alone=False, grace=GRACE) as workspace,
+        ):
             values = params.load()  # before DVC reads the file
             if workspace.one(name) == "prepare":
                 check(values)
-            outcome = _run(workspace, name)
+            outcome = _run(workspace, name, force, env)
+    except watchdog.CancelledRun as error:
+        return Cancelled(message=str(error))
+    except TerminationSignal:
+        return Failed(name=PREEMPTED, message=f"{name} was told to stop; it goes on when it is run again")
     except DeepclustError as error:
         message = safe_lines(str(error))
         logger.error("error: %s", message)
-        return Failed(message=message)
-    return Completed(message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
+        return Failed(name=PREEMPTED if isinstance(error, PreemptedStage) else "Failed", message=message)
+    kind = None if outcome.what == "run" else outcome.what.capitalize()
+    return Completed(name=kind, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
 
 
-def _run(workspace: Workspace, name: str) -> Outcome:
+def _worktree(folder: str) -> Path:
+    """Where to work. A worktree that is not there, or is a link, is refused."""
+    path = layout.STATE / "isolated" / folder if folder else Path()
+    if not path.is_dir() or path.resolve() != Path.cwd().resolve() / path:
+        raise StageError(f"expected the worktree of an isolated run, found none in {path}; start that run again")
+    return path
+
+
+def _run(workspace: Workspace, name: str, force: bool, env: dict[str, str]) -> Outcome:
     """Run the stage, again if it is preempted. Prefect's retries of a flow would also repeat one that failed."""
     logger = get_run_logger()
     for _ in range(RETRIES):
         try:
-            return workspace.run_stage(name, on_line=logger.info)
+            return workspace.run_stage(name, on_line=logger.info, force=force, env=env)
         except PreemptedStage as error:
             logger.warning("%s; trying again in %g s", error, RETRY_SECONDS)
+        env = env | {"DEEPCLUST_RESUME": "auto"}
         time.sleep(RETRY_SECONDS)
-    return workspace.run_stage(name, on_line=logger.info)
+    return workspace.run_stage(name, on_line=logger.info, force=force, env=env)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
 from tasks.shared.operations.processes import child_processes, repro
 from tasks.shared.operations.text import safe
-from tasks.shared.outputs import layout, read
+from tasks.shared.outputs import environment, layout, read
 
 LOCK = layout.STATE / "flow.lock"
 TAIL = 20  # lines of a failed stage's output that are shown
@@ -64,11 +64,17 @@ class Workspace:
 
     Args:
         alone: Refuse to share the workspace with another flow. A flow that runs one stage for another one shares it.
+        grace: Seconds that a stage has to save its state when it is stopped.
+
+    Attributes:
+        slots: How many stages may run at once.
     """
 
-    def __init__(self, *, alone: bool = True) -> None:
+    def __init__(self, *, alone: bool = True, grace: float = child_processes.GRACE) -> None:
+        self.slots = environment.parallel()
         self._alone = alone
-        self._children = child_processes.ChildProcesses()
+        self._grace = grace
+        self._children = child_processes.ChildProcesses(grace=grace)
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Workspace:
@@ -93,7 +99,7 @@ class Workspace:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         # The supervisors hold the lock too: after a SIGKILL to the flow, none begins until its stages are gone.
-        self._children = child_processes.ChildProcesses(hold=self.descriptors)
+        self._children = child_processes.ChildProcesses(grace=self._grace, hold=self.descriptors)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,17 +209,37 @@ class Workspace:
 
         status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
         if status in repro.WHAT:
-            path = layout.metrics(name, encoder or None)
-            try:
-                metrics = read.record(path, {}) if path.exists() else {}
-            except DataError as error:
-                raise StageError(f"{stage}: {error}") from error
-            return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics)
+            return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics(stage))
         if self._children.stopped:
             raise StageError(f"{stage} was stopped")
         if marker.exists():
             raise PreemptedStage(f"{stage} was preempted: it was told to stop, and goes on when it is run again")
         raise StageError(_failure(stage, status, list(tail)))
+
+
+def metrics(stage: str) -> dict[str, Any]:
+    """The metrics that a stage has left, empty if it has none. Raises: StageError if they can not be read."""
+    name, _, encoder = stage.partition("@")
+    path = layout.metrics(name, encoder or None)
+    try:
+        return read.record(path, {}) if path.exists() else {}
+    except DataError as error:
+        raise StageError(f"{stage}: {error}") from error
+
+
+def is_held() -> bool:
+    """Whether a flow holds the workspace in the current folder, on any machine whose locks reach here.
+
+    For an instant, this one holds it itself.
+    """
+    try:
+        with LOCK.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or a file system that does not say
+        return True
+    return False
 
 
 def drop_damaged() -> int:
