@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from flows.pools import KUBERNETES, KUBERNETES_GPU
+from flows.pools import KUBERNETES, KUBERNETES_GPU, environment
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 
@@ -28,7 +28,8 @@ _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _NAME = rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*"
 _SELECTOR = r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?=([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?"
 _REGISTRY = r"([A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+(:\d+)?|[A-Za-z0-9-]+:\d+|localhost)/"
-_TAGGED = r"[a-z0-9]+([._/-]+[a-z0-9]+)*(:\w[\w.-]{0,127}|@sha256:[0-9a-f]{64})"
+_DIGEST = "@sha256:[0-9a-f]{64}"
+_TAGGED = rf"[a-z0-9]+([._/-]+[a-z0-9]+)*(:\w[\w.-]{{0,127}}({_DIGEST})?|{_DIGEST})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +81,18 @@ class Settings:
         _match("secret", self.secret, _NAME, "a Secret of the namespace, of a-z, 0-9, - and .")
         _match("service-account", self.service_account, _NAME, "a service account, of a-z, 0-9, - and .")
         _match("pull-policy", self.pull_policy, "IfNotPresent|Always|Never", "IfNotPresent, Always or Never")
-        _match("shared-memory", self.shared_memory, "[1-9][0-9]*(Mi|Gi)", "a size such as 512Mi or 8Gi")
+        _match("pod-shared-memory", self.shared_memory, "[1-9][0-9]*(Mi|Gi)", "a size such as 512Mi or 8Gi")
         for label in (f"{key}={value}" for key, value in self.node_selector.items()):
             _match("node-selector", label, _SELECTOR, "a label of nodes, KEY=VALUE")
-        if not re.fullmatch(r"(/[^/:]+)+", self.workspace) or {".", ".."} & set(Path(self.workspace).parts):
-            raise _unfit("workspace", "the absolute path at which pods mount the volume, without ':'", self.workspace)
+        if not re.fullmatch(r"(/[^/:{}\n]+)+", self.workspace) or {".", ".."} & set(Path(self.workspace).parts):
+            raise _unfit(
+                "workspace", "the absolute path at which pods mount the volume, without ':', '{' or '}'", self.workspace
+            )
         _check_address(self.api_url)
         for option, number, least in (
-            ("gpus", self.gpus, 0),
-            ("user", self.user, 1),  # a pod of user 0, root, is refused
-            ("group", self.group, 1),
+            ("gpus-per-stage", self.gpus, 0),
+            ("run-as-user", self.user, 1),  # a pod of user 0, root, is refused
+            ("run-as-group", self.group, 1),
             ("deadline", self.deadline_seconds, 1),
             ("keep", self.keep_seconds, 1),
         ):
@@ -157,7 +160,12 @@ def _check_address(url: str) -> None:
         host, port = address.hostname or "", address.port
     except ValueError:
         host = ""
-    fits = host and port != 0 and address.scheme in ("http", "https") and address.path == "/api"
+    fits = (
+        re.fullmatch(r"[\w.:-]+", host, re.ASCII)
+        and port != 0
+        and address.scheme in ("http", "https")
+        and address.path == "/api"
+    )
     if not fits or host in ("localhost", "::1") or host.startswith("127.") or "@" in address.netloc:
         wanted = "an address that pods reach, without a password, such as http://prefect:4200/api"
         raise _unfit("api-url", wanted, masked(url))
@@ -207,16 +215,14 @@ def _environment(settings: Settings, gpus: int) -> list[dict[str, Any]]:
     which more people may read than a Secret.
     """
     values = {
+        **environment.container(),
         "PREFECT_API_URL": settings.api_url,
         "PREFECT_API_AUTH_STRING": None,
         "PREFECT_API_KEY": None,
         "PREFECT_SERVER_API_AUTH_STRING": None,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": None,
-        "PREFECT_HOME": "/tmp/prefect",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # The run goes on in the pod that replaces this one, so being told to stop does not end it.
         "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "relinquish",
-        "HOME": "/tmp",  # the user may be one that the image does not know
     }
     if gpus > 1:
         values["PET_NPROC_PER_NODE"] = str(gpus)
