@@ -11,6 +11,7 @@ buckets anew after the first step of a process.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -144,6 +145,15 @@ def gather(rows: Tensor, count: int | None = None) -> Tensor:
     return torch.cat([part_rows[:size] for part_rows, size in zip(everything, sizes, strict=True)])
 
 
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """What each process gives, of any length, in their order."""
+    if processes() == 1:
+        return [mine]
+    lengths = gather(torch.tensor([len(mine)])).tolist()
+    padded = torch.frombuffer(bytearray(mine.ljust(max(*lengths, 1), b"\0")), dtype=torch.uint8)
+    return [row.numpy().tobytes()[:length] for row, length in zip(gather(padded[None]), lengths, strict=True)]
+
+
 @torch.no_grad()
 def log_softmax(rows: Tensor) -> Tensor:
     """Log softmax of each column over the rows of all processes, without gradient."""
@@ -154,21 +164,46 @@ def log_softmax(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, every: float = 60.0) -> Iterator[Callable[[], None]]:
     """Fail on all processes if the body fails on one: for what only some of them do, such as writing a file.
 
-    The body makes no collective calls.
+    The body makes no collective calls but the one that it is given.
+
+    Args:
+        every: Seconds between two heartbeats; a fraction of what the group waits.
+
+    Yields:
+        A heartbeat: a body that may take longer on one process than the others wait calls it again and again. It
+        raises PeerError as soon as another process has failed.
 
     Raises:
         PeerError: On those where it did not fail.
     """
+    due = time.monotonic() + every
+
+    def heartbeat() -> None:
+        nonlocal due
+        if processes() > 1 and time.monotonic() >= due:
+            _meet(at_work=True)
+            due = time.monotonic() + every
+
     try:
-        yield
-    except BaseException:
-        all_sum(torch.ones(1))
+        yield heartbeat
+    except PeerError:  # from the heartbeat: all processes know
         raise
-    if all_sum(torch.zeros(1)) > 0:
+    except BaseException:
+        all_sum(torch.tensor([0.0, 1.0]))
+        raise
+    while _meet(at_work=False):
+        pass
+
+
+def _meet(*, at_work: bool) -> bool:
+    """Whether a process is still at work in the body that they do together. Raises: PeerError."""
+    working, failed = all_sum(torch.tensor([float(at_work), 0.0])).tolist()
+    if failed:
         raise PeerError("stopped, because another process of this run failed; its own message says why")
+    return bool(working)
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ OTHER_FILES = {
     "flows/pools/registry.py": "what Prefect's server answers",
     "tasks/shared/outputs/read.py": "the door",
     "tasks/prepare/arrays.py": "arrays of this stage",
+    "tasks/prepare/shares.py": "what another process of this stage found",
     "tasks/embed/__main__.py": "arrays of this stage",
     "tasks/adapt/__main__.py": "rows of this stage",
     "tasks/shared/operations/last_preparation.py": "DVC's cache; damage costs a warning",

@@ -58,7 +58,7 @@ def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str
         seconds.append(time.perf_counter() - begin)
         yield index, result
     indices = indices[_TRIED:]
-    workers = environment.cores() if seconds and statistics.median(seconds) > _THREADS_PAY else 1
+    workers = environment.threads(at_once=1) if seconds and statistics.median(seconds) > _THREADS_PAY else 1
     due = time.monotonic() + _REPORT_SECONDS
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(indices), 4 * workers * step):  # so that few results wait at once
@@ -72,13 +72,34 @@ def each(do: Callable[[int], T], indices: Sequence[int], *, step: int, what: str
                 due = time.monotonic() + _REPORT_SECONDS
 
 
-def copy(source: Path, rows: NDArray[np.int64], target: Path, *, channels: int) -> None:
-    """Write some rows of (N, H, W, C), in this order, with so many of their channels, as another file."""
-    images = np.load(source, mmap_mode="r", allow_pickle=False)
-    step = chunk(images.shape[1:])
-    with npy.RowFile(target, (*images.shape[1:3], channels), np.uint8) as file:
-        for start in range(0, len(rows), step):
-            file.append(images[rows[start : start + step], ..., :channels])
+def copy(
+    sources: Sequence[Path],
+    rows: NDArray[np.int64],
+    target: Path,
+    *,
+    channels: int,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> None:
+    """Write some rows of the concatenation of files of (N, H, W, C) as another file.
+
+    Args:
+        sources: The files.
+        rows: Numbers of the rows, sorted.
+        target: The file to be.
+        channels: So many of theirs.
+        heartbeat: Called again and again.
+    """
+    parts = [np.load(source, mmap_mode="r", allow_pickle=False) for source in sources]
+    begin, shape = 0, parts[0].shape[1:]
+    step = chunk(shape)
+    with npy.RowFile(target, (*shape[:2], channels), np.uint8) as file:
+        for images in parts:
+            low, high = np.searchsorted(rows, [begin, begin + len(images)])
+            own = rows[low:high] - begin
+            for start in range(0, len(own), step):
+                file.append(images[own[start : start + step], ..., :channels])
+                heartbeat()
+            begin += len(images)
 
 
 def mean_and_std(path: Path) -> tuple[list[float], list[float]]:

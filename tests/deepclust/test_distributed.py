@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,44 @@ def _one_fails() -> str:
 
 def test_what_fails_on_one_process_fails_on_all() -> None:
     assert processes.pool(2).run(_one_fails) == ["PeerError", "ValueError"]
+
+
+def _texts(lengths: list[int]) -> list[bytes]:
+    return distributed.gather_bytes(random.Random(distributed.rank()).randbytes(lengths[distributed.rank()]))
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 1000, 1], [0, 0, 0, 0]])
+def test_bytes_of_any_length_are_gathered_in_order(lengths: list[int]) -> None:
+    wanted = [random.Random(rank).randbytes(length) for rank, length in enumerate(lengths)]
+    assert processes.pool(4).run(_texts, lengths) == [wanted] * 4
+
+
+def _at_work(done: Path, failing: int | None) -> tuple[str, int, bool]:
+    """Process 1 is at work for five heartbeats, in each of which all meet; the others have nothing to do."""
+    beats, error = 0, "none"
+    try:
+        with distributed.together(every=0) as heartbeat:
+            if distributed.rank() == failing:
+                raise ValueError("mine")
+            if distributed.rank() == 1:
+                for beats in range(1, 6):  # noqa: B007
+                    heartbeat()
+                done.touch()
+    except (ValueError, PeerError) as raised:
+        error = type(raised).__name__
+    was_done = done.exists()
+    assert distributed.all_sum(torch.tensor(1)).item() == 3, "the processes are in step"
+    return error, beats, was_done
+
+
+def test_those_that_are_done_wait_for_one_at_work_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    found = processes.pool(3).run(_at_work, tmp_path / "done", None)
+    assert found == [("none", 0, True), ("none", 5, True), ("none", 0, True)]
+
+
+def test_the_next_heartbeat_tells_one_at_work_that_another_has_failed(tmp_path: Path) -> None:
+    found = processes.pool(3).run(_at_work, tmp_path / "done", 0)
+    assert found == [("ValueError", 0, False), ("PeerError", 1, False), ("PeerError", 0, False)]
 
 
 def _net(kind: str) -> nn.Module:

@@ -39,9 +39,13 @@ def parallel() -> int:
     return _count("DEEPCLUST_PARALLEL", "stages at once", most()) or min(2, cores())
 
 
-def threads() -> int:
-    """Threads of a process: its share of its stage's `DEEPCLUST_THREADS`, which are by default `cores / parallel()`."""
-    stage = _count("DEEPCLUST_THREADS", "threads", most()) or max(1, cores() // parallel())
+def threads(at_once: int | None = None) -> int:
+    """Threads of a process: its share of its stage's `DEEPCLUST_THREADS`, by default of `cores / at_once`.
+
+    Args:
+        at_once: Stages that run at once; by default `parallel()`.
+    """
+    stage = _count("DEEPCLUST_THREADS", "threads", most()) or max(1, cores() // (at_once or parallel()))
     return max(1, stage // (_count("LOCAL_WORLD_SIZE", "processes", most()) or 1))  # set by torchrun
 
 

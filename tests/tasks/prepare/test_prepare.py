@@ -15,7 +15,7 @@ from PIL import Image
 
 from deepclust.datasets import sources
 from tasks.prepare import __main__ as prepare
-from tasks.prepare import arrays
+from tasks.prepare import arrays, decoding
 from tasks.shared.operations import params
 from tasks.sizes import __main__ as sizes_stage
 from tests.paths import ROOT
@@ -111,7 +111,7 @@ def digest() -> dict[str, bytes]:
 
 def test_images_labels_and_items_are_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "_CHUNK_BYTES", 3 * 8 * 8)  # several chunks
-    monkeypatch.setattr(prepare, "_INSPECTED_AT_ONCE", 3)
+    monkeypatch.setattr(decoding, "_INSPECTED_AT_ONCE", 3)
     classes(40)
     meta = run()
     counts = {split: len(items(split)) for split in ("train", "test")}

@@ -32,7 +32,7 @@ from tasks.shared.outputs import environment
 
 __all__ = ["end", "has_begun", "is_main", "is_worker", "joined", "note_begun", "start", "together", "wanted"]
 
-STAGES = ("pretrain", "embed", "cluster")  # those that can run on several processes
+STAGES = ("prepare", "pretrain", "embed", "cluster")  # those that can run on several processes
 JOIN_SECONDS = 300  # for all machines to come; PET_RDZV_CONF=join_timeout=… says otherwise
 RESTARTS = 3  # of the group; PET_MAX_RESTARTS says otherwise
 MACHINES = 10_000  # more are a mistyped number

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -103,15 +103,15 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Fail on all processes if the body fails on one. Alone, do nothing."""
+def together() -> Iterator[Callable[[], None]]:
+    """Fail on all processes if the body fails on one; see `distributed.together`. Alone, do nothing."""
     if not is_worker():
-        yield
+        yield lambda: None
         return
     from deepclust import distributed
 
-    with distributed.together():
-        yield
+    with distributed.together(every=min(60, environment.collective_seconds() / 5)) as heartbeat:
+        yield heartbeat
 
 
 def note_begun() -> None:
