@@ -1,6 +1,7 @@
 # The commands of this repository. Each sets up .venv first, and again when the lock has changed.
 #   make pipeline   the whole pipeline; ARGS="--stages … --encoders … --override key=value … --force"
 #   make test       all tests; ARGS="tests/tasks -k …"
+#   make test-services  a pipeline of containers, killed and cancelled, on a container engine; minutes
 #   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
 #   make image      the container image, tried in containers; ENGINE=podman IMAGE=… BASE_IMAGE=… BUILD_ARGS=… RUN_ARGS="--gpus all"
 #   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make audit: are weaknesses of them known?
@@ -16,7 +17,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: pipeline test serve stop image lint lock audit setup
+.PHONY: pipeline test test-services serve stop image lint lock audit setup
 .DEFAULT_GOAL := pipeline
 
 pipeline: setup
@@ -24,6 +25,10 @@ pipeline: setup
 
 test: setup
 	DO_NOT_TRACK=1 $(BIN)/python -m pytest $(ARGS)
+
+# Starts an engine itself where none answers (Debian, root), and builds the image: tests/services/engine.py.
+test-services: setup
+	DO_NOT_TRACK=1 $(BIN)/python -m pytest tests/services $(ARGS)
 
 serve: setup
 	$(BIN)/python -m flows.serve

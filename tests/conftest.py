@@ -14,6 +14,7 @@ environment.prepare()
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+collect_ignore = ["services"]  # they need a container engine: `make test-services` names the folder
 _SEEDS = [int(seed) for seed in os.environ.get("DEEPCLUST_TEST_SEEDS", "0,1,2").split(",")]
 
 

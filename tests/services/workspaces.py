@@ -1,0 +1,147 @@
+"""Small workspaces: git clones of this repository with images made on the spot, that containers see under their path.
+
+They belong to an ordinary user, as whom everything in them runs: root would pass over permissions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import docker
+import psutil
+
+from tasks.shared.operations.params import overrides
+from tests.paths import ROOT
+from tests.tasks import small_run
+
+USER = os.getuid() or 1000
+GROUP = os.getgid() or 1000
+_PREFIX = "deepclust-services-"
+SMALL = [
+    *("encoders=[pixels, random, swav]", "pretrain.shared.backbone=small"),
+    "pretrain.checkpoint={every_steps: 3, every_seconds: null, keep: 2}",
+    "adapt.adapters=[source, bn]",
+]
+# Else a run's variables would decide what a test does.
+_OURS = ("PREFECT_", "DEEPCLUST_", "MLFLOW_", "PET_", "DVC_", "GIT_DIR", "GIT_WORK_TREE", "PYTHONPATH", "VIRTUAL_ENV")
+
+
+def as_user(command: Sequence[str]) -> list[str]:
+    """The command, run by the user whom workspaces belong to.
+
+    Root's children keep one right of root's: they reach the engine's socket and this repository's virtual environment,
+    wherever these are. Containers have no such right.
+    """
+    if os.getuid():
+        return list(command)
+    rights = [f"--{kind}-caps=-all,+dac_override" for kind in ("inh", "ambient")]
+    return ["setpriv", f"--reuid={USER}", f"--regid={GROUP}", "--clear-groups", *rights, *command]
+
+
+def environment(root: Path, **more: str) -> dict[str, str]:
+    """The environment of commands in a workspace: this process's, without what would change what they do."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    home = root.parent / "home"
+    kept |= {"HOME": str(home), "PYTHONPATH": str(root), "DO_NOT_TRACK": "1"}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | more
+
+
+def run(root: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a workspace, as its user; `python` is this interpreter. What it prints is in `stdout`."""
+    done = subprocess.run(
+        as_user(command),
+        cwd=root,
+        env=environment(root, **variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert not check or done.returncode == 0, f"{' '.join(command)}: status {done.returncode}\n{done.stdout}"
+    return done
+
+
+@contextmanager
+def folder(client: docker.DockerClient) -> Iterator[Path]:
+    """A new folder that every user may enter, for workspaces; what an earlier run left behind is removed first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if left.is_dir() and not left.is_symlink() and left.stat().st_uid == os.getuid():
+            with (left / ".lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left, client)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    path.chmod(0o755)
+    with (path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (path / "home").mkdir()
+        os.chown(path / "home", USER, GROUP)
+        try:
+            yield path
+        finally:
+            _remove(path, client)
+
+
+def _remove(path: Path, client: docker.DockerClient) -> None:
+    """Remove a folder with the containers that see it and the processes that work in it."""
+    for container in containers(client, path):
+        with contextlib.suppress(docker.errors.APIError):
+            container.remove(force=True)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(path):
+                process.kill()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def containers(client: docker.DockerClient, path: Path) -> list[docker.models.containers.Container]:
+    """The containers that see a folder, or one in it; those that have ended too."""
+    found = []
+    for container in client.containers.list(all=True, ignore_removed=True):
+        sources = [mount.get("Source") or "/" for mount in container.attrs.get("Mounts", [])]
+        if any(Path(source).is_relative_to(path) for source in sources):
+            found.append(container)
+    return found
+
+
+def make(root: Path, *edits: str) -> Path:
+    """Clone this repository as it is, uncommitted changes of tracked files included, with images and short parameters.
+
+    Args:
+        root: The workspace, which does not exist yet.
+        edits: Further edits of params.yaml, such as `pretrain.swav.epochs=3`.
+    """
+    # A link to a file of this repository's would be given away with the clone.
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(root)], check=True)
+    changes = subprocess.run(["git", "-C", str(ROOT), "diff", "--binary", "HEAD"], check=True, capture_output=True)
+    if changes.stdout:
+        subprocess.run(["git", "-C", str(root), "apply"], input=changes.stdout, check=True)
+    with tempfile.TemporaryDirectory() as made:
+        small_run.build(Path(made))
+        shutil.copytree(Path(made) / "images", root / "images")
+        shutil.copyfile(Path(made) / "params.yaml", root / "params.yaml")
+    overrides.apply([*SMALL, *edits], root / "params.yaml")
+    for result in ("dvc.lock", "metrics", "plots"):
+        shutil.rmtree(root / result) if (root / result).is_dir() else (root / result).unlink()
+    with (root / ".git/info/exclude").open("a", encoding="utf-8") as file:
+        file.write("/images/\n")
+    identity = ["-c", "user.name=services", "-c", "user.email=services@localhost"]
+    subprocess.run(["git", "-C", str(root), *identity, "commit", "--quiet", "--all", "--message", "small"], check=True)
+    give(root)
+    return root
+
+
+def give(root: Path) -> None:
+    """Let a workspace, which was made here, belong to the user."""
+    for path in (root, *root.rglob("*")):
+        os.chown(path, USER, GROUP, follow_symlinks=False)
