@@ -87,9 +87,7 @@ def running() -> Iterator[Engine]:
     elif host:
         raise EngineError(f"expected a container engine at {host} (DOCKER_HOST), none answers; {_HOW}")
     elif os.getuid() or not Path("/etc/debian_version").exists():
-        raise EngineError(
-            f"expected a container engine, found none, and only root on Debian can install one; {_HOW}"
-        )
+        raise EngineError(f"expected a container engine, found none, and only root on Debian can install one; {_HOW}")
     else:
         _install()
         with _started() as engine:

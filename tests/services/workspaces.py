@@ -145,3 +145,15 @@ def give(root: Path) -> None:
     """Let a workspace, which was made here, belong to the user."""
     for path in (root, *root.rglob("*")):
         os.chown(path, USER, GROUP, follow_symlinks=False)
+
+
+def reset(root: Path) -> None:
+    """Take a workspace back to its beginning: no results, nothing in DVC's cache, files as they were committed."""
+    for result in ("artifacts", "metrics", "plots", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(root / result, ignore_errors=True)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    for state in (root / "state").glob("*"):
+        if state.name != "serve":  # the server and the worker that run
+            shutil.rmtree(state) if state.is_dir() else state.unlink()
+    run(root, "git", "worktree", "prune")
+    run(root, "git", "checkout", "--quiet", ".")
