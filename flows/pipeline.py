@@ -20,9 +20,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelled, Completed, Failed
 
+from flows import isolated as isolation
 from flows import schema, server, watchdog
 from flows.remote import Remote
 from flows.schema import EncoderName, Machines, Override, RunOn, Stage
@@ -31,6 +32,7 @@ from tasks.report import summary
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params import overrides
+from tasks.shared.operations.params.schema import Params
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import DeepclustError, Outcome, PreemptedStage, StageError, Workspace
 from tasks.shared.operations.text import safe_lines
@@ -100,9 +102,12 @@ def pretrain_and_eval(
     logger = get_run_logger()
     server.watch_for_worker()
     try:
-        _check_built(isolated, machines)
+        if machines > 1:
+            raise StageError("machines: not built yet; leave it out")
+        values = _check(stages, encoders, overrides)
         with (
             watchdog.cancellable(),
+            isolation.worktree(str(flow_run.name), values) if isolated else nullcontext(),
             nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace,
         ):
             return _run(workspace, stages, encoders, overrides, force, run_on)
@@ -114,15 +119,11 @@ def pretrain_and_eval(
         return Failed(message=message)
 
 
-def _check_built(isolated: bool, machines: int) -> None:
-    for option, given in (("isolated", isolated), ("machines", machines > 1)):
-        if given:
-            raise StageError(f"{option}: not built yet; leave it out")
-
-
-def _check(groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str]) -> None:
-    """Refuse parameters, stages and encoders that can not run, before anything is written."""
-    dvc_runner.check(overrides.preview(edits) if edits else params.load(), groups, encoders)
+def _check(groups: Sequence[str], encoders: Sequence[str], edits: Sequence[str]) -> Params:
+    """The parameters of the run; refuse what can not run, before anything is written."""
+    values = overrides.preview(edits) if edits else params.load()
+    dvc_runner.check(values, groups, encoders)
+    return values
 
 
 def _run(
@@ -134,15 +135,16 @@ def _run(
     run_on: RunOn,
 ) -> State[Any]:
     logger = get_run_logger()
-    _check(groups, encoders, edits)
+    isolated = isolation.current()
     if edits:
         logger.info("params.yaml:\n%s", safe_lines(overrides.apply(edits)) or "says so already")
     with watchdog.stages_run():
         stages = workspace.select(groups, encoders)
         unchanged = set() if force else workspace.unchanged()
         logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
-        runner = workspace if run_on == "here" else Remote(run_on)
-        parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline()
+        runner = workspace if run_on == "here" else Remote(run_on, folder=isolated)
+        tags = {"isolated": isolated, "overrides": " ".join(edits)}
+        parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline(tags)
         status = "KILLED"
         try:
             env = {tracking.PARENT: parent} if parent else {}
@@ -158,9 +160,15 @@ def _run(
         logger.log(logging.ERROR if report.failed else logging.INFO, "\n%s", text)
     if table:
         create_markdown_artifact(summary.markdown(table), key="comparison", description="Encoders compared")
+    where = ""
+    if isolated:
+        where = f" in {isolation.FOLDER / isolated}"
+        steps = isolation.next_steps(isolated)
+        logger.info("%s", steps)
+        create_markdown_artifact(f"```\n{steps}\n```", key="isolated", description="Where the results are")
     if report.failed:
-        return Failed(message="failed: " + ", ".join(report.failed))
-    return Completed(message=f"{len(stages)} stages up to date")
+        return Failed(message=f"failed{where}: " + ", ".join(report.failed))
+    return Completed(message=f"{len(stages)} stages up to date{where}")
 
 
 def _run_stages(
@@ -229,11 +237,11 @@ def main() -> None:
     parameters = vars(parser.parse_args())
     with errors_as_one_line():
         try:
-            with _hold() as workspace:
+            with nullcontext() if parameters["isolated"] else _hold() as workspace:
                 # Refuse what can not run before the server is started, which takes a while.
                 _check(parameters["stages"], parameters["encoders"], parameters["overrides"])
                 schema.check(pretrain_and_eval.fn, parameters)
-                with server.configured(hold=workspace.descriptors):
+                with server.configured(hold=workspace.descriptors if workspace else ()):
                     state = pretrain_and_eval(**parameters, return_state=True)
         except KeyboardInterrupt:
             sys.exit(130)

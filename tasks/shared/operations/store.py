@@ -29,8 +29,8 @@ def enabled() -> bool:
 
 
 def uri() -> str:
-    """The store's address: `MLFLOW_TRACKING_URI`, else `mlflow.db` of the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """The store's address: `MLFLOW_TRACKING_URI`, else `mlflow.db` of the workspace"""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def is_file() -> bool:

@@ -125,8 +125,11 @@ class NullRun(Run):
         super().__init__(None, "")
 
 
-def open_pipeline() -> str:
+def open_pipeline(tags: Mapping[str, str] | None = None) -> str:
     """Begin a pipeline run and return its id, for `DEEPCLUST_PARENT_RUN` of its stages; empty if tracking is off.
+
+    Args:
+        tags: What tells it from others; empty ones are left out.
 
     Raises:
         ConfigError: If params.yaml is not valid.
@@ -135,7 +138,8 @@ def open_pipeline() -> str:
     if not store.enabled():
         return ""
     params = load_params()
-    return _begun(lambda: _create_parent(*_connect(), params))
+    own = {name: masked(value)[:5000] for name, value in (tags or {}).items() if value}
+    return _begun(lambda: _create_parent(*_connect(), params, own))
 
 
 def close_pipeline(run_id: str, status: str) -> None:
@@ -283,7 +287,7 @@ def _connect() -> tuple[Any, str]:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            place = Path("mlartifacts").absolute().as_uri() if store.is_file() else None
+            place = Path("mlartifacts").resolve().as_uri() if store.is_file() else None
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI takes it for GenAI traces otherwise
             return client, str(client.create_experiment(name, artifact_location=place, tags=kind))
         return client, str(experiment.experiment_id)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -189,7 +190,7 @@ def _edit(path: Path, change: Callable[[Any], None], *, write: bool, whole: bool
     difference = "".join(
         difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, path.name, n=1)
     )
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may look at the same file at once
     try:
         partial.write_text(after, encoding="utf-8")
         values = params.load(partial) if whole else None

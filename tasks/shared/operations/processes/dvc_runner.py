@@ -15,7 +15,8 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
@@ -93,7 +94,8 @@ class Workspace:
             self._lock.close()
             raise StageError(
                 f"expected to be the only flow in {Path.cwd()}, but one already runs there (process "
-                f"{LOCK.read_text(encoding='utf-8').strip() or 'unknown'}); wait for it or stop it"
+                f"{LOCK.read_text(encoding='utf-8').strip() or 'unknown'}); wait for it, stop it, or run beside it in "
+                "a worktree of its own: isolated: true"
             ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -258,6 +260,42 @@ def drop_damaged() -> int:
             return sum(map(repro.is_dropped, objects)) + sum(map(repro.is_dropped_run, records))
     except DvcException as error:
         raise StageError(f"DVC can not read the cache of {Path.cwd()}: {repro.in_one_line(error)}") from error
+
+
+@contextmanager
+def at_rest() -> Iterator[None]:
+    """Let no DVC process write dvc.lock of the current folder meanwhile.
+
+    Raises:
+        StageError: If DVC can not read the workspace.
+    """
+    from dvc.exceptions import DvcException
+
+    try:
+        with repro.patient() as repo, repo.lock:
+            yield
+    except DvcException as error:
+        raise StageError(f"DVC can not read the pipeline in {Path.cwd()}: {repro.in_one_line(error)}") from error
+
+
+def share_cache(folder: Path) -> None:
+    """Make a copy of the workspace in another folder use its cache, and take from there what its dvc.lock names.
+
+    Raises:
+        StageError: If DVC can not read one of the two.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as here, Repo(str(folder)) as there, there.config.edit("local") as local:
+            local.update(here.config.load_one("local"))
+            local["cache"]["dir"] = here.cache.local_cache_dir
+        with Repo(str(folder)) as there:
+            repro.drop_damaged(there)
+            there.checkout("dvc.yaml", force=True, allow_missing=True)
+    except DvcException as error:
+        raise StageError(f"DVC can not use its cache in {folder}: {repro.in_one_line(error)}") from error
 
 
 def check(values: schema.Params, groups: Sequence[str] = (), encoders: Sequence[str] = ()) -> None:

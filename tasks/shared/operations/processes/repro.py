@@ -29,20 +29,17 @@ _ATTEMPTS = 60  # of getting the lock for files that another DVC process works o
 
 def main(stage: str, *, force: bool) -> int:
     """Bring a stage up to date; the exit status."""
-    from dvc import cli
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
 
     log = io.StringIO()  # DVC logs here when it starts the stage's command
     logging.getLogger("dvc.stage.run").addHandler(logging.StreamHandler(log))
     logging.getLogger("dvc.dvcfile").setLevel(logging.WARNING)
-    # The command's options are the public way to wait for the repository's lock as long as it takes.
-    options = cli.parse_args(["--wait-for-lock", "repro"])
     attempts = 0
     while True:
         attempts += 1
         try:
-            with options.func(options).repo as repo:
+            with patient() as repo:
                 repo.scm_context.quiet = True
                 _refuse_damaged(repo, stage)
                 changed = repo.reproduce(stage, single_item=True, force=force)
@@ -53,6 +50,24 @@ def main(stage: str, *, force: bool) -> int:
             print("ERROR:", in_one_line(error))
             return 1
         return 0 if log.getvalue() else 11 if changed else 10
+
+
+def patient() -> Any:
+    """The repository in the current folder; whoever asks for its lock waits as long as it takes."""
+    from dvc import cli
+
+    options = cli.parse_args(["--wait-for-lock", "repro"])  # the public way
+    return options.func(options).repo
+
+
+def drop_damaged(repo: Any) -> None:
+    """Remove what is damaged of that which a repository's outputs need from its cache."""
+    cache = repo.cache.local
+    for out in repo.index.outs:
+        if out.use_cache and out.hash_info:
+            dropped = is_dropped(Path(cache.oid_to_path(out.hash_info.value)))
+            for _, _, file in (not dropped and out.hash_info.isdir and out.get_obj()) or ():
+                is_dropped(Path(cache.oid_to_path(file.value)))
 
 
 def _refuse_damaged(repo: Any, stage: str) -> None:
