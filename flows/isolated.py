@@ -49,7 +49,8 @@ def current() -> str:
 
 def names() -> list[str]:
     """The isolated runs of this workspace, sorted."""
-    return sorted(path.name for path in FOLDER.glob("*") if _NAME.fullmatch(path.name) and not path.is_symlink())
+    found = (path for path in FOLDER.glob("*") if _NAME.fullmatch(path.name) and not path.is_symlink())
+    return sorted(path.name for path in found if (path / ".git").is_file())
 
 
 def folder(name: str) -> Path:
@@ -58,9 +59,7 @@ def folder(name: str) -> Path:
     Raises:
         StageError: If there is no such run.
     """
-    if name and name not in names():
-        raise StageError(f"expected an isolated run ({', '.join(names()) or 'there is none'}), got {name!r}")
-    return FOLDER / name if name else Path()
+    return _named(name) if name else Path()
 
 
 @contextmanager
@@ -99,11 +98,17 @@ def remove(name: str) -> None:
     Raises:
         StageError: If there is none of this name, or a flow runs in it.
     """
-    path = folder(name or "''").absolute()
+    path = _named(name).absolute()
     with locked("isolated"), _alone(path):
         _delete(path)
     if path.exists():
         raise StageError(f"expected to remove {path}, but files are left; mend its permissions and remove it again")
+
+
+def _named(name: str) -> Path:
+    if name not in names():
+        raise StageError(f"expected an isolated run ({', '.join(names()) or 'there is none'}), got {name!r}")
+    return FOLDER / name
 
 
 @contextmanager
@@ -123,6 +128,7 @@ def _create(name: str, values: Params) -> Path:
         try:
             with dvc_runner.at_rest():
                 commit = _git("stash", "create") or "HEAD"
+            _git("worktree", "prune")  # else a worktree that was deleted by hand keeps its path
             _git("worktree", "add", "--quiet", "--detach", "--", str(path), commit)
             for folder in sorted(_paths(values)):  # a folder before those in it
                 _link_data(root, path, folder)
@@ -180,26 +186,33 @@ def _paths(values: Params) -> set[str]:
 
 def _link_data(root: Path, worktree: Path, path: str) -> None:
     """Make what git does not track be found under the same relative path: by a link, which DVC and stages follow."""
-    target, place = (Path(os.path.normpath(base / path)) for base in (root, worktree))
-    if Path(path).is_absolute() or not target.exists() or place.resolve() == target.resolve():
+    if Path(path).is_absolute():
         return
-    if not place.is_relative_to(worktree.parent) or (place.is_symlink() and place.parent == worktree.parent):
-        raise StageError(f"expected a path that is the same in a worktree, got {path!r}; write it as {target}")
-    if place.is_relative_to(worktree):
-        if place.exists() and not target.is_symlink() and not _git("ls-files", "--others", "--directory", "--", path):
+    parts = Path(os.path.normpath(path)).parts
+    if beside := parts[0] == "..":
+        parts = parts[:2]  # of what lies beside the workspace, all becomes a link beside the worktree
+    place, target = (Path(os.path.normpath(base.joinpath(*parts))) for base in (worktree, root))
+    if place.resolve() == target.resolve() or not target.exists():
+        return
+    home = worktree.parent if beside else worktree
+    if place.parent.resolve() != home.resolve().joinpath(*parts[beside:-1]) or (beside and os.path.lexists(place)):
+        raise StageError(f"expected a path that can be the same in a worktree, got {path!r}; write it as {root / path}")
+    if not beside:
+        untracked = _git("ls-files", "--others", "--directory", "--", path)
+        if place.exists() and not target.is_symlink() and not untracked:
             return
         tracked = _git("ls-files", "-z", "--", path, at=worktree)
         _git("update-index", "-z", "--skip-worktree", "--stdin", at=worktree, stdin=tracked)  # else they count as gone
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    place.unlink(missing_ok=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(target)
 
 
 def _link_shared(root: Path, worktree: Path) -> None:
     access.HOME.mkdir(mode=0o700, exist_ok=True)
-    (worktree / layout.STATE).mkdir()
+    (worktree / layout.STATE).mkdir(exist_ok=True)
     for name in _SHARED:
         (worktree / name).symlink_to(root / name)
     costs = layout.cost("any").parent
@@ -208,7 +221,7 @@ def _link_shared(root: Path, worktree: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    _run("worktree", "remove", "--force", "--", str(path))
+    _run("worktree", "remove", "--force", "--force", "--", str(path))  # also one that was killed while it was made
     shutil.rmtree(path, ignore_errors=True)
     _run("worktree", "prune")
 
