@@ -127,7 +127,7 @@ def _create(name: str, values: Params) -> Path:
         path = root / FOLDER / _free(name)
         try:
             with dvc_runner.at_rest():
-                commit = _git("stash", "create") or "HEAD"
+                commit = _snapshot()
             _git("worktree", "prune")  # else a worktree that was deleted by hand keeps its path
             _git("worktree", "add", "--quiet", "--detach", "--", str(path), commit)
             for folder in sorted(_paths(values)):  # a folder before those in it
@@ -176,6 +176,13 @@ def _free(name: str) -> str:
     taken = {path.name for path in FOLDER.glob("*")}
     numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return next(each for each in (name, *numbered) if each not in taken)
+
+
+def _snapshot() -> str:
+    """A commit of all tracked files as they are, which changes neither them nor the index."""
+    done = _run("stash", "create")
+    nothing = done.returncode == 1 and not done.stderr.strip()  # to commit; other versions of git end with 0
+    return "HEAD" if nothing else _checked(done) or "HEAD"
 
 
 def _paths(values: Params) -> set[str]:
@@ -228,20 +235,23 @@ def _delete(path: Path) -> None:
 
 def _git(*arguments: str, at: Path | None = None, stdin: str = "") -> str:
     """What a git command prints. Raises: StageError with git's own words if it fails."""
-    try:
-        done = _run(*arguments, at=at, stdin=stdin)
-    except FileNotFoundError as error:
-        raise StageError("expected the command git, found none; install it, or run without isolated") from error
+    return _checked(_run(*arguments, at=at, stdin=stdin))
+
+
+def _checked(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        raise StageError(f"git {arguments[0]} failed: {said[-1]}")
+        raise StageError(f"git failed: {said[-1]}")
     return done.stdout.strip("\n")
 
 
 def _run(*arguments: str, at: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     # No hook of the repository's runs in a worktree that nobody works in.
     command = ["git", "--literal-pathspecs", "-c", "core.hooksPath=/dev/null", *arguments]
-    return subprocess.run(command, cwd=at, input=stdin, capture_output=True, text=True, errors="surrogateescape")
+    try:
+        return subprocess.run(command, cwd=at, input=stdin, capture_output=True, text=True, errors="surrogateescape")
+    except FileNotFoundError as error:
+        raise StageError("expected the command git, found none; install it, or run without isolated") from error
 
 
 def _line(name: str, width: int) -> str:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
@@ -291,7 +291,7 @@ def share_cache(folder: Path) -> None:
         with Repo() as here, Repo(str(folder)) as there, there.config.edit("local") as local:
             local.update(here.config.load_one("local"))
             local["cache"]["dir"] = here.cache.local_cache_dir
-        with Repo(str(folder)) as there:
+        with chdir(folder), Repo() as there:
             repro.drop_damaged(there)
             there.checkout("dvc.yaml", force=True, allow_missing=True)
     except DvcException as error:
