@@ -11,12 +11,13 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 LOST = "deepclust: lost runs are crashed"
-BEAT = "prefect.flow-run.heartbeat"  # of each run, every PREFECT_FLOWS_HEARTBEAT_FREQUENCY seconds, 30 at least
+FLOWS = ("pretrain-and-eval", "stage")  # others on the same server may have no heartbeats, or rarer ones
+BEAT = "prefect.flow-run.heartbeat"  # every 30 seconds (flows/__init__.py), the shortest that Prefect takes
 # Names of the states in which a run beats no more: Prefect's, and ours.
 _ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelling", "Cancelled", "Unchanged", "Restored", "Preempted")
 
 
-def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 90) -> None:
+def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 120) -> None:
     """Let the server mark a run as crashed that has sent no heartbeat for so long: its worker or machine is lost."""
     automation = AutomationCore(
         name=LOST,
@@ -26,6 +27,9 @@ def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 90) -
             after={BEAT},
             expect={BEAT, *(f"prefect.flow-run.{state}" for state in _ENDS)},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification(
+                {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
+            ),
             for_each={"prefect.resource.id"},
             threshold=1,
             within=timedelta(seconds=seconds),

@@ -106,20 +106,25 @@ def cancellable() -> Iterator[None]:
     if context is None or context.flow_run is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    run_id, left, reasons = context.flow_run.id, threading.Event(), list[str]()
+    run_id, reasons = context.flow_run.id, list[str]()
+    left, guard = threading.Event(), threading.Lock()  # no signal is sent after the body, whose run ends then
 
     def watch() -> None:
         held = dvc_runner.is_held()
         while not left.wait(_ASK):
             if reason := _why_not(run_id, held):
-                reasons.append(reason)
-                os.kill(os.getpid(), signal.SIGTERM)  # in the main thread, Prefect raises TerminationSignal
+                with guard:
+                    if not left.is_set():
+                        reasons.append(reason)
+                        os.kill(os.getpid(), signal.SIGTERM)  # in the main thread, Prefect raises TerminationSignal
                 return
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(watch,), name="cancellation", daemon=True)
     thread.start()
     try:
         yield
+        with guard:
+            left.set()
     except TerminationSignal as signalled:
         # A worker on this machine may be faster, and sends the signal itself.
         if reason := reasons[0] if reasons else _why_not(run_id, held=False):
