@@ -2,7 +2,7 @@
 #   make pipeline   the whole pipeline; ARGS="--stages … --encoders … --override key=value … --force"
 #   make test       all tests; ARGS="tests/tasks -k …"
 #   make test-services  a pipeline of containers, killed and cancelled, on a container engine; minutes
-#   make serve      Prefect's server, work pool, deployment and worker in the background; make stop ends them
+#   make serve      Prefect's server, work pools, deployments and workers in the background; ARGS="--docker …"; make stop ends them
 #   make image      the container image, tried in containers; ENGINE=podman IMAGE=… BASE_IMAGE=… BUILD_ARGS=… RUN_ARGS="--gpus all"
 #   make lint       ruff and mypy;  make lock: pin the dependencies anew;  make audit: are weaknesses of them known?
 
@@ -31,7 +31,7 @@ test-services: setup
 	DO_NOT_TRACK=1 $(BIN)/python -m pytest tests/services $(ARGS)
 
 serve: setup
-	$(BIN)/python -m flows.serve
+	$(BIN)/python -m flows.serve $(ARGS)
 
 stop: setup
 	$(BIN)/python -m flows.serve --stop

@@ -13,7 +13,10 @@ Stage = Literal["sizes", "prepare", "pretrain", "embed", "cluster", "linear", "a
 RunOn = Literal["here", "process", "docker", "kubernetes"]
 EncoderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Override = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*=", max_length=10_000)]
+OneStage = Annotated[str, Field(pattern=r"^[a-z]+(@[A-Za-z0-9][A-Za-z0-9_-]{0,63})?$")]
 Machines = Annotated[int, Field(ge=1, le=64)]
+IsolatedName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,80})?$")]  # empty: the workspace itself
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")]
 
 
 def check(function: Callable[..., Any], parameters: Mapping[str, Any]) -> None:

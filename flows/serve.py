@@ -1,13 +1,16 @@
 """Starts in the background what `prefect deployment run pretrain-and-eval/local` needs; safe to repeat.
 
-python -m flows.serve          server (or the one that PREFECT_API_URL names), work pool, deployment, worker
-python -m flows.serve --stop   ends what was started here
+python -m flows.serve                 server (or the one that PREFECT_API_URL names), work pool, deployments, worker
+python -m flows.serve --docker        also the pool whose runs are containers of this machine's engine
+python -m flows.serve --machine       only a worker in the foreground, for this machine's share of a stage
+python -m flows.serve --stop          ends what was started here
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -16,13 +19,12 @@ from urllib.parse import urlsplit
 
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
-from flows import access, background, pools
-from flows.pools import process, registry
-from flows.server import answers
+from flows import access, background, pools, server
+from flows.pools import Pool, docker, probe, process, registry
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import StageError
-from tasks.shared.operations.text import say
+from tasks.shared.operations.text import masked, say
 
 LOCAL = "http://127.0.0.1:4200/api"
 _PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
@@ -42,7 +44,7 @@ def _server() -> tuple[str, str | None, str]:
     named = PREFECT_API_URL.value()
     url = (named or LOCAL).rstrip("/")
     ours = _is_ours(url)
-    if named and not ours and answers(url):
+    if named and not ours and server.answers(url):
         return url, PREFECT_API_AUTH_STRING.value(), "was running"
     address = urlsplit(url)
     if address.hostname not in ("127.0.0.1", "localhost"):
@@ -51,7 +53,7 @@ def _server() -> tuple[str, str | None, str]:
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", port)) == 0
     if taken and not ours:
-        use = f"use it: PREFECT_API_URL={url} make serve; or " if answers(url) else ""
+        use = f"use it: PREFECT_API_URL={url} make serve; or " if server.answers(url) else ""
         raise StageError(
             f"expected port {port} to be free, but something that was not started here answers there; {use}choose "
             f"another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api make serve"
@@ -60,7 +62,7 @@ def _server() -> tuple[str, str | None, str]:
     auth = access.credential()
     with locked("server"):  # two servers can not migrate one database at once
         how = background.start("server", command, url, auth, **access.server_environment(url))
-        background.wait(lambda: answers(url), "server")
+        background.wait(lambda: server.answers(url), "server")
     return url, auth, how
 
 
@@ -81,23 +83,43 @@ def _prefect(url: str, auth: str | None, *arguments: str) -> None:
         raise StageError(f"`prefect {' '.join(arguments)}` failed: {' '.join(done.stdout.split())}")
 
 
-def serve() -> None:
+def _pools(arguments: argparse.Namespace) -> list[Pool]:
+    """The work pools that the command line asks for."""
+    wanted = [process.pool()]
+    if arguments.docker:
+        wanted.append(docker.pool(docker.Settings.of(arguments), slots=arguments.gpu_slots))
+    return wanted
+
+
+def serve(arguments: argparse.Namespace) -> None:
     """Start everything and print how to use it.
 
     Raises:
-        StageError: If a part does not come up.
+        StageError: If a part does not come up, or the options of a pool can not work.
     """
+    wanted = _pools(arguments)
     url, auth, how = _server()
-    registry.make(url, auth, pools.PROCESS, process.TYPE, process.template())
-    worker = [*_PREFECT, "worker", "start", "--pool", pools.PROCESS, "--type", process.TYPE]
-    how_worker = background.start("worker", worker, url, auth)
-    _prefect(url, auth, "deploy", "--all")
-    if background.pid("worker") is None:
-        raise StageError(f"expected the worker to run, but it ended; see {background.log('worker')}")
+    found = probe.check(docker.Settings.of(arguments), url, auth) if arguments.docker else ""
+    for pool in wanted:
+        registry.make(url, auth, pool)
+    deployments = [name for pool in wanted for name in pool.deployments]
+    _prefect(url, auth, "deploy", *(word for name in deployments for word in ("--name", name)))
+    workers = {
+        pool.worker: background.start(pool.worker, pool.command, url, auth, **pools.WORKER)
+        for pool in wanted
+        if pool.command
+    }
     say(f"server      {url.removesuffix('/api')} ({how})")
-    say(f"pool        {pools.PROCESS}")
-    say("deployment  pretrain-and-eval/local")
-    say(f"worker      {how_worker}, log in {background.log('worker')}")
+    for pool in wanted:
+        say(f"pool        {pool.name}")
+    for name in deployments:
+        say(f"deployment  {name}")
+    if found:
+        say(f"containers  {found}")
+    for name, done in workers.items():
+        if background.pid(name) is None:
+            raise StageError(f"expected the {name} to run, but it ended; see {background.log(name)}")
+        say(f"{name:<12}{done}, log in {background.log(name)}")
     say("", f"export PREFECT_API_URL={url}")
     if _is_ours(url):
         say(f'export PREFECT_API_AUTH_STRING="$(cat {access.FILE})"')
@@ -105,19 +127,57 @@ def serve() -> None:
     say("make stop   ends what was started here")
 
 
+def machine() -> None:
+    """Become this machine's worker for its share of stages that run on several machines; it ends with Ctrl-C.
+
+    Raises:
+        StageError: If the server that PREFECT_API_URL names does not answer, refuses the request or has no such pool.
+    """
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise StageError("expected PREFECT_API_URL to name the server that asks for shares of stages; set it")
+    server.admitted(url)
+    auth = PREFECT_API_AUTH_STRING.value()
+    if registry.read(url, auth, pools.PROCESS) is None:
+        raise StageError(f"expected the work pool {pools.PROCESS} at {masked(url)}, found none; make it: make serve")
+    command = process.command(pools.MACHINES, "--limit", "1", "--name", f"machine {platform.node()}")
+    os.execve(command[0], command, {**os.environ, **pools.WORKER})
+
+
 def stop() -> None:
-    """End the worker and the server that were started here, with what they run."""
-    for name in ("worker", "server"):
-        say(f"{name:<8}{'stopped' if background.end(name) else 'was not running'}")
+    """End the workers and the server that were started here, with what they run."""
+    _end("worker")  # first: the flows that wait for containers would start them again
+    if background.pid(docker.WORKER) is not None:
+        docker.end_containers(Path.cwd())  # for which the worker would wait
+        _end(docker.WORKER)
+        docker.end_containers(Path.cwd())  # which it has started since
+    _end("server")
+
+
+def _end(name: str) -> None:
+    say(f"{name:<14}{'stopped' if background.end(name) else 'was not running'}")
 
 
 def main() -> None:
     """Serve, or stop serving."""
-    parser = argparse.ArgumentParser(prog="python -m flows.serve", description="Server, pool, deployment and worker.")
-    parser.add_argument("--stop", action="store_true", help="end the server and the worker that were started here")
+    parser = argparse.ArgumentParser(prog="python -m flows.serve", description="Server, pools, deployments, workers.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stop", action="store_true", help="end what was started here")
+    what.add_argument("--machine", action="store_true", help="be this machine's worker for shares of stages")
+    parser.add_argument("--docker", action="store_true", help="also run stages in containers of this machine")
+    parser.add_argument("--image", default=docker.Settings.image, help="of all containers (%(default)s)")
+    parser.add_argument(
+        "--gpu-slots", type=int, default=1, metavar="N", help="stages that compute at once (%(default)s)"
+    )
+    docker.options(parser)
     arguments = parser.parse_args()
     with errors_as_one_line():
-        stop() if arguments.stop else serve()
+        if arguments.stop:
+            stop()
+        elif arguments.machine:
+            machine()
+        else:
+            serve(arguments)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def configured(*, hold: Sequence[int] = ()) -> Iterator[str]:
     """
     if url := PREFECT_API_URL.value():
         settings = {PREFECT_API_URL: url}
-        _admitted(url)
+        admitted(url)
     else:
         settings = {PREFECT_API_AUTH_STRING: access.credential()}
         settings[PREFECT_API_URL] = url = _start(hold)
@@ -69,7 +69,7 @@ def watch_for_worker() -> None:
         _until_exit.enter_context(watchdog.watched(masked(url), partial(answers, url)))
 
 
-def _admitted(url: str) -> None:
+def admitted(url: str) -> None:
     """Refuse a server that can not be used, in seconds, where Prefect would try for minutes."""
     try:
         with (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 PROCESS = "deepclust"
@@ -14,6 +16,32 @@ GPU = "gpu"
 DEFAULT = "default"  # of every pool, made by Prefect
 MACHINES = "machines"  # shares of stages that run on several machines; a machine's worker takes one at a time
 COMPUTING = ("pretrain", "embed", "cluster", "linear", "adapt")
+
+# Environment of our workers. The heartbeat, of which 30 s is the shortest, goes on to what they start.
+WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A work pool, and what belongs to it.
+
+    Attributes:
+        name: Of the pool.
+        kind: Prefect's type of the pool.
+        template: The base job template.
+        queues: Its work queues, but for `default`, with how many runs may go on at once in each, None for any number.
+        deployments: Those that run in it, of prefect.yaml, as `flow/deployment`.
+        worker: Name of its worker in the background.
+        command: Starts that worker; empty where none is started here.
+    """
+
+    name: str
+    kind: str
+    template: dict[str, Any]
+    queues: Mapping[str, int | None] = field(default_factory=dict)
+    deployments: tuple[str, ...] = ()
+    worker: str = ""
+    command: tuple[str, ...] = ()
 
 
 def fixed(configuration: dict[str, Any]) -> dict[str, Any]:

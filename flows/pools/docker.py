@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from flows import pools
+from flows.pools import Pool
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 from tasks.shared.outputs.environment import QUIET
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from docker import DockerClient
 
 TYPE = "docker"
+WORKER = "docker-worker"  # in the background
 LABEL = "deepclust.workspace"  # of each container: by it `make stop` finds them
 GRACE = 12  # seconds between SIGTERM and SIGKILL: a stage saves its state in 8
-HEARTBEAT_SECONDS = 30  # the shortest that Prefect takes
 
 _HOME = "/tmp/deepclust"  # of the container, for a user who may have none there
 # What the user has set for the pipeline is fixed with the pool, but for what belongs to a single run.
@@ -111,7 +113,7 @@ def template(settings: Settings) -> dict[str, Any]:
         {
             "image": settings.image,
             # A local name is never looked up in a public registry, where anybody could have put something under it.
-            "image_pull_policy": "IfNotPresent" if _registry(settings.image) else "Never",
+            "image_pull_policy": "IfNotPresent" if registry(settings.image) else "Never",
             "command": "python -m flows.container",
             "env": _environment() | ({"NVIDIA_VISIBLE_DEVICES": "void"} if settings.gpus == "none" else {}),
             "labels": {LABEL: str(settings.workspace)},
@@ -121,6 +123,25 @@ def template(settings: Settings) -> dict[str, Any]:
             "stream_output": True,
             "container_create_kwargs": create,
         }
+    )
+
+
+def pool(settings: Settings, *, slots: int) -> Pool:
+    """The pool that `make serve ARGS=--docker` serves.
+
+    Args:
+        settings: Of its containers.
+        slots: How many stages that compute may run at once.
+    """
+    start = ("worker", "start", "--pool", pools.DOCKER, "--type", TYPE)
+    return Pool(
+        name=pools.DOCKER,
+        kind=TYPE,
+        template=template(settings),
+        queues={pools.GPU: slots},
+        deployments=("pretrain-and-eval/docker", "stage/docker"),
+        worker=WORKER,
+        command=(sys.executable, "-m", "flows.pools.docker_worker", "--no-prompt", *start),
     )
 
 
@@ -153,6 +174,8 @@ def _no_engine(where: str, error: Exception) -> str:
         remedy = "join its group (it makes you root: docs/security.md), or use an engine of your own without root"
     elif "FileNotFoundError" in text or "No such file" in text:
         got, remedy = "nothing there", "start the engine, or name its socket: DOCKER_HOST=unix:///path/to/docker.sock"
+    elif "refused" in text:
+        got, remedy = "no answer", "start the engine, or mend DOCKER_HOST"
     else:
         got, remedy = masked(text)[:200], "start the engine, or mend DOCKER_HOST"
     return f"expected a container engine at {masked(where)}, got {got}; {remedy}"
@@ -170,11 +193,11 @@ def _environment() -> dict[str, str]:
         "HOME": _HOME,
         "USER": "deepclust",  # who has no entry in the image's /etc/passwd has no name either
         "PREFECT_HOME": f"{_HOME}/prefect",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": pools.WORKER["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"],
     }
 
 
-def _registry(image: str) -> str:
+def registry(image: str) -> str:
     """The host in an image's name, empty for a local one."""
     host, slash, _ = image.partition("/")
     return host if slash and host != "localhost" and re.search(r"[.:]", host) else ""

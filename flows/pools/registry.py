@@ -8,7 +8,9 @@ import urllib.error
 from typing import Any
 
 from flows import server
+from flows.pools import Pool
 from tasks.shared.operations.processes.dvc_runner import StageError
+from tasks.shared.operations.text import masked
 
 
 def read(url: str, auth: str | None, name: str) -> dict[str, Any] | None:
@@ -20,21 +22,29 @@ def read(url: str, auth: str | None, name: str) -> dict[str, Any] | None:
     return _asked(url, auth, "GET", f"work_pools/{name}")
 
 
-def make(url: str, auth: str | None, name: str, kind: str, template: dict[str, Any]) -> None:
-    """Make the work pool, or give one of an earlier version today's template.
+def make(url: str, auth: str | None, pool: Pool) -> None:
+    """Make the work pool with its queues, or give one of an earlier version today's template and limits.
 
     Raises:
         StageError: As `read`; if there is one of another type.
     """
-    pool = read(url, auth, name)
-    if pool is None:
-        _asked(url, auth, "POST", "work_pools/", {"name": name, "type": kind, "base_job_template": template})
-    elif pool.get("type") != kind:
+    known = read(url, auth, pool.name)
+    if known is None:
+        what = {"name": pool.name, "type": pool.kind, "base_job_template": pool.template}
+        _asked(url, auth, "POST", "work_pools/", what)
+    elif known.get("type") != pool.kind:
         raise StageError(
-            f"expected the work pool {name} at {url} to be of type {kind!r}, got {pool.get('type')!r}; delete it"
+            f"expected the work pool {pool.name} at {masked(url)} to be of type {pool.kind!r}, got "
+            f"{known.get('type')!r}; delete it: prefect work-pool delete {pool.name}"
         )
-    elif pool.get("base_job_template") != template:
-        _asked(url, auth, "PATCH", f"work_pools/{name}", {"base_job_template": template})
+    elif known.get("base_job_template") != pool.template:
+        _asked(url, auth, "PATCH", f"work_pools/{pool.name}", {"base_job_template": pool.template})
+    for queue, limit in pool.queues.items():
+        queues = f"work_pools/{pool.name}/queues"
+        if _asked(url, auth, "GET", f"{queues}/{queue}") is None:
+            _asked(url, auth, "POST", queues, {"name": queue, "concurrency_limit": limit})
+        else:
+            _asked(url, auth, "PATCH", f"{queues}/{queue}", {"concurrency_limit": limit})
 
 
 def _asked(url: str, auth: str | None, method: str, path: str, body: object = None) -> dict[str, Any] | None:

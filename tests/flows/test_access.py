@@ -111,20 +111,20 @@ def test_a_run_may_not_set_its_command_its_environment_or_what_the_pool_does_not
     pool = f"{url}/work_pools/{pools.PROCESS}"
     earlier = {"base_job_template": ProcessWorker.get_default_base_job_template()}
     assert _request(pool, auth, body=earlier, method="PATCH")[0] == 204
-    registry.make(url, auth, pools.PROCESS, process.TYPE, process.template())
+    registry.make(url, auth, process.pool())
     assert (registry.read(url, auth, pools.PROCESS) or {})["base_job_template"] == process.template()
 
 
 def test_a_server_that_refuses_or_does_not_answer_is_one_line_with_the_remedy(served: tuple[Path, str, str]) -> None:
     root, url, _ = served
     with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: _read(root)}):
-        server._admitted(url)
+        server.admitted(url)
     for string in (None, "deepclust:another"):
         with (
             temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: string}),
             pytest.raises(StageError, match=r'status 401.*export PREFECT_API_AUTH_STRING="\$\(cat .prefect/auth\)"$'),
         ):
-            server._admitted(url)
+            server.admitted(url)
     with pytest.raises(StageError, match="status 401"):
         registry.read(url, None, pools.PROCESS)
     nobody = "http://user:secret@127.0.0.1:1/api"
@@ -134,7 +134,7 @@ def test_a_server_that_refuses_or_does_not_answer_is_one_line_with_the_remedy(se
             StageError, match=r"^expected a Prefect server at http://\*\*\*@127.0.0.1:1/api .*unset the variable$"
         ),
     ):
-        server._admitted(nobody)
+        server.admitted(nobody)
 
 
 def test_the_credential_is_made_once_and_anew_when_it_is_removed(

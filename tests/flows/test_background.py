@@ -43,7 +43,7 @@ def test_a_process_in_the_background_is_started_once_replaced_for_another_server
     assert (background.FOLDER / "worker.pid").stat().st_mode & 0o777 == 0o600
     assert "new" not in (background.FOLDER / "worker.pid").read_text()
     serve.stop()
-    assert capsys.readouterr().out == "worker  stopped\nserver  was not running\n"
+    assert capsys.readouterr().out == "worker        stopped\nserver        was not running\n"
     assert background.pid("worker") is None
     (background.FOLDER / "server.pid").write_text(str(os.getpid()))
     assert background.pid("server") is None, "the number of another process"

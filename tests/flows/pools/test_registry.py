@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from flows.pools import registry
+from flows.pools import process, registry
 from tasks.shared.operations.processes.dvc_runner import StageError
 
 
@@ -32,7 +32,7 @@ def test_the_pool_is_looked_up_past_the_proxy_and_failures_are_one_line_with_the
         assert registry.read(f"{url}/200", None, "mine") == {"type": "docker"}
         assert registry.read(f"{url}/404", None, "mine") is None
         with pytest.raises(StageError, match="to be of type 'process', got 'docker'"):
-            registry.make(f"{url}/200", None, "mine", "process", {})
+            registry.make(f"{url}/200", None, process.pool())
         with pytest.raises(StageError, match="got status 500; mend"):
             registry.read(f"{url}/500", None, "mine")
         api.shutdown()
