@@ -7,10 +7,12 @@ remote.run_stage("embed@swav", on_line=print)
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Callable
-from uuid import UUID
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -22,13 +24,13 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
-from flows import code, pools
+from flows import code, machines, pools
 from flows.stage import PREEMPTED
 from tasks.shared.operations import tracking
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import Outcome, PreemptedStage, StageError
 from tasks.shared.operations.text import masked, safe
-from tasks.shared.outputs import environment
+from tasks.shared.outputs import environment, layout
 
 POLL = 0.5  # seconds between two looks at a run's state
 UNCLAIMED = 60.0  # seconds after which it is said that no worker has taken a run
@@ -44,6 +46,7 @@ class Remote:
     Args:
         where: `process`, `docker` or `kubernetes`.
         folder: Name of the isolated run in whose worktree the stages work; empty: the workspace itself.
+        machines: Machines over which a stage is spread that can use several, one after the other.
 
     Attributes:
         slots: How many stages may be asked for at once.
@@ -52,10 +55,12 @@ class Remote:
         StageError: If the server has no such deployment.
     """
 
-    def __init__(self, where: str, *, folder: str = "") -> None:
+    def __init__(self, where: str, *, folder: str = "", machines: int = 1) -> None:
         # The work queues limit how many containers run at once; processes are on one machine.
         self.slots = environment.parallel() if where == "process" else 1000
         self._folder = folder
+        self._machines = machines
+        self._all_machines = threading.Lock()  # two stages that each have some of them would wait for ever
         self._code = code.fingerprint()
         self._stopped = threading.Event()
         self._guard = threading.Lock()
@@ -91,14 +96,31 @@ class Remote:
             StageError: If the stage fails, can not be started, or this is stopped.
         """
         env = env or {}
+        how = {
+            "force": force,
+            "resume": env.get("DEEPCLUST_RESUME", "auto"),
+            "parent": env.get(tracking.PARENT, ""),
+        }
+        if self._machines == 1 or stage.partition("@")[0] not in machines.STAGES:
+            return self._run(stage, stage, on_line, how)
+        meeting, runs = uuid4().hex, [f"{stage} on machine {machine}" for machine in range(self._machines)]
+
+        def share(machine: int) -> Outcome:
+            place = {"machines": self._machines, "machine": machine, "meeting": meeting}
+            return self._run(stage, runs[machine], on_line, how | place)
+
+        with self._all_machines:
+            try:
+                return machines.run_together(
+                    share, lambda machine: self._cancel(runs[machine]), self._machines, on_line=on_line
+                )
+            finally:
+                root = layout.STATE / "isolated" / self._folder if self._folder else Path()
+                shutil.rmtree(root / machines.MEETINGS / meeting, ignore_errors=True)
+
+    def _run(self, stage: str, name: str, on_line: Callable[[str], None], how: dict[str, object]) -> Outcome:
         with get_client(sync_client=True) as client:
-            run = self._start(
-                client,
-                stage,
-                force=force,
-                resume=env.get("DEEPCLUST_RESUME", "auto"),
-                parent=env.get(tracking.PARENT, ""),
-            )
+            run = self._start(client, stage, name, how)
             try:
                 on_line(f"{stage}: run {run.name} of stage/{self._deployment.name}, {url_for(run) or run.id}")
                 run = self._ended(client, run, on_line)
@@ -108,23 +130,24 @@ class Remote:
                         self._running.pop(run.id, None)
         return _outcome(stage, run)
 
-    def _start(self, client: SyncPrefectClient, stage: str, **parameters: object) -> FlowRun:
+    def _start(self, client: SyncPrefectClient, stage: str, name: str, how: dict[str, object]) -> FlowRun:
         computes = stage.partition("@")[0] in pools.COMPUTING
+        queue = pools.GPU if computes and self._deployment.name != "process" else None
         with self._guard:
             if self._stopped.is_set():
                 raise StageError("not started, because the run is being stopped")
             try:
                 run = client.create_flow_run_from_deployment(
                     self._deployment.id,
-                    name=stage,
-                    parameters={"name": stage, "folder": self._folder, "code": self._code, **parameters},
+                    name=name,
+                    parameters={"name": stage, "folder": self._folder, "code": self._code, **how},
                     parent_task_run_id=UUID(parent) if (parent := task_run.id) else None,
-                    work_queue_name=pools.GPU if computes and self._deployment.name != "process" else None,
+                    work_queue_name=pools.MACHINES if "meeting" in how else queue,
                 )
             except httpx.HTTPError as error:
                 why = masked(str(error).partition("\n")[0])
                 raise StageError(f"{stage}: expected the server to take a run, got {why}; is it healthy?") from error
-            self._running[run.id] = stage
+            self._running[run.id] = name
         return run
 
     def _ended(self, client: SyncPrefectClient, run: FlowRun, on_line: Callable[[str], None]) -> FlowRun:
@@ -160,6 +183,12 @@ class Remote:
             others = set(self._running) - {run.id}
         found = [client.read_flow_run(other) for other in others]
         return any(other.work_queue_id == run.work_queue_id and _state(other).is_running() for other in found)
+
+    def _cancel(self, name: str) -> None:
+        with self._guard, get_client(sync_client=True) as client:
+            for run_id in [run_id for run_id, running in self._running.items() if running == name]:
+                with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
+                    client.set_flow_run_state(run_id, Cancelling(message="another machine's share has ended"))
 
     def stop(self) -> None:
         """Cancel every run and wait until they have ended; none can be started afterwards."""

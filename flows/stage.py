@@ -19,7 +19,8 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows import code as versions
 from flows import server, watchdog
-from flows.schema import IsolatedName, OneStage, RunId
+from flows.machines import Meeting
+from flows.schema import IsolatedName, Machines, OneStage, RunId
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import (
@@ -47,6 +48,9 @@ def stage(
     parent: RunId = "",
     folder: IsolatedName = "",
     code: RunId = "",
+    machines: Machines = 1,
+    machine: int = 0,
+    meeting: RunId = "",
 ) -> State[Any]:
     """Run one stage, unless nothing it depends on has changed. The stages upstream of it must be up to date.
 
@@ -57,6 +61,9 @@ def stage(
         parent: Id of the run in MLflow that groups the stages of a pipeline run.
         folder: Name of the isolated run in whose worktree to work; empty: the workspace itself.
         code: Fingerprint of the code that this run must have (`flows.code`); empty: any.
+        machines: Machines over which the stage is spread. Each has a run of its own.
+        machine: Number of this one, from 0.
+        meeting: Id by which they find each other.
     """
     logger = get_run_logger()
     server.watch_for_worker()
@@ -73,7 +80,11 @@ def stage(
             values = params.load()  # before DVC reads the file
             if workspace.one(name) == "prepare":
                 check(values)
-            outcome = _run(workspace, name, force, env)
+            if machines == 1:
+                outcome = _run(workspace, name, force, env)
+            else:
+                share = Meeting(meeting, machines, machine)
+                outcome = share.run(workspace, name, on_line=logger.info, force=force, env=env, grace=GRACE)
     except watchdog.CancelledRun as error:
         return Cancelled(message=str(error))
     except TerminationSignal:

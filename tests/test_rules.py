@@ -43,6 +43,7 @@ PRINTS = (
 # How files are read that another stage may have written: in tasks/ only through `read`, but for what is named here.
 READS = re.compile(r"\b(np\.load|open_memmap|json\.loads?|csv\.(Dict)?[rR]eader|load_file|safe_open|memmap)\(")
 OTHER_FILES = {
+    "flows/machines.py": "what the machines of this run wrote",
     "flows/pools/probe.py": "what a container prints",
     "flows/pools/registry.py": "what Prefect's server answers",
     "tasks/shared/outputs/read.py": "the door",

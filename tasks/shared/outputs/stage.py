@@ -165,7 +165,8 @@ def running(stage: str) -> Iterator[Here]:
         orphans.end_with_dvc()
     if launcher.wanted(stage):
         with errors_as_one_line(), _marked_if_told_to_stop(layout.preempted(stage, encoder)):
-            sys.exit(launcher.start(f"tasks.{stage}", sys.argv[1:]))
+            # The encoder alone: all machines have to name the same run, whether DVC or a person starts it there.
+            sys.exit(launcher.start(f"tasks.{stage}", [encoder] if encoder else []))
     alone = nullcontext() if launcher.is_worker() else temporary.everything()
     with errors_as_one_line(), signals.sigterm_exits(), alone:
         environment.prepare()
