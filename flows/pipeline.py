@@ -102,15 +102,13 @@ def pretrain_and_eval(
     logger = get_run_logger()
     server.watch_for_worker()
     try:
-        if machines > 1:
-            raise StageError("machines: not built yet; leave it out")
         values = _check(stages, encoders, overrides)
         with (
             watchdog.cancellable(),
             isolation.worktree(str(flow_run.name), values) if isolated else nullcontext(),
             nullcontext(held) if (held := _held.get(None)) else Workspace() as workspace,
         ):
-            return _run(workspace, stages, encoders, overrides, force, run_on)
+            return _run(workspace, stages, encoders, overrides, force, run_on, machines)
     except watchdog.CancelledRun as error:
         return Cancelled(message=str(error))
     except DeepclustError as error:
@@ -133,6 +131,7 @@ def _run(
     edits: Sequence[str],
     force: bool,
     run_on: RunOn,
+    machines: int,
 ) -> State[Any]:
     logger = get_run_logger()
     isolated = isolation.current()
@@ -142,7 +141,10 @@ def _run(
         stages = workspace.select(groups, encoders)
         unchanged = set() if force else workspace.unchanged()
         logger.info("%d stages, %d of them unchanged", len(stages), len(unchanged.intersection(stages)))
-        runner = workspace if run_on == "here" else Remote(run_on, folder=isolated)
+        if machines > 1 and run_on not in ("here", "process"):
+            raise StageError(f"expected several machines to run stages as processes, got run_on={run_on}; leave it out")
+        where = "process" if machines > 1 else run_on
+        runner = workspace if where == "here" else Remote(where, folder=isolated, machines=machines)
         tags = {"isolated": isolated, "overrides": " ".join(edits)}
         parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline(tags)
         status = "KILLED"

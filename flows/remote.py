@@ -11,7 +11,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import httpx
@@ -30,7 +29,7 @@ from tasks.shared.operations import tracking
 from tasks.shared.operations.processes import dvc_runner
 from tasks.shared.operations.processes.dvc_runner import Outcome, PreemptedStage, StageError
 from tasks.shared.operations.text import masked, safe
-from tasks.shared.outputs import environment, layout
+from tasks.shared.outputs import environment
 
 POLL = 0.5  # seconds between two looks at a run's state
 UNCLAIMED = 60.0  # seconds after which it is said that no worker has taken a run
@@ -115,8 +114,7 @@ class Remote:
                     share, lambda machine: self._cancel(runs[machine]), self._machines, on_line=on_line
                 )
             finally:
-                root = layout.STATE / "isolated" / self._folder if self._folder else Path()
-                shutil.rmtree(root / machines.MEETINGS / meeting, ignore_errors=True)
+                shutil.rmtree(machines.MEETINGS / meeting, ignore_errors=True)
 
     def _run(self, stage: str, name: str, on_line: Callable[[str], None], how: dict[str, object]) -> Outcome:
         with get_client(sync_client=True) as client:
