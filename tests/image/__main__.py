@@ -28,7 +28,7 @@ def main(engine: str, image: str, options: list[str]) -> None:
     """Try the image; the first thing that is wrong ends it with one line."""
     run = [*shlex.split(engine), "run", "--rm", *options]
     user = ["--user", ":".join(map(str, STRANGER))]
-    check = ["python", "-m", "tests.image.inside", "sizes", "prepare"]
+    check = ["python", "-u", "-m", "tests.image.inside", "sizes", "prepare"]
     commit = _labels(shlex.split(engine), image)
     _call(*run, "-e", "DEEPCLUST_TRACKING=off", image, *check, "pretrain@swav")
     _call(*run, "-e", "DEEPCLUST_TRACKING=off", *user, image, *check)

@@ -56,7 +56,7 @@ def main(stages: list[str]) -> None:
     os.close(os.open(Path.home(), os.O_TMPFILE | os.O_WRONLY))  # raises where the home is not writable
     _holds_only_what_it_should()
     _train(_images())
-    print(overrides.apply(SHORT).splitlines()[0])
+    overrides.apply(SHORT)
     with Workspace() as workspace:
         for stage in stages:
             outcome = workspace.run_stage(stage, on_line=lambda line: None)
