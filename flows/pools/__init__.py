@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.shared.operations.processes.gpus import COMPUTING as COMPUTING
+
 PROCESS = "deepclust"
 DOCKER = "deepclust-docker"
 KUBERNETES = "deepclust-kubernetes"
@@ -15,7 +17,6 @@ KUBERNETES_GPU = "deepclust-kubernetes-gpu"  # for what computes: the template o
 GPU = "gpu"
 DEFAULT = "default"  # of every pool, made by Prefect
 MACHINES = "machines"  # shares of stages that run on several machines; a machine's worker takes one at a time
-COMPUTING = ("pretrain", "embed", "cluster", "linear", "adapt")
 
 # Environment of our workers. The heartbeat, of which 30 s is the shortest, goes on to what they start.
 WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}

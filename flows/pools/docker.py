@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from flows import pools
 from flows.pools import Pool
+from tasks.shared.operations.processes import gpus
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
+from tasks.shared.outputs import layout
 from tasks.shared.outputs.environment import QUIET
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ def template(settings: Settings) -> dict[str, Any]:
             # A local name is never looked up in a public registry, where anybody could have put something under it.
             "image_pull_policy": "IfNotPresent" if registry(settings.image) else "Never",
             "command": "python -m flows.container",
-            "env": _environment() | ({"NVIDIA_VISIBLE_DEVICES": "void"} if settings.gpus == "none" else {}),
+            "env": _environment(settings),
             "labels": {LABEL: str(settings.workspace)},
             "network_mode": settings.network,
             "volumes": [f"{settings.workspace}:{settings.workspace}", *map(_volume, settings.mounts)],
@@ -181,15 +183,19 @@ def _no_engine(where: str, error: Exception) -> str:
     return f"expected a container engine at {masked(where)}, got {got}; {remedy}"
 
 
-def _environment() -> dict[str, str]:
+def _environment(settings: Settings) -> dict[str, str]:
     handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
     for name, value in handed_on.items():
         _expect(
             masked(value) == value, name, "an address without a password, for the pool would keep it", masked(value)
         )
+    # An engine with NVIDIA's runtime would give all GPUs to an image that asks for them.
+    locks = str(settings.workspace / layout.STATE / "gpus")
+    gpu = {"NVIDIA_VISIBLE_DEVICES": "void"} if settings.gpus == "none" else {gpus.FOLDER: locks}
     return {
         **QUIET,
         **handed_on,
+        **gpu,
         "HOME": _HOME,
         "USER": "deepclust",  # who has no entry in the image's /etc/passwd has no name either
         "PREFECT_HOME": f"{_HOME}/prefect",

@@ -52,8 +52,9 @@ class ChildProcesses:
         env: Mapping[str, str] | None = None,
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
+        hold: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start a command in a process group of its own.
+        """Start a command in a process group of its own. Its supervisor keeps the descriptors `hold` open too.
 
         Its PATH begins with this interpreter's folder, so that `python` in a stage's command is this interpreter.
 
@@ -71,7 +72,7 @@ class ChildProcesses:
                 stderr=stderr,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), "PATH": path},
                 start_new_session=True,
-                pass_fds=self._hold,
+                pass_fds=(*self._hold, *hold),
             )
             self._running.append(process)
             return process
@@ -106,13 +107,18 @@ class ChildProcesses:
             self.wait(process)
 
     def stream(
-        self, command: Sequence[str], on_line: Callable[[str], None], *, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        on_line: Callable[[str], None],
+        *,
+        env: Mapping[str, str] | None = None,
+        hold: Sequence[int] = (),
     ) -> int:
         """Run a command to its end, with each line of its output passed on as it comes; its exit status.
 
         Of a progress bar, which rewrites its line after a carriage return, only the last state is passed on.
         """
-        process = self.start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = self.start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, hold=hold)
         assert isinstance(process.stdout, io.BufferedReader)
         with io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="\n") as output:
             for line in output:

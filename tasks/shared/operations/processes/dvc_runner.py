@@ -28,7 +28,7 @@ from deepclust.errors import DeepclustError as DeepclustError
 from deepclust.errors import StageError as StageError
 from tasks.shared.operations import params
 from tasks.shared.operations.params import schema
-from tasks.shared.operations.processes import child_processes, repro
+from tasks.shared.operations.processes import child_processes, gpus, repro
 from tasks.shared.operations.text import safe
 from tasks.shared.outputs import environment, layout, read
 
@@ -209,7 +209,9 @@ class Workspace:
             tail.append(safe(line))
             on_line(safe(line))
 
-        status = self._children.stream([*_REPRO, stage, "force" if force else "run"], note, env=env)
+        command = [*_REPRO, stage, "force" if force else "run"]
+        with gpus.held_for(name, stopped=lambda: self._children.stopped, on_wait=on_line) as held:
+            status = self._children.stream(command, note, env={**held.env, **(env or {})}, hold=held.descriptors)
         if status in repro.WHAT:
             return Outcome(stage, repro.WHAT[status], time.monotonic() - begin, metrics(stage))
         if self._children.stopped:
