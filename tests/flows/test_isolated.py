@@ -66,11 +66,11 @@ def root(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def run_all() -> dict[str, str]:
+def brought_up_to_date() -> str:
+    """What came of `prepare`, on whose output, which is always the same, all others depend."""
     with Workspace() as workspace:
-        done = workspace.unchanged()
-        changed = [stage for stage in workspace.graph if stage not in done]
-        return {stage: workspace.run_stage(stage, on_line=lambda _: None).what for stage in changed}
+        unchanged = workspace.unchanged() == set(workspace.graph)
+        return "unchanged" if unchanged else workspace.run_stage("prepare", on_line=lambda _: None).what
 
 
 def test_what_the_workspace_has_computed_is_there_and_what_differs_is_computed_here_alone(root: Path) -> None:
@@ -80,9 +80,11 @@ def test_what_the_workspace_has_computed_is_there_and_what_differs_is_computed_h
     with isolated.worktree("Brave Otter!", values) as folder:
         assert (folder, isolated.current()) == (root / "state/isolated/brave-otter", "brave-otter")
         assert (folder / "stage.sh").read_text().endswith("# not committed\n")
-        assert run_all() == {}, "all is up to date, from the workspace's cache and over links to its data"
+        assert brought_up_to_date() == "unchanged", (
+            "all is up to date, from the workspace's cache and over links to its data"
+        )
         overrides.apply(["seed=5"])
-        assert run_all() == {"prepare": "run"}
+        assert brought_up_to_date() == "run"
         assert not git("status", "--porcelain", "--untracked-files=no", "--", "data", at=folder)
     assert (isolated.current(), state_of(root)) == ("", before)
     assert not (root / "state/ran").exists()
@@ -90,7 +92,7 @@ def test_what_the_workspace_has_computed_is_there_and_what_differs_is_computed_h
     with isolated.worktree("brave-otter", values) as folder:
         assert folder.name == "brave-otter-2"
         overrides.apply(["seed=5"])
-        assert run_all() == {"prepare": "restored"}, "from the run cache that both share"
+        assert brought_up_to_date() == "restored", "from the run cache that both share"
     assert state_of(root) == before
 
 
@@ -99,7 +101,7 @@ def ended(root: Path) -> Path:
     """An isolated run of another seed that has ended."""
     with isolated.worktree("ended", params.load()) as folder:
         overrides.apply(["seed=5"])
-        run_all()
+        brought_up_to_date()
     return folder
 
 
@@ -114,7 +116,7 @@ def test_the_commands_that_come_next_compare_take_over_and_remove(
     assert re.search(r"params.yaml +seed +0 +5", compared)
     subprocess.run(steps["take over"], shell=True, check=True, capture_output=True)
     assert params.load().seed == 5
-    assert run_all() == {}
+    assert brought_up_to_date() == "unchanged"
     assert not (root / "state/ran").exists()
 
     monkeypatch.setattr(sys, "argv", ["isolated", "list"])
@@ -184,22 +186,25 @@ def test_what_can_not_be_isolated_is_one_line_and_leaves_nothing(root: Path, mon
     refused("expected a git repository with a commit")
 
 
-def test_two_worktrees_at_once_write_to_one_cache(root: Path) -> None:
-    """In processes of their own, as flows are."""
-    code = (
-        "import sys; from flows import isolated; from tasks.shared.operations import params;"
-        "from tasks.shared.operations.params import overrides; from tests.flows.test_isolated import run_all\n"
-        "with isolated.worktree('run', overrides.preview([sys.argv[1]])) as folder:"
-        " overrides.apply([sys.argv[1]]); print(folder.name, sorted(run_all()))"
-    )
+_RUN = """
+import sys
+from flows import isolated
+from tasks.shared.operations.params import overrides
+from tasks.shared.operations.processes.dvc_runner import Workspace
+with isolated.worktree("run", overrides.preview(sys.argv[1:])) as folder, Workspace() as workspace:
+    overrides.apply(sys.argv[1:])
+    print(folder.name, workspace.run_stage("prepare", on_line=lambda _: None).what)
+"""
 
+
+def test_two_that_begin_at_once_have_worktrees_of_their_own_and_add_to_one_cache(root: Path) -> None:
     def run(seed: int) -> str:
-        command = [sys.executable, "-c", code, f"seed={seed}"]
+        command = [sys.executable, "-c", _RUN, f"seed={seed}"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
 
     with ThreadPoolExecutor() as pool:
-        assert sorted(pool.map(run, (7, 8))) == ["run ['prepare']\n", "run-2 ['prepare']\n"]
+        assert sorted(pool.map(run, (7, 8))) == ["run run\n", "run-2 run\n"]
 
 
 def test_the_flow_runs_in_the_worktree_and_its_run_is_beside_the_others_in_one_store(
