@@ -277,7 +277,7 @@ def main() -> None:
     with errors_as_one_line():
         if arguments.command == "list":
             found = names()
-            say(*(_line(name, max(map(len, found))) for name in found))
+            say(*[_line(name, max(map(len, found))) for name in found] or ["no isolated runs here"])
         else:
             for name in arguments.names:
                 remove(name)

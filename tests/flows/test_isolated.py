@@ -123,7 +123,7 @@ def test_the_commands_that_come_next_compare_take_over_and_remove(
     isolated.main()
     assert capsys.readouterr().out == "ended  ended    seed: 5\n"
     name = steps["remove"].rpartition(" ")[2]
-    with chdir(ended), Workspace():
+    with isolated._alone(ended):  # as a flow does
         monkeypatch.setattr(sys, "argv", ["isolated", "list"])
         isolated.main()
         monkeypatch.setattr(sys, "argv", ["isolated", "remove", name])
