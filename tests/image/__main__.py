@@ -49,7 +49,7 @@ def _labels(engine: list[str], image: str) -> str | None:
     """Compare the labels with this repository; returns its commit."""
     shown = subprocess.run([*engine, "image", "inspect", image], capture_output=True, text=True, check=False)
     if shown.returncode:
-        sys.exit(f"error: {shown.stderr.strip()}")
+        sys.exit(shown.stderr.strip())
     labels = json.loads(shown.stdout)[0]["Config"]["Labels"] or {}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     commit = head.stdout.strip() or None
