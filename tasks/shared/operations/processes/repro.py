@@ -12,6 +12,7 @@ DVC runs the stage and stores the file anew.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import logging
@@ -19,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def main(stage: str, *, force: bool) -> int:
     while True:
         attempts += 1
         try:
-            with patient() as repo:
+            with patient() as repo, _alone(repo, stage):
                 repo.scm_context.quiet = True
                 _refuse_damaged(repo, stage)
                 changed = repo.reproduce(stage, single_item=True, force=force)
@@ -68,6 +69,38 @@ def drop_damaged(repo: Any) -> None:
             dropped = is_dropped(Path(cache.oid_to_path(out.hash_info.value)))
             for _, _, file in (not dropped and out.hash_info.isdir and out.get_obj()) or ():
                 is_dropped(Path(cache.oid_to_path(file.value)))
+
+
+@contextmanager
+def _alone(repo: Any, stage: str) -> Iterator[None]:
+    """Hold a lock for the stage, and release what a killed process has left of DVC's own.
+
+    DVC takes an owner for alive if its number is that of any process, and in a container numbers are few.
+
+    Raises:
+        LockError: If another process runs the stage.
+    """
+    from dvc.lock import LockError
+    from dvc.rwlock import _edit_rwlock
+
+    with (Path(repo.tmp_dir) / f"{stage}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockError(f"expected to be the only one who runs {stage}, but another process does") from error
+        hardlink = repo.config["core"].get("hardlink_lock", False)
+        with repo.lock, _edit_rwlock(repo.tmp_dir, repo.fs, hardlink) as lock:
+            for path, owners in list(lock["read"].items()):
+                lock["read"][path] = [owner for owner in owners if not _runs(owner, stage)]
+            for path, owner in list(lock["write"].items()):
+                if _runs(owner, stage):
+                    del lock["write"][path]
+        yield
+
+
+def _runs(owner: dict[str, Any], stage: str) -> bool:
+    """Whether a holder of DVC's locks was this script, for the stage."""
+    return Path(__file__).name in owner["cmd"] and owner["cmd"].split()[-2:-1] == [stage]
 
 
 def _refuse_damaged(repo: Any, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -116,6 +117,16 @@ def test_a_stage_that_this_flow_stops_is_not_preempted(workspace: Workspace, mon
         workspace.run_stage("prepare", on_line=lambda line: stop.start() if line.strip() == "up" else None)
     stop.join()
     assert marker.exists()
+
+
+def test_a_stage_takes_over_the_locks_that_a_killed_run_of_it_left_though_its_number_is_another_processs(
+    workspace: Workspace, root: Path
+) -> None:
+    (root / ".dvc/tmp").mkdir(exist_ok=True)
+    left = {"pid": os.getpid(), "cmd": f"{dvc_runner.repro.__file__} prepare run"}
+    held = {"read": {}, "write": {str(root / "artifacts/prepare"): left}}
+    (root / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+    assert _run(workspace, "prepare") == ["run"]
 
 
 def test_a_stage_waits_for_another_dvc_process(workspace: Workspace, root: Path) -> None:
