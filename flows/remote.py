@@ -91,8 +91,8 @@ class Remote:
             env: Whether to resume, and MLflow's parent run; nothing else reaches the stage.
 
         Raises:
-            PreemptedStage: If the run was preempted, or it is lost: a worker, a container, a machine.
-            StageError: If the stage fails, can not be started, or this is stopped.
+            PreemptedStage: If the run was preempted, or is lost with its worker, container or machine.
+            StageError: If the stage fails, is cancelled or can not be asked for, or this is stopped.
         """
         env = env or {}
         how = {
@@ -221,10 +221,8 @@ def _outcome(stage: str, run: FlowRun) -> Outcome:
     if state.is_completed():
         seconds = run.total_run_time.total_seconds()
         return Outcome(stage, _WHAT.get(state.name or "", "run"), seconds, dvc_runner.metrics(stage))
-    if state.name == PREEMPTED or (state.is_crashed() and run.start_time):
+    if state.name == PREEMPTED or state.is_crashed():  # even before it began: an engine or a worker may be overloaded
         raise PreemptedStage(f"{stage} was preempted or lost, and goes on when it is run again: {message}")
-    if state.is_crashed():
-        raise StageError(f"{stage} could not be started: {message}")
     if state.is_cancelled():
         raise StageError(f"{stage} was cancelled: {message}")
     raise StageError(message if message.startswith(stage) else f"{stage}: {message}")
