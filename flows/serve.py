@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
-from flows import access, background, pools, server
+from flows import access, background, database, pools, server
 from flows.pools import Pool, docker, probe, process, registry
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
@@ -61,6 +61,8 @@ def _server() -> tuple[str, str | None, str]:
     command = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
     auth = access.credential()
     with locked("server"):  # two servers can not migrate one database at once
+        if not ours:
+            database.check()
         how = background.start("server", command, url, auth, **access.server_environment(url))
         background.wait(lambda: server.answers(url), "server")
     return url, auth, how

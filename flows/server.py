@@ -26,7 +26,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import access, watchdog
+from flows import access, database, watchdog
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.processes import child_processes
 from tasks.shared.operations.processes.dvc_runner import StageError
@@ -101,6 +101,7 @@ def _start(hold: Sequence[int]) -> str:
     # To a file, because a server that is being stopped prints errors about its own cancelled tasks.
     log = access.HOME / "server.log"
     with locked("server"), log.open("wb") as errors:  # two servers can not migrate one database at once
+        database.check()
         port = _free_port()
         url = f"http://127.0.0.1:{port}/api"
         server = family.start(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,7 +104,23 @@ def errors() -> Iterator[None]:
         # A full or read-only disk, which messages.py reports, is an OSError with a number; the network's have none.
         if not failed(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise TrackingError(_expected(line(error))) from error
+        raise TrackingError(_schema(error) or _expected(line(error))) from error
+
+
+def _schema(error: Exception) -> str:
+    """What to do about a store of another version of MLflow, empty if it is not that."""
+    found = re.search(r"database schema \(found version (\w+), but expected (\w+)\)", str(error))
+    if not found:
+        return ""
+    spec = find_spec("mlflow")
+    assert spec
+    assert spec.submodule_search_locations
+    versions = Path(next(iter(spec.submodule_search_locations))) / "store/db_migrations/versions"
+    older = found[1] == "None" or any(versions.glob(f"{found[1]}_*.py"))
+    got, remedy = f"a newer one ({found[1]})", "use the MLflow that wrote it, or another store: MLFLOW_TRACKING_URI"
+    if older:
+        got, remedy = f"an older one ({found[1]})", f"back it up, then bring it up to date: mlflow db upgrade {place()}"
+    return f"expected the MLflow store at {place()} to have this MLflow's schema ({found[2]}), got {got}; {remedy}"
 
 
 def _expected(got: str) -> str:
