@@ -111,22 +111,22 @@ def serve(arguments: argparse.Namespace) -> None:
         for pool in wanted
         if pool.command
     }
-    say(f"server      {url.removesuffix('/api')} ({how})")
+    say(f"server        {url.removesuffix('/api')} ({how})")
     for pool in wanted:
-        say(f"pool        {pool.name}")
+        say(f"pool          {pool.name}")
     for name in deployments:
-        say(f"deployment  {name}")
+        say(f"deployment    {name}")
     if found:
-        say(f"containers  {found}")
+        say(f"containers    {found}")
     for name, done in workers.items():
         if background.pid(name) is None:
             raise StageError(f"expected the {name} to run, but it ended; see {background.log(name)}")
-        say(f"{name:<12}{done}, log in {background.log(name)}")
+        say(f"{name:<14}{done}, log in {background.log(name)}")
     say("", f"export PREFECT_API_URL={url}")
     if _is_ours(url):
         say(f'export PREFECT_API_AUTH_STRING="$(cat {access.FILE})"')
     say(f"{os.path.relpath(Path(sys.executable).with_name('prefect'))} deployment run pretrain-and-eval/local --watch")
-    say("make stop   ends what was started here")
+    say("make stop     ends what was started here")
 
 
 def machine() -> None:

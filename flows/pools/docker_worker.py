@@ -18,7 +18,7 @@ from prefect_docker.worker import DockerWorker, DockerWorkerResult
 warnings.filterwarnings("ignore", "Type 'Worker' at")  # takes the place of Prefect's, on purpose
 
 
-class Worker(DockerWorker):
+class Worker(DockerWorker):  # type: ignore[misc]  # it has no types
     """Carries out each flow run of the pool in a container."""
 
     type = DockerWorker.type
