@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 
 from flows import access
@@ -114,9 +114,9 @@ def _named(name: str) -> Path:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Lock out flows from a worktree."""
-    with chdir(path):
-        workspace = Workspace().__enter__()
-    with workspace:
+    with ExitStack() as stack:
+        with chdir(path):
+            stack.enter_context(Workspace())
         yield
 
 
