@@ -13,12 +13,12 @@ process that started it. Variables:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +30,12 @@ from docker.errors import APIError, DockerException, ImageNotFound
 from requests.exceptions import RequestException
 
 from tests.paths import ROOT
+from tests.services import folders
 
 IMAGE = "deepclust:services"
 LOCK_LABEL = "deepclust.lock"  # of an image: sha256 of the requirements.lock that is installed in it
 _BASE = "python:3.11-slim-bookworm"
-_DEBIAN = "localhost/deepclust-debian:bookworm"  # stands in for it
+_DEBIAN = "localhost/deepclust-debian"  # stands in for it; without a tag, for podman 4.3 imports every image as latest
 _STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepclust" / "containers"
 _PACKAGES = ("podman", "crun", "debootstrap")
 _HOW = "start Docker or podman, and name its socket if it is not the usual one: DOCKER_HOST=unix:///path/to/socket"
@@ -119,19 +120,19 @@ def _install() -> None:
 def _started() -> Iterator[Engine]:
     """Podman, serving Docker's API on a socket of its own, with settings of its own."""
     _STORE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="deepclust-engine-") as name:
-        folder = Path(name)
-        limits = []  # podman's own are higher than a sandbox allows
-        for limit, number in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
-            soft, hard = (1_048_576 if value < 0 else value for value in resource.getrlimit(number))
-            limits.append(f'"{limit}={soft}:{hard}"')
+    with folders.folder("deepclust-engine-") as folder:
+        # Podman's own limits are higher than a sandbox allows, and it lowers that of its processes to the kernel's.
+        most = int(Path("/proc/sys/kernel/pid_max").read_text())
+        limits = {"nofile": _limit(resource.RLIMIT_NOFILE), "nproc": min(_limit(resource.RLIMIT_NPROC), most)}
         (folder / "containers.conf").write_text(
-            f'[containers]\ncgroups = "disabled"\nnetns = "host"\ndefault_ulimits = [{", ".join(limits)}]\n'
+            f'[containers]\ncgroups = "disabled"\nnetns = "host"\ndefault_ulimits = '
+            f"{json.dumps([f'{limit}={number}:{number}' for limit, number in limits.items()])}\n"
             '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n',
             encoding="utf-8",
         )
         (folder / "storage.conf").write_text(
-            f'[storage]\ndriver = "overlay"\ngraphroot = "{_STORE}"\nrunroot = "{folder}/run"\n', encoding="utf-8"
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{_STORE}/storage"\nrunroot = "{_STORE}/run"\n',
+            encoding="utf-8",
         )
         settings = {
             "CONTAINERS_CONF": str(folder / "containers.conf"),
@@ -149,7 +150,15 @@ def _started() -> Iterator[Engine]:
         finally:
             process.terminate()
             process.wait(20)
-            subprocess.run(["umount", "--quiet", str(_STORE / "overlay")], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["umount", "--quiet", str(_STORE / "storage/overlay")], check=False, stderr=subprocess.DEVNULL
+            )
+
+
+def _limit(number: int) -> int:
+    """This process's hard limit of a resource; a high number where it has none."""
+    hard = resource.getrlimit(number)[1]
+    return hard if hard != resource.RLIM_INFINITY else 1_048_576
 
 
 def _when_it_answers(host: str, process: subprocess.Popen[bytes], log: Path) -> Engine:
@@ -175,7 +184,7 @@ def image(engine: Engine) -> str:
             return IMAGE
     except ImageNotFound:
         pass
-    options = ["--build-arg", f"BASE_IMAGE={_base(engine)}", "--label", f"{LOCK_LABEL}={lock}", "--tag", IMAGE]
+    options = ["--build-arg", f"BASE_IMAGE={_base(engine)}", "--build-arg", f"LOCK={lock}", "--tag", IMAGE]
     if engine.is_podman:
         # What pip and uv need of this machine: certificates of its own, and what `make setup` has fetched already.
         cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
@@ -214,13 +223,13 @@ def _base(engine: Engine) -> str:
 
 def _make_base(engine: Engine) -> None:
     packages = "python3,python3-venv,ca-certificates,git"
-    with tempfile.TemporaryDirectory(prefix="deepclust-debian-") as name:
-        root = Path(name) / "root"
+    with folders.folder("deepclust-debian-") as folder:
+        root = folder / "root"
         command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(root)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             raise EngineError(f"expected debootstrap to make a base image, it failed: {done.stdout.splitlines()[-1]}")
         (root / "usr/bin/python").symlink_to("python3")
-        archive = Path(name) / "root.tar"
+        archive = folder / "root.tar"
         subprocess.run(["tar", "--directory", str(root), "--create", "--file", str(archive), "."], check=True)
-        engine.client.api.import_image_from_file(str(archive), *_DEBIAN.split(":"), changes=['CMD ["python3"]'])
+        engine.client.api.import_image_from_file(str(archive), _DEBIAN, changes=['CMD ["python3"]'])

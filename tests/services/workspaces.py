@@ -6,7 +6,6 @@ They belong to an ordinary user, as whom everything in them runs: root would pas
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -21,11 +20,11 @@ import psutil
 
 from tasks.shared.operations.params import overrides
 from tests.paths import ROOT
+from tests.services import folders
 from tests.tasks import small_run
 
 USER = os.getuid() or 1000
 GROUP = os.getgid() or 1000
-_PREFIX = "deepclust-services-"
 SMALL = [
     *("encoders=[pixels, random, swav]", "pretrain.shared.backbone=small"),
     "pretrain.checkpoint={every_steps: 3, every_seconds: null, keep: 2}",
@@ -74,34 +73,21 @@ def run(root: Path, *command: str, check: bool = True, **variables: str) -> subp
 
 @contextmanager
 def folder(client: docker.DockerClient) -> Iterator[Path]:
-    """A new folder that every user may enter, for workspaces; what an earlier run left behind is removed first."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if left.is_dir() and not left.is_symlink() and left.stat().st_uid == os.getuid():
-            with (left / ".lock").open("a") as lock, contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(left, client)
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    path.chmod(0o755)
-    with (path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """A new folder for workspaces. What an earlier run left behind is ended and removed first."""
+
+    def clear(path: Path) -> None:
+        for container in containers(client, path):
+            with contextlib.suppress(docker.errors.APIError):
+                container.remove(force=True)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(path):
+                    process.kill()
+
+    with folders.folder("deepclust-services-", clear) as path:
         (path / "home").mkdir()
         os.chown(path / "home", USER, GROUP)
-        try:
-            yield path
-        finally:
-            _remove(path, client)
-
-
-def _remove(path: Path, client: docker.DockerClient) -> None:
-    """Remove a folder with the containers that see it and the processes that work in it."""
-    for container in containers(client, path):
-        with contextlib.suppress(docker.errors.APIError):
-            container.remove(force=True)
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(path):
-                process.kill()
-    shutil.rmtree(path, ignore_errors=True)
+        yield path
 
 
 def containers(client: docker.DockerClient, path: Path) -> list[docker.models.containers.Container]:
