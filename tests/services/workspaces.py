@@ -108,7 +108,8 @@ def make(root: Path, *edits: str) -> Path:
         edits: Further edits of params.yaml, such as `pretrain.swav.epochs=3`.
     """
     # A link to a file of this repository's would be given away with the clone.
-    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(root)], check=True)
+    clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--no-hardlinks"]
+    subprocess.run([*clone, str(ROOT), str(root)], check=True)
     changes = subprocess.run(["git", "-C", str(ROOT), "diff", "--binary", "HEAD"], check=True, capture_output=True)
     if changes.stdout:
         subprocess.run(["git", "-C", str(root), "apply"], input=changes.stdout, check=True)
