@@ -62,18 +62,6 @@ class Engine:
         """Whether it is podman behind Docker's API."""
         return "Podman" in self.client.version()["Components"][0]["Name"]
 
-    @property
-    def command(self) -> list[str]:
-        """The command line program that talks to this engine.
-
-        Raises:
-            EngineError: If it is not installed.
-        """
-        program = "podman" if self.is_podman else "docker"
-        if not shutil.which(program):
-            raise EngineError(f"expected the command {program}, which builds the image, found none; install it")
-        return ["podman", "--url", self.environment["DOCKER_HOST"]] if self.is_podman else ["docker"]
-
 
 @contextmanager
 def running() -> Iterator[Engine]:
@@ -146,7 +134,7 @@ def _started() -> Iterator[Engine]:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
         try:
-            yield _when_it_answers(host, process, folder / "log")
+            yield Engine(_when_it_answers(host, process, folder / "log").client, {"DOCKER_HOST": host} | settings)
         finally:
             process.terminate()
             process.wait(20)
@@ -186,16 +174,22 @@ def image(engine: Engine) -> str:
         pass
     options = ["--build-arg", f"BASE_IMAGE={_base(engine)}", "--build-arg", f"LOCK={lock}", "--tag", IMAGE]
     if engine.is_podman:
-        # What pip and uv need of this machine: certificates of its own, and what `make setup` has fetched already.
-        cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache/uv")
-        cache.mkdir(parents=True, exist_ok=True)
-        options += ["--isolation", "chroot", "--volume", f"{cache}:/root/.cache/uv"]
-        if "SSL_CERT_FILE" in os.environ:
+        options += ["--isolation", "chroot"]  # it needs no cgroups
+        if "SSL_CERT_FILE" in os.environ:  # certificates of this machine, without which pip may get nothing
             options += ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]
-    command = [*engine.command, "build", *options, *shlex.split(os.environ.get("BUILD_ARGS", "")), str(ROOT)]
-    done = subprocess.run(command, env=os.environ | dict(engine.environment), check=False)
-    if done.returncode:
+    program = "podman" if engine.is_podman else "docker"
+    command = [program, "build", *options, *shlex.split(os.environ.get("BUILD_ARGS", "")), str(ROOT)]
+    if not shutil.which(program):
+        raise EngineError(f"expected the command {program}, which builds the image, found none; install it")
+    if subprocess.run(command, env=os.environ | dict(engine.environment), check=False).returncode:
         raise EngineError(f"expected the image to be built, but this failed: {shlex.join(command)}")
+    try:
+        engine.client.images.get(IMAGE)
+    except ImageNotFound as error:
+        where = engine.environment["DOCKER_HOST"]
+        raise EngineError(
+            f"expected {program} to build for the engine at {where}, it did for another; mend its settings"
+        ) from error
     return IMAGE
 
 
@@ -232,4 +226,6 @@ def _make_base(engine: Engine) -> None:
         (root / "usr/bin/python").symlink_to("python3")
         archive = folder / "root.tar"
         subprocess.run(["tar", "--directory", str(root), "--create", "--file", str(archive), "."], check=True)
-        engine.client.api.import_image_from_file(str(archive), _DEBIAN, changes=['CMD ["python3"]'])
+        # pip and uv have certificates of their own, which are not those of every network.
+        changes = ['CMD ["python3"]', "ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"]
+        engine.client.api.import_image_from_file(str(archive), _DEBIAN, changes=changes)
