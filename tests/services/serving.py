@@ -64,7 +64,7 @@ class Served:
         found: dict[str, Any] = self.request(f"flow_runs/{number}", method="GET")
         return found
 
-    def ended(self, number: str, seconds: float = 300) -> dict[str, Any]:
+    def ended(self, number: str, seconds: float = 900) -> dict[str, Any]:
         """A flow run once it has ended. It fails the test if it does not in time."""
         deadline = time.monotonic() + seconds
         while (run := self.run(number))["state"]["type"] not in ENDED:

@@ -33,7 +33,7 @@ def _training(served: Served, epochs: int) -> str:
     """Start a run that trains in a container, and return it, in mid-epoch, once it has saved its state."""
     edits = [*_LONG, f"pretrain.swav.epochs={epochs}"]
     number = served.start(_DOCKER, **_TRAINING, overrides=edits)
-    assert eventually(lambda: kill_test.newest(served.root, "swav") > 0, 300), served.logs(number)
+    assert eventually(lambda: kill_test.newest(served.root, "swav") > 0, 900), served.logs(number)
     return number
 
 
@@ -71,7 +71,7 @@ def test_a_container_killed_in_mid_epoch_is_followed_by_another_that_ends_bit_fo
     container = next(iter(workspaces.containers(engine.client, served.root)))
     container.kill("SIGKILL")
     step = kill_test.newest(served.root, "swav")
-    run = served.ended(number)
+    run = served.ended(number, 900)
     assert run["state"]["type"] == "COMPLETED", served.logs(number)
     killed, following = [run for run in served.stages() if run["id"] not in before][-2:]
     assert (killed["state"]["type"], following["state"]["type"]) == ("CRASHED", "COMPLETED")
@@ -111,7 +111,7 @@ def test_isolated_runs_work_side_by_side_and_leave_the_workspace_as_it_is(served
     params = (served.root / "params.yaml").read_bytes()
     edits = [["pretrain.swav.temperature=0.2"], ["pretrain.swav.temperature=0.3"]]
     numbers = [served.start(_DOCKER, **_TRAINING, overrides=edit, isolated=True) for edit in edits]
-    runs = [served.ended(number, 600) for number in numbers]
+    runs = [served.ended(number, 900) for number in numbers]
     for run in runs:
         assert run["state"]["type"] == "COMPLETED", served.logs(run["id"])
     assert max(run["start_time"] for run in runs) < min(run["end_time"] for run in runs)
