@@ -39,6 +39,7 @@ def server_environment(url: str) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(HOME.resolve()),
         "PREFECT_SERVER_API_AUTH_STRING": credential(),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
     }
 

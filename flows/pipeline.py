@@ -15,7 +15,6 @@ from threading import Semaphore
 from typing import Any, get_args
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
@@ -24,7 +23,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import isolated as isolation
-from flows import schema, server, watchdog
+from flows import pages, schema, server, watchdog
 from flows.remote import Remote
 from flows.schema import EncoderName, Machines, Override, RunOn, Stage
 from flows.stage import RETRIES, RETRY_SECONDS
@@ -78,7 +77,7 @@ def run_stage(
     return Completed(name=name, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome)
 
 
-@flow(name="pretrain-and-eval", persist_result=False, validate_parameters=True)
+@flow(name="pretrain-and-eval", flow_run_name=pages.run_name, persist_result=False, validate_parameters=True)
 def pretrain_and_eval(
     stages: Sequence[Stage] = (),
     encoders: Sequence[EncoderName] = (),
@@ -135,8 +134,9 @@ def _run(
 ) -> State[Any]:
     logger = get_run_logger()
     isolated = isolation.current()
+    changes = safe_lines(overrides.apply(edits)) if edits else ""
     if edits:
-        logger.info("params.yaml:\n%s", safe_lines(overrides.apply(edits)) or "says so already")
+        logger.info("params.yaml:\n%s", changes or "says so already")
     with watchdog.stages_run():
         stages = workspace.select(groups, encoders)
         unchanged = set() if force else workspace.unchanged()
@@ -145,8 +145,8 @@ def _run(
             raise StageError(f"expected several machines to run stages as processes, got run_on={run_on}; leave it out")
         where = "process" if machines > 1 else run_on
         runner = workspace if where == "here" else Remote(where, folder=isolated, machines=machines)
-        tags = {"isolated": isolated, "overrides": " ".join(edits)}
-        parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline(tags)
+        tags = {**pages.tracked(), "isolated": isolated, "overrides": " ".join(edits)}
+        parent = "" if unchanged.issuperset(stages) else tracking.open_pipeline(str(flow_run.name), tags)
         status = "KILLED"
         try:
             env = {tracking.PARENT: parent} if parent else {}
@@ -160,17 +160,14 @@ def _run(
         table = summary.comparison() if "report" in report.outcomes else []
         text = safe_lines(summary.text(stages, report, table))  # of an address, it shows the password
         logger.log(logging.ERROR if report.failed else logging.INFO, "\n%s", text)
-    if table:
-        create_markdown_artifact(summary.markdown(table), key="comparison", description="Encoders compared")
-    where = ""
-    if isolated:
-        where = f" in {isolation.FOLDER / isolated}"
-        steps = isolation.next_steps(isolated)
+    steps = isolation.next_steps(isolated) if isolated else ""
+    pages.publish(parent, changes, table, steps)
+    if steps:
         logger.info("%s", steps)
-        create_markdown_artifact(f"```\n{steps}\n```", key="isolated", description="Where the results are")
+    place = f" in {isolation.FOLDER / isolated}" if isolated else ""
     if report.failed:
-        return Failed(message=f"failed{where}: " + ", ".join(report.failed))
-    return Completed(message=f"{len(stages)} stages up to date{where}")
+        return Failed(message=f"failed{place}: " + ", ".join(report.failed))
+    return Completed(message=f"{len(stages)} stages up to date{place}")
 
 
 def _run_stages(

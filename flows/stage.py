@@ -15,6 +15,7 @@ from typing import Any, Literal
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import code as versions
@@ -40,7 +41,13 @@ PREEMPTED = "Preempted"  # name of the state of a run that was told to stop, and
 GRACE = 8.0  # seconds to write a checkpoint: `docker stop` kills a container after 10
 
 
-@flow(name="stage", persist_result=False)
+def _run_name() -> str:
+    given = flow_run.parameters
+    share = f" on machine {given['machine']}" if given.get("machines", 1) > 1 else ""
+    return f"{given['name']}{share}"
+
+
+@flow(name="stage", flow_run_name=_run_name, persist_result=False)
 def stage(
     name: OneStage,
     force: bool = False,

@@ -61,12 +61,17 @@ def text(stages: Sequence[str], report: Report, compared: Rows) -> str:
     return "\n\n".join(parts)
 
 
-def mlflow_ui() -> str:
-    """The command that opens MLflow's UI, or the address of the server that keeps the runs."""
+def mlflow_ui(page: str = "") -> str:
+    """The command that opens MLflow's UI, or the address of the server that keeps the runs.
+
+    Args:
+        page: Path of the page to open, as `tracking.page` tells it.
+    """
     uri = store.uri()
     if uri.startswith("http"):
-        return uri
+        return uri.rstrip("/") + page
     program = Path(sys.executable).with_name("mlflow")
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
-    return f"{program} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000   then open http://127.0.0.1:5000"
+    command = f"{program} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000"
+    return f"{command}   then open http://127.0.0.1:5000{page}"

@@ -43,7 +43,7 @@ def test_each_stage_is_a_task_run_no_more_run_at_once_than_the_limit_and_a_secon
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened, closed = [], []
-    monkeypatch.setattr(tracking, "open_pipeline", lambda: opened.append(True) or "parent")
+    monkeypatch.setattr(tracking, "open_pipeline", lambda *_: opened.append(True) or "parent")
     monkeypatch.setattr(tracking, "close_pipeline", lambda *what: closed.append(what))
     monkeypatch.setenv("DEEPCLUST_PARALLEL", "1")
     lines = "echo $DEEPCLUST_PARENT_RUN >>parents; [ ! -e busy ] || : >crowded\n"
@@ -96,7 +96,7 @@ def test_the_server_of_a_run_that_a_worker_started_is_watched_too(root: Path, mo
 def test_the_summary_shows_no_password(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "open_pipeline", lambda: "")
+    monkeypatch.setattr(tracking, "open_pipeline", lambda *_: "")
     monkeypatch.setenv("DEEPCLUST_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
     assert pretrain_and_eval(stages=["prepare"], return_state=True).is_completed()

@@ -125,11 +125,12 @@ class NullRun(Run):
         super().__init__(None, "")
 
 
-def open_pipeline(tags: Mapping[str, str] | None = None) -> str:
+def open_pipeline(name: str, tags: Mapping[str, str]) -> str:
     """Begin a pipeline run and return its id, for `DEEPCLUST_PARENT_RUN` of its stages; empty if tracking is off.
 
     Args:
-        tags: What tells it from others; empty ones are left out.
+        name: What the run is called.
+        tags: What tells it from others, and where it comes from; empty ones are left out.
 
     Raises:
         ConfigError: If params.yaml is not valid.
@@ -138,8 +139,17 @@ def open_pipeline(tags: Mapping[str, str] | None = None) -> str:
     if not store.enabled():
         return ""
     params = load_params()
-    own = {name: masked(value)[:5000] for name, value in (tags or {}).items() if value}
-    return _begun(lambda: _create_parent(*_connect(), params, own))
+    given = {key: masked(value)[:5000] for key, value in tags.items() if value}
+    return _begun(lambda: _create_parent(*_connect(), params, name, given))
+
+
+def page(run_id: str) -> str:
+    """Path of a run's page in MLflow's UI; empty if the store can not be reached."""
+    try:
+        experiment = _begun(lambda: _client().get_run(run_id)).info.experiment_id
+    except TrackingError:
+        return ""
+    return f"/#/experiments/{experiment}/runs/{run_id}"
 
 
 def close_pipeline(run_id: str, status: str) -> None:
@@ -231,12 +241,12 @@ def _derived_parent(client: Any, experiment: str, params: Params) -> str:
         if found:
             client.update_run(found[0].info.run_id, status="RUNNING")
             return str(found[0].info.run_id)
-        return _create_parent(client, experiment, params, {_KEY_TAG: key})
+        name = f"pipeline {provenance.git().get('git.commit', '')[:8]}".strip()
+        return _create_parent(client, experiment, params, name, {_KEY_TAG: key})
 
 
-def _create_parent(client: Any, experiment: str, params: Params, tags: Mapping[str, str] | None = None) -> str:
-    own = {**_source("deepclust pipeline"), **provenance.data_tags(), **(tags or {})}
-    name = f"pipeline {own.get('git.commit', '')[:8]}".strip()
+def _create_parent(client: Any, experiment: str, params: Params, name: str, tags: Mapping[str, str]) -> str:
+    own = {**_source("deepclust pipeline"), **provenance.data_tags(), **tags}
     run_id = str(client.create_run(experiment, run_name=name, tags=own).info.run_id)
     for entry in _entries(run_id, "params", _params(provenance.all_params(params))):
         send(client, entry)

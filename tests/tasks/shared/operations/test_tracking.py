@@ -86,8 +86,11 @@ def test_processes_on_a_fresh_store_share_one_parent_and_say_where_they_come_fro
 
 
 def test_a_parent_from_the_environment_is_used_and_left_open(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    parent = tracking.open_pipeline()
+    parent = tracking.open_pipeline("swav · epochs=5", {"prefect.flow_run": "f1"})
     monkeypatch.setenv(tracking.PARENT, parent)
+    assert here.get_run(parent).info.run_name == "swav · epochs=5"
+    assert here.get_run(parent).data.tags["prefect.flow_run"] == "f1"
+    assert tracking.page(parent) == f"/#/experiments/{here.get_run(parent).info.experiment_id}/runs/{parent}"
     with tracking.stage_run("linear", "swav", params.load()) as run:
         pass
     assert here.get_run(run.run_id).data.tags["mlflow.parentRunId"] == parent
@@ -336,7 +339,7 @@ def test_a_pipeline_whose_server_is_lost_ends_with_a_warning(
     assert error.count("\n") == 1
     (outbox.FOLDER / "0123.jsonl").unlink()
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9, got: connection refused; ") as refused:
-        tracking.open_pipeline()
+        tracking.open_pipeline("any", {})
     assert time.monotonic() - began < 20
     assert "secret" not in f"{error}{refused.value}"
 
@@ -392,7 +395,7 @@ def test_a_database_without_its_driver_is_one_line(monkeypatch: pytest.MonkeyPat
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path: Path) -> None:
     code = TRACK + "run.log_metrics({'a': 1.0}); run.pipeline.log_params({'b': 2}); run.log_artifact('none')\n"
-    code += "import sys; assert 'mlflow' not in sys.modules; assert tracking.open_pipeline() == ''"
+    code += "import sys; assert 'mlflow' not in sys.modules; assert tracking.open_pipeline('any', {}) == ''"
     shutil.copy(ROOT / "params.yaml", tmp_path)
     assert start(tmp_path, code, DEEPCLUST_TRACKING="off").communicate(timeout=60)[0] == ""
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
