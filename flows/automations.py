@@ -1,20 +1,38 @@
-"""What the server does by itself. `make serve` makes the automations; making one again changes nothing."""
+"""What the server that PREFECT_API_URL names does by itself when something happens. Making one again changes nothing.
+
+python -m flows.automations notify slack-webhook/alerts   tell by this notification block when a run ends badly
+python -m flows.automations rerun                         run again when the data have changed
+python -m flows.automations check                         have they? If so, tell the server: for cron
+"""
 
 from __future__ import annotations
 
+import argparse
 from datetime import timedelta
 
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
+from prefect.events import emit_event
+from prefect.events.actions import ChangeFlowRunState, RunDeployment, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 
+from flows import server
+from tasks.shared.operations.messages import errors_as_one_line
+from tasks.shared.operations.processes.dvc_runner import StageError, Workspace
+from tasks.shared.operations.text import say
+
+FLOW = "pretrain-and-eval"
+DEPLOYMENT = f"{FLOW}/local"
+DATA_CHANGED = "deepclust.data.changed"
 LOST = "deepclust: lost runs are crashed"
-FLOWS = ("pretrain-and-eval", "stage")  # others on the same server may have no heartbeats, or rarer ones
+FLOWS = (FLOW, "stage")  # others on the same server may have no heartbeats, or rarer ones
 BEAT = "prefect.flow-run.heartbeat"  # every 30 seconds (flows/__init__.py), the shortest that Prefect takes
 # Names of the states in which a run beats no more: Prefect's, and ours.
 _ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelling", "Cancelled", "Unchanged", "Restored", "Preempted")
+_BODY = "{{ flow_run.name }}: {{ flow_run.state.message }}\n{{ flow_run | ui_url }}"
 
 
 def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 120) -> None:
@@ -43,8 +61,93 @@ def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 120) 
             )
         ],
     )
-    known = next(iter(client.read_automations_by_name(LOST)), None)
-    if known is None:
-        client.create_automation(automation)
+    _make(client, automation)
+
+
+def notify(client: SyncPrefectClient, block: str) -> str:
+    """Let the server notify by a block when a run of the pipeline fails or crashes; the automation's name.
+
+    Args:
+        client: Of the server.
+        block: Type and name of a notification block, as in `prefect block ls`: `slack-webhook/alerts`.
+
+    Raises:
+        StageError: If there is no such block.
+    """
+    kind, _, name = block.partition("/")
+    try:
+        found = client.read_block_document_by_name(name, kind)
+    except ObjectNotFound as error:
+        raise StageError(
+            f"expected a notification block (TYPE/NAME, as in `prefect block ls`), got {block!r}; "
+            "docs/operations.md says how to make one"
+        ) from error
+    trigger = EventTrigger(
+        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+        match_related=ResourceSpecification({"prefect.resource.role": ["flow"], "prefect.resource.name": [FLOW]}),
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    subject = f"{FLOW}: {{{{ flow_run.state.name }}}}"
+    action = SendNotification(block_document_id=found.id, subject=subject, body=_BODY)
+    return _make(client, AutomationCore(name=f"deepclust: tell {block}", trigger=trigger, actions=[action]))
+
+
+def rerun(client: SyncPrefectClient) -> str:
+    """Let the server run the pipeline when `check` has found other data; the automation's name.
+
+    Raises:
+        StageError: If the deployment is not there.
+    """
+    try:
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
+    except ObjectNotFound as error:
+        raise StageError(f"expected the deployment {DEPLOYMENT}, got none; make serve makes it") from error
+    trigger = EventTrigger(expect={DATA_CHANGED}, posture=Posture.Reactive, threshold=1)
+    action = RunDeployment(source="selected", deployment_id=deployment.id, parameters={}, job_variables=None)
+    return _make(client, AutomationCore(name="deepclust: run again", trigger=trigger, actions=[action]))
+
+
+def _make(client: SyncPrefectClient, automation: AutomationCore) -> str:
+    if known := client.read_automations_by_name(automation.name):
+        client.update_automation(known[0].id, automation)
     else:
-        client.update_automation(known.id, automation)
+        client.create_automation(automation)
+    return automation.name
+
+
+def check() -> list[str]:
+    """Tell the server if folders of images are no longer what `prepare` has read; these folders.
+
+    Raises:
+        StageError: If a flow runs in the workspace, or DVC fails.
+    """
+    with Workspace() as workspace:
+        changed = workspace.changed_data()
+    if changed:
+        emit_event(DATA_CHANGED, {"prefect.resource.id": "deepclust.data"}, payload={"folders": changed})
+    return changed
+
+
+def main() -> None:
+    """Make an automation, or check the data."""
+    parser = argparse.ArgumentParser(prog="python -m flows.automations", description="What the server does by itself.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    told = commands.add_parser("notify", help="by a notification block, when a run fails or crashes")
+    told.add_argument("block", help="its type and name, as in `prefect block ls`: slack-webhook/alerts")
+    commands.add_parser("rerun", help="when the data have changed")
+    commands.add_parser("check", help="tell the server if the data have changed; for cron")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        if not PREFECT_API_URL.value():
+            raise StageError("expected PREFECT_API_URL to name a server, got nothing; make serve prints what to export")
+        with server.configured(), get_client(sync_client=True) as client:
+            if arguments.command == "check":
+                say(f"changed: {', '.join(changed)}" if (changed := check()) else "nothing has changed")
+            else:
+                say(f"made: {notify(client, arguments.block) if arguments.command == 'notify' else rerun(client)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -169,15 +169,31 @@ class Workspace:
         Raises:
             StageError: If DVC fails.
         """
-        lines: list[str] = []
-        if self._children.stream(_STATUS, lines.append):
-            raise StageError(f"`dvc status` failed: {' '.join(' '.join(lines).split())}")
-        # Warnings may come before and after it.
-        changed = set(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
+        changed = set(self._status())
         for stage, upstream in self.graph.items():
             if changed.intersection(upstream):
                 changed.add(stage)
         return set(self.graph) - changed
+
+    def changed_data(self) -> list[str]:
+        """The folders of images that are no longer as `prepare` has read them.
+
+        Raises:
+            StageError: If DVC fails.
+        """
+        values = params.load()
+        of_prepare = self._status("prepare").get("prepare", [])
+        changed = {name for change in of_prepare if isinstance(change, dict) for name in change.get("changed deps", {})}
+        return [folder for folder in (values.data.folder, values.adapt.domains) if folder in changed]
+
+    def _status(self, *stages: str) -> dict[str, Any]:
+        """What `dvc status` says of each stage that is not up to date."""
+        lines: list[str] = []
+        if self._children.stream([*_STATUS, *stages], lines.append):
+            raise StageError(f"`dvc status` failed: {' '.join(' '.join(lines).split())}")
+        # Warnings may come before and after it.
+        found: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+        return found
 
     def run_stage(
         self,
