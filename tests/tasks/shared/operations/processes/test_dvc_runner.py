@@ -168,3 +168,16 @@ def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> 
     with Workspace(), Workspace(alone=False):
         pass
     assert not (root / "artifacts/prepare").exists()
+
+
+def test_the_folders_of_images_that_have_changed_are_those_that_dvc_names(workspace: Workspace, root: Path) -> None:
+    graph = (root / "dvc.yaml").read_text().replace("params: [seed]", "params: [seed]\n    deps: [data, domains, code]")
+    (root / "dvc.yaml").write_text(graph)
+    for folder in ("data", "domains", "code"):
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / "file").write_text("1")
+    assert _run(workspace, "prepare") == ["run"]
+    assert workspace.changed_data() == []
+    for folder in ("code", "data"):
+        (root / folder / "another").write_text("2")
+    assert workspace.changed_data() == ["data"]
