@@ -39,11 +39,13 @@ def client(root: Path) -> Iterator[SyncPrefectClient]:
 
 
 @pytest.fixture
-def deployment(client: SyncPrefectClient) -> UUID:
-    """`stage/process`, whose runs no worker takes."""
+def deployment(client: SyncPrefectClient) -> Iterator[UUID]:
+    """`stage/process`, whose runs no worker takes; made anew, so that it has none of another test's."""
     client.create_work_pool(WorkPoolCreate(name=pools.PROCESS, type="process"), overwrite=True)
     flow_id = client.create_flow(stage)
-    return client.create_deployment(flow_id=flow_id, name="process", work_pool_name=pools.PROCESS)
+    deployment = client.create_deployment(flow_id=flow_id, name="process", work_pool_name=pools.PROCESS)
+    yield deployment
+    client.delete_deployment(deployment)
 
 
 def _runs(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
