@@ -46,14 +46,14 @@ def _locked(root: Path) -> dict[str, Any]:
 def test_the_graph_with_a_container_for_each_stage_leaves_the_same_lock_as_processes(
     served: Served, engine: Engine
 ) -> None:
-    here = served.ended(served.start("pretrain-and-eval/local"), 900)
+    here = served.ended(served.start("pretrain-and-eval/local"))
     assert here["state"]["type"] == "COMPLETED", served.logs(here["id"])
     expected = _locked(served.root)
     assert len(expected) == 18, "sizes, prepare, report, and five for each of three encoders"
     before = {run["id"] for run in served.stages()}
     workspaces.reset(served.root)
 
-    run = served.ended(served.start(_DOCKER), 900)
+    run = served.ended(served.start(_DOCKER))
     assert run["state"]["type"] == "COMPLETED", served.logs(run["id"])
     assert _locked(served.root) == expected
     stages = [run for run in served.stages() if run["id"] not in before]
@@ -71,7 +71,7 @@ def test_a_container_killed_in_mid_epoch_is_followed_by_another_that_ends_bit_fo
     container = next(iter(workspaces.containers(engine.client, served.root)))
     container.kill("SIGKILL")
     step = kill_test.newest(served.root, "swav")
-    run = served.ended(number, 900)
+    run = served.ended(number)
     assert run["state"]["type"] == "COMPLETED", served.logs(number)
     killed, following = [run for run in served.stages() if run["id"] not in before][-2:]
     assert (killed["state"]["type"], following["state"]["type"]) == ("CRASHED", "COMPLETED")
@@ -111,7 +111,7 @@ def test_isolated_runs_work_side_by_side_and_leave_the_workspace_as_it_is(served
     params = (served.root / "params.yaml").read_bytes()
     edits = [["pretrain.swav.temperature=0.2"], ["pretrain.swav.temperature=0.3"]]
     numbers = [served.start(_DOCKER, **_TRAINING, overrides=edit, isolated=True) for edit in edits]
-    runs = [served.ended(number, 900) for number in numbers]
+    runs = [served.ended(number) for number in numbers]
     for run in runs:
         assert run["state"]["type"] == "COMPLETED", served.logs(run["id"])
     assert max(run["start_time"] for run in runs) < min(run["end_time"] for run in runs)
