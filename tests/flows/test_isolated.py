@@ -214,8 +214,8 @@ def test_the_flow_runs_in_the_worktree_and_its_run_is_beside_the_others_in_one_s
     before = state_of(root)
     tags, places = [], []
 
-    def open_pipeline(own: dict[str, str]) -> str:
-        tags.append(own)
+    def open_pipeline(_: str, own: dict[str, str]) -> str:
+        tags.append({key: value for key, value in own.items() if not key.startswith("prefect")})
         places.append((store.uri(), Path("mlartifacts").resolve()))
         return ""
 
@@ -233,6 +233,6 @@ def test_the_flow_runs_in_the_worktree_and_its_run_is_beside_the_others_in_one_s
     assert places == [(f"sqlite:///{root}/mlflow.db", root / "mlartifacts")]
     assert (Path.cwd(), state_of(root)) == (root, before)
     with chdir("state/isolated/seed-9"):  # gone on with, as after a kill
-        assert pretrain_and_eval(targets=["embed"], return_state=True).is_completed()
+        assert pretrain_and_eval(stages=["embed"], return_state=True).is_completed()
     assert pipelines.ran(root) == []
     assert pipelines.ran(root / "state/isolated/seed-9") == ["prepare"]
