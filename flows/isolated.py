@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 
-from flows import access
+from flows.servers import access
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.params.schema import Params

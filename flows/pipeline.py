@@ -23,9 +23,10 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import isolated as isolation
-from flows import pages, schema, server, watchdog
+from flows import pages, schema
 from flows.remote import Remote
 from flows.schema import EncoderName, Machines, Override, RunOn, Stage
+from flows.servers import server, watchdog
 from flows.stage import RETRIES, RETRY_SECONDS
 from tasks.report import summary
 from tasks.shared.operations import params, tracking

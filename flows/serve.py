@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
-from flows import access, background, database, pools, server
+from flows import pools
 from flows.pools import Pool, docker, probe, process, registry
+from flows.servers import access, background, database, server
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import StageError

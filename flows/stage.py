@@ -19,9 +19,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import code as versions
-from flows import server, watchdog
 from flows.machines import Meeting
 from flows.schema import IsolatedName, Machines, OneStage, RunId
+from flows.servers import server, watchdog
 from tasks.shared.operations import params, tracking
 from tasks.shared.operations.messages import errors_as_one_line
 from tasks.shared.operations.processes.dvc_runner import (

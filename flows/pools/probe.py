@@ -19,10 +19,10 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect_docker.worker import DockerWorkerJobConfiguration
 
-from flows import server
 from flows.pools import docker
 from flows.pools.docker import Settings
 from flows.pools.docker_worker import Worker
+from flows.servers import server
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import safe, warn
 

@@ -7,8 +7,8 @@ import json
 import urllib.error
 from typing import Any
 
-from flows import server
 from flows.pools import Pool
+from flows.servers import server
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 

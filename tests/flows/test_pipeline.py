@@ -19,8 +19,8 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 import flows.pipeline as module
-from flows import server
 from flows.pipeline import pretrain_and_eval
+from flows.servers import server
 from tasks.report import comparison, summary
 from tasks.shared.operations import tracking
 from tasks.shared.operations.processes.dvc_runner import Workspace

@@ -12,7 +12,8 @@ from unittest.mock import Mock
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows import background, pools, serve, server
+from flows import pools, serve
+from flows.servers import background, server
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tests.paths import ROOT
 from tests.pipelines import eventually

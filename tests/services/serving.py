@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from flows import access, server
+from flows.servers import access, server
 from tests.services import workspaces
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}

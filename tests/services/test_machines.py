@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from benchmarks import two_machines
 from benchmarks.two_machines import MACHINES, namespace
-from flows import access
+from flows.servers import access
 from tests.pipelines import eventually
 from tests.services import folders, workspaces
 from tests.services.serving import Served

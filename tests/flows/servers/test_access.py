@@ -18,8 +18,9 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from flows import access, pools, server
+from flows import pools
 from flows.pools import process, registry
+from flows.servers import access, server
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tests import pipelines
 from tests.paths import ROOT

@@ -26,7 +26,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import access, database, watchdog
+from flows.servers import access, database, watchdog
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.processes import child_processes
 from tasks.shared.operations.processes.dvc_runner import StageError

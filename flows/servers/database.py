@@ -9,7 +9,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
-from flows import access
+from flows.servers import access
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import safe
 

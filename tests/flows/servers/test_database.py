@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import database
+from flows.servers import database
 from tasks.shared.operations.processes.dvc_runner import StageError
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import background, serve
+from flows import serve
+from flows.servers import background
 from tests.pipelines import eventually, within
 
 URL = "http://127.0.0.1:1/api"

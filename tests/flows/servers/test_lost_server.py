@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import access
+from flows.servers import access
 from tests import pipelines
-from tests.flows.test_access import no_command_line_has, strangers_are_refused
+from tests.flows.servers.test_access import no_command_line_has, strangers_are_refused
 from tests.paths import ROOT
 from tests.pipelines import eventually, within
 
 # The command, with less patience for a server that does not answer.
-_FLOW = "from flows import pipeline, watchdog; watchdog.PATIENCE = 4; pipeline.main()"
+_FLOW = "from flows import pipeline; from flows.servers import watchdog; watchdog.PATIENCE = 4; pipeline.main()"
 
 
 def test_a_second_flow_is_refused_while_the_server_starts_and_a_lost_server_ends_the_first_with_its_results_in_one_line(
