@@ -6,12 +6,13 @@ RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --disable-p
     && python -m venv --without-pip /opt/venv
 # A change of code alone installs nothing again.
 COPY pyproject.toml requirements.lock /opt/
-# Of the lock, what the extras need: nothing for developers, no workers of Prefect's, and no HEIC (docs/security.md, Licences).
+# Of the lock, what the extras need: nothing for developers, no Docker worker, and no HEIC (docs/security.md, Licences).
 # As constraints, the lock's pins and hashes hold for everything, and what it lacks is refused; --no-config leaves out
 # [tool.uv], which is for making the lock. Bytecode is compiled here, as containers do not write beside the libraries;
 # that of the libraries' tests is 98 MB.
 RUN /opt/uv/bin/uv pip install --no-config --no-cache --python /opt/venv/bin/python --compile-bytecode --require-hashes \
     --constraint /opt/requirements.lock -r /opt/pyproject.toml --extra pipeline --extra dicom --extra efficientnet \
+    --extra kubernetes \
     && find /opt/venv -path '*/tests/*' -name '*.pyc' -delete
 
 FROM ${BASE_IMAGE}

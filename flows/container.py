@@ -32,6 +32,8 @@ def _run(run_id: UUID) -> None:
     with handle_engine_signals(run_id):
         with get_client(sync_client=True) as client:
             run = client.read_flow_run(run_id)
+            if run.state and run.state.is_final():  # it was given up, and this pod or container replaces its first one
+                return
             if run.state and run.state.is_cancelling():  # before it began
                 client.set_flow_run_state(run_id, Cancelled(message="cancelled before it began"))
                 return

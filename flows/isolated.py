@@ -127,9 +127,11 @@ def _create(name: str, values: Params) -> Path:
         path = root / FOLDER / _free(name)
         try:
             with dvc_runner.at_rest():
-                commit = _snapshot()
+                changes = _snapshot()
             _git("worktree", "prune")  # else a worktree that was deleted by hand keeps its path
-            _git("worktree", "add", "--quiet", "--detach", "--", str(path), commit)
+            _git("worktree", "add", "--quiet", "--detach", "--", str(path), "HEAD")
+            if changes:  # over the commit, so that the tracking names it, and says that there are changes
+                _git("read-tree", "-u", "--reset", changes, at=path)
             for folder in sorted(_paths(values)):  # a folder before those in it
                 _link_data(root, path, folder)
             _link_shared(root, path)
@@ -179,10 +181,10 @@ def _free(name: str) -> str:
 
 
 def _snapshot() -> str:
-    """A commit of all tracked files as they are, which changes neither them nor the index."""
+    """A commit of all tracked files as they are, which changes neither them nor the index; empty if HEAD is that."""
     done = _run("stash", "create")
     nothing = done.returncode == 1 and not done.stderr.strip()  # to commit; other versions of git end with 0
-    return "HEAD" if nothing else _checked(done) or "HEAD"
+    return "" if nothing else _checked(done)
 
 
 def _paths(values: Params) -> set[str]:

@@ -64,15 +64,10 @@ class Remote:
         self._stopped = threading.Event()
         self._guard = threading.Lock()
         self._running: dict[UUID, str] = {}
-        with get_client(sync_client=True) as client:
-            try:
-                self._deployment: DeploymentResponse = client.read_deployment_by_name(f"stage/{where}")
-            except ObjectNotFound as error:
-                option = f' ARGS="--{where}"' if where != "process" else ""
-                raise StageError(
-                    f"expected the deployment stage/{where} at {masked(str(PREFECT_API_URL.value()))}, found none; "
-                    f"make it: make serve{option}, and export PREFECT_API_URL and PREFECT_API_AUTH_STRING as it says"
-                ) from error
+        self._deployment = _deployment(where, where)
+        # A cluster's pools differ in their pods; elsewhere a queue says how many stages compute at once.
+        self._computing = _deployment("kubernetes-gpu", where) if where == "kubernetes" else self._deployment
+        self._queue = pools.GPU if where == "docker" else None
 
     def run_stage(
         self,
@@ -120,7 +115,7 @@ class Remote:
         with get_client(sync_client=True) as client:
             run = self._start(client, stage, name, how)
             try:
-                on_line(f"{stage}: run {run.name} of stage/{self._deployment.name}, {url_for(run) or run.id}")
+                on_line(f"{stage}: run {run.name} in the pool {run.work_pool_name}, {url_for(run) or run.id}")
                 run = self._ended(client, run, on_line)
             finally:
                 with self._guard:
@@ -130,13 +125,13 @@ class Remote:
 
     def _start(self, client: SyncPrefectClient, stage: str, name: str, how: dict[str, object]) -> FlowRun:
         computes = stage.partition("@")[0] in pools.COMPUTING
-        queue = pools.GPU if computes and self._deployment.name != "process" else None
+        deployment, queue = (self._computing, self._queue) if computes else (self._deployment, None)
         with self._guard:
             if self._stopped.is_set():
                 raise StageError("not started, because the run is being stopped")
             try:
                 run = client.create_flow_run_from_deployment(
-                    self._deployment.id,
+                    deployment.id,
                     name=name,
                     parameters={"name": stage, "folder": self._folder, "code": self._code, **how},
                     parent_task_run_id=UUID(parent) if (parent := task_run.id) else None,
@@ -207,6 +202,18 @@ class Remote:
                         if _state(client.read_flow_run(run_id)).is_final():
                             del running[run_id]
                 time.sleep(POLL)
+
+
+def _deployment(name: str, where: str) -> DeploymentResponse:
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_deployment_by_name(f"stage/{name}")
+        except ObjectNotFound as error:
+            option = f' ARGS="--{where}"' if where != "process" else ""
+            raise StageError(
+                f"expected the deployment stage/{name} at {masked(str(PREFECT_API_URL.value()))}, found none; "
+                f"make it: make serve{option}, and export PREFECT_API_URL and PREFECT_API_AUTH_STRING as it says"
+            ) from error
 
 
 def _state(run: FlowRun) -> State:

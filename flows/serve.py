@@ -2,6 +2,7 @@
 
 python -m flows.serve                 server (or the one that PREFECT_API_URL names), work pool, deployments, worker
 python -m flows.serve --docker        also the pool whose runs are containers of this machine's engine
+python -m flows.serve --kubernetes    the pools whose runs are Jobs of the cluster that the command runs in
 python -m flows.serve --machine       only a worker in the foreground, for this machine's share of a stage
 python -m flows.serve --stop          ends what was started here
 """
@@ -17,10 +18,11 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows import pools
-from flows.pools import Pool, docker, probe, process, registry
+from flows import automations, pools
+from flows.pools import Pool, docker, kubernetes, probe, process, registry
 from flows.servers import access, background, database, server
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
@@ -88,6 +90,8 @@ def _prefect(url: str, auth: str | None, *arguments: str) -> None:
 
 def _pools(arguments: argparse.Namespace) -> list[Pool]:
     """The work pools that the command line asks for."""
+    if arguments.kubernetes:  # its server and workers are Deployments of the cluster
+        return kubernetes.of(kubernetes.Settings.of(arguments))
     wanted = [process.pool()]
     if arguments.docker:
         wanted.append(docker.pool(docker.Settings.of(arguments), slots=arguments.gpu_slots))
@@ -105,6 +109,11 @@ def serve(arguments: argparse.Namespace) -> None:
     found = probe.check(docker.Settings.of(arguments), url, auth) if arguments.docker else ""
     for pool in wanted:
         registry.make(url, auth, pool)
+    with (
+        temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: auth}),
+        get_client(sync_client=True) as client,
+    ):
+        automations.crash_on_lost_heartbeat(client)
     deployments = [name for pool in wanted for name in pool.deployments]
     _prefect(url, auth, "deploy", *(word for name in deployments for word in ("--name", name)))
     workers = {
@@ -167,12 +176,14 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stop", action="store_true", help="end what was started here")
     what.add_argument("--machine", action="store_true", help="be this machine's worker for shares of stages")
+    what.add_argument("--kubernetes", action="store_true", help="make the pools of the cluster in which this runs")
     parser.add_argument("--docker", action="store_true", help="also run stages in containers of this machine")
     parser.add_argument("--image", default=docker.Settings.image, help="of all containers (%(default)s)")
     parser.add_argument(
         "--gpu-slots", type=int, default=1, metavar="N", help="stages that compute at once (%(default)s)"
     )
     docker.options(parser)
+    kubernetes.options(parser)
     arguments = parser.parse_args()
     with errors_as_one_line():
         if arguments.stop:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow, get_run_logger
@@ -19,6 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import code as versions
+from flows import isolated
 from flows.machines import Meeting
 from flows.schema import IsolatedName, Machines, OneStage, RunId
 from flows.servers import server, watchdog
@@ -28,12 +28,10 @@ from tasks.shared.operations.processes.dvc_runner import (
     DeepclustError,
     Outcome,
     PreemptedStage,
-    StageError,
     Workspace,
     check,
 )
 from tasks.shared.operations.text import safe_lines
-from tasks.shared.outputs import layout
 
 RETRIES = 5  # of a preempted stage
 RETRY_SECONDS = 5.0  # before each
@@ -79,7 +77,7 @@ def stage(
         if code:
             versions.check(code)
         with (
-            contextlib.chdir(_worktree(folder)),
+            contextlib.chdir(isolated.folder(folder)),
             watchdog.stages_run(),
             watchdog.cancellable(),
             Workspace(alone=False, grace=GRACE) as workspace,
@@ -102,14 +100,6 @@ def stage(
         return Failed(name=PREEMPTED if isinstance(error, PreemptedStage) else "Failed", message=message)
     kind = None if outcome.what == "run" else outcome.what.capitalize()
     return Completed(name=kind, message=f"{outcome.what} in {outcome.seconds:.1f} s", data=outcome.metrics)
-
-
-def _worktree(folder: str) -> Path:
-    """Where to work. A worktree that is not there, or is a link, is refused."""
-    path = layout.STATE / "isolated" / folder if folder else Path()
-    if not path.is_dir() or path.resolve() != Path.cwd().resolve() / path:
-        raise StageError(f"expected the worktree of an isolated run, found none in {path}; start that run again")
-    return path
 
 
 def _run(workspace: Workspace, name: str, force: bool, env: dict[str, str]) -> Outcome:

@@ -20,7 +20,7 @@ DOORS = {
     "docker": ("flows/pools/",),
     "mlflow": ("tasks/shared/operations/tracking.py", "tasks/model/mlflow_model.py"),
     "dvc": ("tasks/shared/operations/processes/dvc_runner.py", "tasks/shared/operations/processes/repro.py"),
-    "pydantic": ("deepclust/config.py", "tasks/shared/operations/params/"),
+    "pydantic": ("deepclust/config.py", "tasks/shared/operations/params/", "flows/schema.py"),
     "ruamel": ("tasks/shared/operations/params/",),
     "torch.distributed": ("deepclust/distributed.py", "tasks/shared/operations/processes/launcher.py"),
     "faiss": ("deepclust/clustering/kmeans.py",),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from flows.pools import KUBERNETES, KUBERNETES_GPU, environment
+from flows.pools import KUBERNETES, KUBERNETES_GPU, Pool, environment
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 
@@ -142,6 +142,18 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--node-selector", metavar="KEY=VALUE", action="append", default=[], help="a label that the nodes must have"
     )
+
+
+def of(settings: Settings) -> list[Pool]:
+    """The pools that `make serve ARGS=--kubernetes` makes. The cluster starts their workers."""
+    deployments = {
+        KUBERNETES: ("pretrain-and-eval/kubernetes", "stage/kubernetes"),
+        KUBERNETES_GPU: ("stage/kubernetes-gpu",),
+    }
+    return [
+        Pool(name=name, kind=TYPE, template=template, deployments=deployments[name])
+        for name, template in templates(settings).items()
+    ]
 
 
 def templates(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -153,7 +153,7 @@ def test_a_run_that_nobody_takes_is_said_and_cancelled_with_its_flow(
         client.set_flow_run_state(task.flow_run_id, Cancelling())
 
     with _meanwhile(cancel):
-        state = pretrain_and_eval(targets=["prepare"], run_on="process", return_state=True)
+        state = pretrain_and_eval(stages=["prepare"], run_on="process", return_state=True)
     assert state.is_cancelled()
     assert _states(client, deployment) == ["Cancelled"]
     assert caplog.text.count("is a worker running") == 1
@@ -179,7 +179,7 @@ def test_a_lost_stage_is_started_again_and_one_whose_flow_is_killed_ends(
     (root / "slow").touch()
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-m", "flows.pipeline", "--targets", "prepare", "--run-on", "process"]
+    command = [sys.executable, "-m", "flows.pipeline", "--stages", "prepare", "--run-on", "process"]
     begun = []
     with subprocess.Popen(command) as flow:
         try:
