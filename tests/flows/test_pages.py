@@ -56,7 +56,7 @@ def test_a_run_names_and_describes_itself_in_both_uis(root: Path, monkeypatch: p
     assert run.name == "all stages · embed.batch_size=9"
     page = f"{url.removesuffix('/api')}/runs/flow-run/{run.id}"
     tags = {"prefect.flow_run": str(run.id), "prefect.url": page}
-    tags["mlflow.note.content"] = f"[Flow run in Prefect]({page})"
+    tags |= {"mlflow.note.content": f"[Flow run in Prefect]({page})", "isolated": "", "overrides": "embed.batch_size=9"}
     assert opened == [(run.name, tags)]
     assert found["comparison"] == summary.markdown(summary.comparison())
     for part in (
