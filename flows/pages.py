@@ -8,11 +8,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from tasks.report import comparison, summary, verdict
+from tasks.report import summary
 from tasks.shared.operations import tracking
 from tasks.shared.operations.text import masked, safe
 from tasks.shared.outputs import layout
@@ -74,9 +74,6 @@ def publish(run_id: str, changes: str, rows: summary.Rows, steps: str) -> None:
     """
     parts = [f"**Workspace**: `{Path.cwd()}`"]
     if rows:
-        names = comparison.columns(rows)
-        table = [{comparison.title(name): comparison.shown(row, name) for name in names} for row in rows]
-        create_table_artifact(table, key="comparison-table", description="\n".join(verdict.best(rows)))
         create_markdown_artifact(summary.markdown(rows), key="comparison", description="Encoders compared")
         parts.append(f"**Report**: `{layout.REPORT.resolve()}`")
     if run_id:
@@ -89,8 +86,7 @@ def publish(run_id: str, changes: str, rows: summary.Rows, steps: str) -> None:
 
 
 def _mlflow(run_id: str) -> str:
-    """A link to the run where a server keeps it, else the command that opens it."""
-    where = masked(summary.mlflow_ui(tracking.page(run_id))).replace("***@", "")
-    if where.startswith("http"):
-        return f"**MLflow**: [run {run_id}]({where})"
-    return f"**MLflow**: run `{run_id}`\n\n    {where}"
+    """A link to the run, and the command that it needs where no server keeps it."""
+    command, _, address = summary.mlflow_ui(tracking.page(run_id)).rpartition("   then open ")
+    link = f"**MLflow**: [run {run_id}]({masked(address).replace('***@', '')})"
+    return f"{link}, while this runs:\n\n    {masked(command)}" if command else link

@@ -149,7 +149,7 @@ def page(run_id: str) -> str:
         experiment = _begun(lambda: _client().get_run(run_id)).info.experiment_id
     except TrackingError:
         return ""
-    return f"/#/experiments/{experiment}/runs/{run_id}"
+    return f"/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"  # else the pages for agents
 
 
 def close_pipeline(run_id: str, status: str) -> None:

@@ -90,7 +90,8 @@ def test_a_parent_from_the_environment_is_used_and_left_open(here: Any, monkeypa
     monkeypatch.setenv(tracking.PARENT, parent)
     assert here.get_run(parent).info.run_name == "swav · epochs=5"
     assert here.get_run(parent).data.tags["prefect.flow_run"] == "f1"
-    assert tracking.page(parent) == f"/#/experiments/{here.get_run(parent).info.experiment_id}/runs/{parent}"
+    page = f"/#/experiments/{here.get_run(parent).info.experiment_id}/runs/{parent}?workflowType=machine_learning"
+    assert tracking.page(parent) == page
     with tracking.stage_run("linear", "swav", params.load()) as run:
         pass
     assert here.get_run(run.run_id).data.tags["mlflow.parentRunId"] == parent
