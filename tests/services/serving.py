@@ -64,6 +64,10 @@ class Served:
         found: dict[str, Any] = self.request(f"flow_runs/{number}", method="GET")
         return found
 
+    def has_ended(self, number: str) -> bool:
+        """Whether a flow run has ended, however."""
+        return self.run(number)["state"]["type"] in ENDED
+
     def ended(self, number: str, seconds: float = 900) -> dict[str, Any]:
         """A flow run once it has ended. It fails the test if it does not in time."""
         deadline = time.monotonic() + seconds

@@ -33,7 +33,8 @@ def _training(served: Served, epochs: int) -> str:
     """Start a run that trains in a container, and return it, in mid-epoch, once it has saved its state."""
     edits = [*_LONG, f"pretrain.swav.epochs={epochs}"]
     number = served.start(_DOCKER, **_TRAINING, overrides=edits)
-    assert eventually(lambda: kill_test.newest(served.root, "swav") > 0, 900), served.logs(number)
+    assert eventually(lambda: kill_test.newest(served.root, "swav") > 0 or served.has_ended(number), 900)
+    assert not served.has_ended(number), served.logs(number)
     return number
 
 
@@ -49,7 +50,7 @@ def test_the_graph_with_a_container_for_each_stage_leaves_the_same_lock_as_proce
     here = served.ended(served.start("pretrain-and-eval/local"))
     assert here["state"]["type"] == "COMPLETED", served.logs(here["id"])
     expected = _locked(served.root)
-    assert len(expected) == 18, "sizes, prepare, report, and five for each of three encoders"
+    assert len(expected) == 13, "sizes, prepare, report, and five for each of two encoders"
     before = {run["id"] for run in served.stages()}
     workspaces.reset(served.root)
 

@@ -26,7 +26,7 @@ from tests.tasks import small_run
 USER = os.getuid() or 1000
 GROUP = os.getgid() or 1000
 SMALL = [
-    *("encoders=[pixels, random, swav]", "pretrain.shared.backbone=small"),
+    "encoders=[pixels, swav]",
     "pretrain.checkpoint={every_steps: 3, every_seconds: null, keep: 2}",
     "adapt.adapters=[source, bn]",
 ]
