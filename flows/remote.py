@@ -126,22 +126,36 @@ class Remote:
     def _start(self, client: SyncPrefectClient, stage: str, name: str, how: dict[str, object]) -> FlowRun:
         computes = stage.partition("@")[0] in pools.COMPUTING
         deployment, queue = (self._computing, self._queue) if computes else (self._deployment, None)
-        with self._guard:
-            if self._stopped.is_set():
-                raise StageError("not started, because the run is being stopped")
-            try:
+        try:
+            parent = self._parent(client)
+            with self._guard:
+                if self._stopped.is_set():
+                    raise StageError("not started, because the run is being stopped")
                 run = client.create_flow_run_from_deployment(
                     deployment.id,
                     name=name,
                     parameters={"name": stage, "folder": self._folder, "code": self._code, **how},
-                    parent_task_run_id=UUID(parent) if (parent := task_run.id) else None,
+                    parent_task_run_id=parent,
                     work_queue_name=pools.MACHINES if "meeting" in how else queue,
                 )
-            except httpx.HTTPError as error:
-                why = masked(str(error).partition("\n")[0])
-                raise StageError(f"{stage}: expected the server to take a run, got {why}; is it healthy?") from error
-            self._running[run.id] = name
+                self._running[run.id] = name
+        except httpx.HTTPError as error:
+            why = masked(str(error).partition("\n")[0])
+            raise StageError(f"{stage}: expected the server to take a run, got {why}; is it healthy?") from error
         return run
+
+    def _parent(self, client: SyncPrefectClient) -> UUID | None:
+        """The task run that asks, once the server knows it: it learns of task runs by events, late when it is busy."""
+        if not task_run.id:
+            return None
+        parent, deadline = UUID(task_run.id), time.monotonic() + UNCLAIMED
+        while time.monotonic() < deadline:
+            try:
+                return client.read_task_run(parent).id
+            except ObjectNotFound:
+                if self._stopped.wait(POLL):
+                    break
+        return parent
 
     def _ended(self, client: SyncPrefectClient, run: FlowRun, on_line: Callable[[str], None]) -> FlowRun:
         """The run as it is at its end."""

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
@@ -199,6 +202,30 @@ def test_a_lost_stage_is_started_again_and_one_whose_flow_is_killed_ends(
             for container in begun:
                 container.send_signal(signal.SIGTERM)
                 container.wait(30)
+
+
+def test_a_run_is_asked_for_once_the_server_knows_the_task_that_asks(
+    client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks, looks, created = uuid4(), [], []
+
+    def read(_: object, number: UUID) -> Mock:
+        looks.append(number)
+        if len(looks) < 3:
+            raise ObjectNotFound(Exception("404"))
+        return Mock(id=number)
+
+    def create(*_: object, parent_task_run_id: UUID, **__: object) -> None:
+        created.append((parent_task_run_id, len(looks)))
+        raise httpx.ConnectError("this is enough")
+
+    monkeypatch.setattr(module, "POLL", 0.01)
+    monkeypatch.setattr(module, "task_run", Mock(id=str(asks)))
+    monkeypatch.setattr(SyncPrefectClient, "read_task_run", read)
+    monkeypatch.setattr(SyncPrefectClient, "create_flow_run_from_deployment", create)
+    with pytest.raises(StageError, match="this is enough"):
+        Remote("process").run_stage("prepare", on_line=print)
+    assert created == [(asks, 3)]
 
 
 def test_a_stopped_remote_starts_nothing(client: SyncPrefectClient, deployment: UUID) -> None:
