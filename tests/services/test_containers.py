@@ -17,8 +17,7 @@ from tests.services.serving import Served
 
 _DOCKER = "pretrain-and-eval/docker"
 _TRAINING = {"stages": ["pretrain"], "encoders": ["swav"]}
-# Long enough to be met in the middle; the checkpoints' distance does not divide an epoch.
-_LONG = ["pretrain.swav.batch_size=8", "pretrain.checkpoint={every_steps: 5, every_seconds: null, keep: 2}"]
+_EPOCH = 10  # updates of an epoch, so that the first checkpoints, every 3 updates, are in the middle of one
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def served(docker_served: Served, engine: Engine) -> Served:
 
 def _training(served: Served, epochs: int) -> str:
     """Start a run that trains in a container, and return it, in mid-epoch, once it has saved its state."""
-    edits = [*_LONG, f"pretrain.swav.epochs={epochs}"]
+    edits = ["pretrain.swav.batch_size=8", f"pretrain.swav.epochs={epochs}"]
     number = served.start(_DOCKER, **_TRAINING, overrides=edits)
     assert eventually(lambda: kill_test.newest(served.root, "swav") > 0 or served.has_ended(number), 900)
     assert not served.has_ended(number), served.logs(number)
@@ -79,6 +78,8 @@ def test_a_container_killed_in_mid_epoch_is_followed_by_another_that_ends_bit_fo
     resumed = re.search(r"goes on after update (\d+)", served.logs(following["id"]))
     assert resumed, served.logs(following["id"])
     assert 0 < int(resumed[1]) <= step
+    assert f"{_EPOCH} steps" in served.logs(following["id"])
+    assert int(resumed[1]) % _EPOCH, "it was not killed in mid-epoch; try again"
     after = _locked(served.root)["pretrain@swav"]
 
     edited = (served.root / "params.yaml").read_bytes()
