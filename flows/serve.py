@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows import automations, pools
+from flows import automations, machines, pools
 from flows.pools import Pool, docker, kubernetes, probe, process, registry
 from flows.servers import access, background, database, server
 from tasks.shared.operations.lock import locked
@@ -152,7 +152,9 @@ def machine() -> None:
     auth = PREFECT_API_AUTH_STRING.value()
     if registry.read(url, auth, pools.PROCESS) is None:
         raise StageError(f"expected the work pool {pools.PROCESS} at {masked(url)}, found none; make it: make serve")
-    command = process.command(pools.MACHINES, "--limit", "1", "--name", f"machine {platform.node()}")
+    command = process.command(
+        pools.MACHINES, "--limit", "1", "--name", f"machine {platform.node()} {machines.address()}"
+    )
     os.execve(command[0], command, {**os.environ, **pools.WORKER})
 
 
