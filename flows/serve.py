@@ -22,7 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows import automations, machines, pools
-from flows.pools import Pool, docker, kubernetes, probe, process, registry
+from flows.pools import Pool, docker, kubernetes, process, registry
 from flows.servers import access, background, database, server
 from tasks.shared.operations.lock import locked
 from tasks.shared.operations.messages import errors_as_one_line
@@ -98,6 +98,17 @@ def _pools(arguments: argparse.Namespace) -> list[Pool]:
     return wanted
 
 
+def _tried(settings: docker.Settings, url: str, auth: str | None) -> str:
+    """What a container of the pool finds."""
+    try:
+        from flows.pools import probe  # an image, in which a cluster's pools are made, has no Docker worker
+    except ModuleNotFoundError as error:
+        raise StageError(
+            f"expected the package {error.name}, which --docker needs, found none; install it: make setup"
+        ) from error
+    return probe.check(settings, url, auth)
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """Start everything and print how to use it.
 
@@ -106,7 +117,7 @@ def serve(arguments: argparse.Namespace) -> None:
     """
     wanted = _pools(arguments)
     url, auth, how = _server()
-    found = probe.check(docker.Settings.of(arguments), url, auth) if arguments.docker else ""
+    found = _tried(docker.Settings.of(arguments), url, auth) if arguments.docker else ""
     for pool in wanted:
         registry.make(url, auth, pool)
     with (
