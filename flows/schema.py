@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from deepclust.errors import StageError
+from tasks.shared.operations.processes.dvc_runner import StageError
 
 Stage = Literal["sizes", "prepare", "pretrain", "embed", "cluster", "linear", "adapt", "report"]
 RunOn = Literal["here", "process", "docker", "kubernetes"]

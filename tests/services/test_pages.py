@@ -68,7 +68,7 @@ def test_a_run_is_started_from_the_form_and_its_pages_show_what_it_did(served: S
         page.get_by_text("scheduled to start now").first.wait_for()
         number = served.request("flow_runs/filter", {})[0]["id"]
         name = "report · swav.epochs=1"
-        run = served.ended(number, 600)
+        run = served.ended(number)
         assert (run["name"], run["state"]["type"]) == (name, "COMPLETED"), served.logs(number)
 
         with page.expect_response("**/graph-v2*") as graph:
