@@ -23,9 +23,14 @@ _EPOCH = 10  # updates of an epoch, so that the first checkpoints, every 3 updat
 @pytest.fixture
 def served(docker_served: Served, engine: Engine) -> Served:
     """The workspace that is served, as it was in the beginning."""
-    assert not workspaces.containers(engine.client, docker_served.root)
+    _expect_no_container(engine, docker_served.root)
     workspaces.reset(docker_served.root)
     return docker_served
+
+
+def _expect_no_container(engine: Engine, root: Path) -> None:
+    """The containers of a workspace are gone within 15 s."""
+    assert eventually(lambda: not workspaces.containers(engine.client, root), 15)
 
 
 def _training(served: Served, epochs: int) -> str:
@@ -58,7 +63,7 @@ def test_the_graph_with_a_container_for_each_stage_leaves_the_same_lock_as_proce
     assert _locked(served.root) == expected
     stages = [run for run in served.stages() if run["id"] not in before]
     assert sorted(run["parameters"]["name"] for run in stages) == sorted(expected)
-    assert not workspaces.containers(engine.client, served.root)
+    _expect_no_container(engine, served.root)
     owners = {path.stat().st_uid for path in (served.root / "artifacts").rglob("*")}
     assert owners == {workspaces.USER}
 
@@ -102,7 +107,7 @@ def test_a_second_run_is_refused_in_a_line_and_cancelling_in_mid_epoch_leaves_no
     assert served.run(number)["state"]["type"] == "RUNNING"
 
     served.cancel(number)
-    assert eventually(lambda: not workspaces.containers(engine.client, served.root), 15)
+    _expect_no_container(engine, served.root)
     assert served.ended(number, 30)["state"]["type"] == "CANCELLED"
     ended = [served.ended(run["id"], 30) for run in served.stages() if run["id"] not in before]
     assert ended[-1]["state"]["type"] == "CANCELLED"

@@ -30,7 +30,7 @@ def _chain() -> str:
     for name in names:
         once = name in ("sizes", "prepare", "report")
         out = f"artifacts/{name}" if once else f"artifacts/{name}/pixels"
-        body = f"cmd: mkdir -p artifacts/{name} && echo {name} >{out}\ndeps: [{upstream}]\nouts: [{out}]\n"
+        body = f"cmd: mkdir -p $(dirname {out}) && echo {name} >{out}\ndeps: [{upstream}]\nouts: [{out}]\n"
         indent = "    " if once else "      "
         text += f"  {name}:\n" if once else f"  {name}:\n    foreach: [pixels]\n    do:\n"
         text += "".join(f"{indent}{line}\n" for line in body.splitlines())
