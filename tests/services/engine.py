@@ -12,6 +12,7 @@ process that started it. Variables:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -167,14 +168,13 @@ def image(engine: Engine) -> str:
         EngineError: If it can not be built.
     """
     lock = hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
-    try:
-        if engine.client.images.get(IMAGE).labels.get(LOCK_LABEL) == lock:
-            return IMAGE
-    except ImageNotFound:
-        pass
+    before = _find(engine, IMAGE)
+    if before and before.labels.get(LOCK_LABEL) == lock:
+        return IMAGE
     options = ["--build-arg", f"BASE_IMAGE={_base(engine)}", "--build-arg", f"LOCK={lock}", "--tag", IMAGE]
     if engine.is_podman:
-        options += ["--isolation", "chroot"]  # it needs no cgroups
+        # Without cgroups, and without a second copy of the libraries in layers that only another build would use.
+        options += ["--isolation", "chroot", "--layers=false"]
         if "SSL_CERT_FILE" in os.environ:  # certificates of this machine, without which pip may get nothing
             options += ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]
     program = "podman" if engine.is_podman else "docker"
@@ -183,14 +183,19 @@ def image(engine: Engine) -> str:
         raise EngineError(f"expected the command {program}, which builds the image, found none; install it")
     if subprocess.run(command, env=os.environ | dict(engine.environment), check=False).returncode:
         raise EngineError(f"expected the image to be built, but this failed: {shlex.join(command)}")
-    try:
-        engine.client.images.get(IMAGE)
-    except ImageNotFound as error:
-        where = engine.environment["DOCKER_HOST"]
-        raise EngineError(
-            f"expected {program} to build for the engine at {where}, it did for another; mend its settings"
-        ) from error
+    if not _find(engine, IMAGE):
+        raise EngineError(f"expected {program} to build for {engine.environment['DOCKER_HOST']}, it built for another")
+    if before and not engine.client.images.get(before.id).tags:
+        with contextlib.suppress(APIError):  # a container may use it
+            engine.client.images.remove(before.id)
     return IMAGE
+
+
+def _find(engine: Engine, name: str) -> docker.models.images.Image | None:
+    try:
+        return engine.client.images.get(name)
+    except ImageNotFound:
+        return None
 
 
 def _base(engine: Engine) -> str:
@@ -198,11 +203,8 @@ def _base(engine: Engine) -> str:
     if named := os.environ.get("BASE_IMAGE"):
         return named
     for name in (_BASE, _DEBIAN):
-        try:
-            engine.client.images.get(name)
+        if _find(engine, name):
             return name
-        except ImageNotFound:
-            pass
     try:
         engine.client.images.pull(_BASE)
         return _BASE
