@@ -18,8 +18,8 @@ from tasks.shared.operations.text import masked, safe
 from tasks.shared.outputs import layout
 
 _LONGEST = 80
-# What Prefect and its form call a run that nobody has named: two words, which may be stars.
-_GENERATED = re.compile(r"[a-z0-9]+-[a-z0-9]+")
+# What Prefect and its form call a run that nobody has named: `dandelion-hornet`, `tau39-kaneko-conflux`.
+_GENERATED = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 
 
 def run_name() -> str:

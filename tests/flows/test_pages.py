@@ -71,7 +71,7 @@ def test_a_run_names_and_describes_itself_in_both_uis(root: Path, monkeypatch: p
 def test_only_a_generated_name_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, name in (
         ("dandelion-hornet", "embed"),
-        ("upsilon3-doradus", "embed"),
+        ("tau39-kaneko-conflux", "embed"),
         ("For the paper", "For the paper"),
     ):
         monkeypatch.setattr(pages, "flow_run", SimpleNamespace(name=given, parameters={"stages": ["embed"]}))
