@@ -90,6 +90,14 @@ def test_the_engine_is_asked_for_what_the_settings_say(engine: type[_Engine], tm
     assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
 
 
+def test_containers_of_two_runs_of_one_name_have_names_of_their_own(engine: type[_Engine], tmp_path: Path) -> None:
+    worker = Worker(work_pool_name="any", test_mode=True)
+    client, configuration = worker._get_client(), _configuration(Settings(workspace=tmp_path))
+    names = {worker._build_container_settings(client, configuration)["name"] for _ in range(2)}
+    assert len(names) == 2
+    assert all(name.startswith("run-") for name in names)
+
+
 def test_the_pool_keeps_no_credential_and_lets_a_run_set_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
