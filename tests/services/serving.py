@@ -37,16 +37,22 @@ class Served:
     printed: str
 
     def request(self, path: str, body: object = None, *, method: str = "POST") -> Any:
-        """What the API answers. A busy database is asked again."""
+        """What the API answers. A busy database is asked again; so is, to read, a server that drops a connection."""
         for _ in range(30):
-            reply = httpx.request(
-                method,
-                f"{self.url}/{path}",
-                json=body if method != "GET" else None,
-                headers={"Authorization": access.authorization(self.auth)},
-                timeout=60,
-                trust_env=False,
-            )
+            try:
+                reply = httpx.request(
+                    method,
+                    f"{self.url}/{path}",
+                    json=body if method != "GET" else None,
+                    headers={"Authorization": access.authorization(self.auth)},
+                    timeout=60,
+                    trust_env=False,
+                )
+            except httpx.ReadError:
+                if method != "GET":
+                    raise
+                time.sleep(1)
+                continue
             if reply.status_code != 503:
                 break
             time.sleep(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,14 +30,23 @@ def _mlflow(root: Path) -> Iterator[str]:
     port = server._free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    process = subprocess.Popen(workspaces.as_user(command), cwd=root, env=workspaces.environment(root))
+    log = (root / "state/mlflow.log").open("wb")
+    process = subprocess.Popen(
+        workspaces.as_user(command),
+        cwd=root,
+        env=workspaces.environment(root),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     try:
         site = f"http://127.0.0.1:{port}"
-        assert eventually(lambda: _answers(site), 120)
+        assert eventually(lambda: _answers(site), 300)
         yield site
     finally:
-        process.terminate()
-        process.wait(30)
+        os.killpg(process.pid, signal.SIGKILL)  # told to end, it takes more than half a minute
+        process.wait()
+        log.close()
 
 
 def _answers(site: str) -> bool:
