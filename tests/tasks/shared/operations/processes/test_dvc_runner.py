@@ -161,7 +161,7 @@ def test_after_a_sigkill_nobody_begins_until_the_stages_are_gone(root: Path) -> 
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     assert eventually((root / "state/asleep").exists)
     flow.send_signal(signal.SIGKILL)
-    with pytest.raises(StageError, match=rf"one already runs there \(process {flow.pid}\); wait for it or stop it$"):
+    with pytest.raises(StageError, match=rf"one already runs there \(process {flow.pid}\); wait for it, stop it, or"):
         Workspace().__enter__()
     flow.wait()
     assert eventually(lambda: not within(root), 10)
