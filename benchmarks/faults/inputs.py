@@ -477,8 +477,9 @@ def _arguments() -> Iterator[Case]:
         yield Case(fault=f"argument: {name}", command="assign", argv=["tasks.assign", "--encoder", text, NEW])
         yield Case(fault=f"argument: {name}", command="register", argv=["tasks.register", f"--encoder={text}"])
         if name != "no name":
-            for option in ("--stages", "--encoders"):
-                yield Case(fault=f"argument: {name}", command="flow", argv=["flows.pipeline", option, text])
+            for option in ("stages", "encoders"):
+                argv = ["flows.pipeline", f"--{option}", text]
+                yield Case(fault=f"argument: {name} for {option}", command="flow", argv=argv)
     paths: dict[str, tuple[str, Callable[[], Any]]] = {
         "not there": ("nowhere", lambda: None),
         "nothing": ("", lambda: None),

@@ -32,7 +32,7 @@ def enabled() -> bool:
 
 def uri() -> str:
     """The store's address: `MLFLOW_TRACKING_URI`, else `mlflow.db` of the workspace"""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{os.path.realpath('mlflow.db')}"
 
 
 def is_file() -> bool:
