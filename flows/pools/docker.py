@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from flows import pools
-from flows.pools import Pool
+from flows.pools import Pool, environment
 from tasks.shared.operations.processes import gpus
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 from tasks.shared.outputs import layout
-from tasks.shared.outputs.environment import QUIET
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -27,13 +26,6 @@ TYPE = "docker"
 WORKER = "docker-worker"  # in the background
 LABEL = "deepclust.workspace"  # of each container: by it `make stop` finds them
 GRACE = 12  # seconds between SIGTERM and SIGKILL: a stage saves its state in 8
-
-_HOME = "/tmp/deepclust"  # of the container, for a user who may have none there
-# What the user has set for the pipeline is fixed with the pool, but for what belongs to a single run.
-_HANDED_ON = (
-    *("DEEPCLUST_PARALLEL", "DEEPCLUST_THREADS", "DEEPCLUST_COLLECTIVE_SECONDS", "DEEPCLUST_TRACKING"),
-    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,23 +176,10 @@ def _no_engine(where: str, error: Exception) -> str:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
-    for name, value in handed_on.items():
-        _expect(
-            masked(value) == value, name, "an address without a password, for the pool would keep it", masked(value)
-        )
     # An engine with NVIDIA's runtime would give all GPUs to an image that asks for them.
     locks = str(settings.workspace / layout.STATE / "gpus")
     gpu = {"NVIDIA_VISIBLE_DEVICES": "void"} if settings.gpus == "none" else {gpus.FOLDER: locks}
-    return {
-        **QUIET,
-        **handed_on,
-        **gpu,
-        "HOME": _HOME,
-        "USER": "deepclust",  # who has no entry in the image's /etc/passwd has no name either
-        "PREFECT_HOME": f"{_HOME}/prefect",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": pools.WORKER["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"],
-    }
+    return environment.container() | gpu
 
 
 def registry(image: str) -> str:

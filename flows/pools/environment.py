@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
+from flows import pools
 from tasks.shared.operations.processes.dvc_runner import StageError
 from tasks.shared.operations.text import masked
 from tasks.shared.outputs.environment import QUIET
 
-_HOME = "/tmp/deepclust"  # for a user who has none in the image
 # What is set for the pipeline where the pool is made, but for what belongs to a single run.
 _HANDED_ON = (
     *("DEEPCLUST_PARALLEL", "DEEPCLUST_THREADS", "DEEPCLUST_COLLECTIVE_SECONDS", "DEEPCLUST_TRACKING"),
@@ -29,8 +29,8 @@ def container() -> dict[str, str]:
     return {
         **QUIET,
         **handed_on,
-        "HOME": _HOME,
+        "HOME": "/tmp",  # for a user who has none in the image
         "USER": "deepclust",  # a user without an entry in the image's /etc/passwd has no name
-        "PREFECT_HOME": f"{_HOME}/prefect",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_HOME": "/tmp/prefect",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": pools.WORKER["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"],
     }
