@@ -65,7 +65,7 @@ def stage(
         resume: `never` begins anew where an earlier run left a checkpoint.
         parent: Id of the run in MLflow that groups the stages of a pipeline run.
         folder: Name of the isolated run in whose worktree to work; empty: the workspace itself.
-        code: Fingerprint of the code that this run must have (`flows.code`); empty: any.
+        code: Fingerprint of the code of the flow that asks, which has checked parameters and name; empty: none asks.
         machines: Machines over which the stage is spread. Each has a run of its own.
         machine: Number of this one, from 0.
         meeting: Id by which they find each other.
@@ -82,9 +82,10 @@ def stage(
             watchdog.cancellable(),
             Workspace(alone=False, grace=GRACE) as workspace,
         ):
-            values = params.load()  # before DVC reads the file
-            if workspace.one(name) == "prepare":
-                check(values)
+            if not code:  # else the flow that asks has looked at all this, which takes seconds
+                values = params.load()  # before DVC reads the file
+                if workspace.one(name) == "prepare":
+                    check(values)
             if machines == 1:
                 outcome = _run(workspace, name, force, env)
             else:
