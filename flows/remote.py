@@ -31,7 +31,7 @@ from tasks.shared.operations.processes.dvc_runner import Outcome, PreemptedStage
 from tasks.shared.operations.text import masked, safe
 from tasks.shared.outputs import environment
 
-POLL = 0.5  # seconds between two looks at a run's state
+POLL = 0.3  # seconds between two looks at a run's state
 UNCLAIMED = 60.0  # seconds after which it is said that no worker has taken a run
 PATIENCE = 300.0  # seconds without the server before the stage is given up
 GOODBYE = 13.0  # seconds that the runs have to end when the flow is stopped: a stage saves its state in 8
@@ -153,7 +153,7 @@ class Remote:
             try:
                 return client.read_task_run(parent).id
             except ObjectNotFound:
-                if self._stopped.wait(POLL):
+                if self._stopped.wait(POLL / 3):
                     break
         return parent
 

@@ -19,7 +19,7 @@ DEFAULT = "default"  # of every pool, made by Prefect
 MACHINES = "machines"  # shares of stages that run on several machines; a machine's worker takes one at a time
 
 # Environment of our workers. The heartbeat, of which 30 s is the shortest, goes on to what they start.
-WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "0.5", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
 
 
 @dataclass(frozen=True, kw_only=True)
