@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from datetime import timedelta
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
@@ -28,10 +29,17 @@ FLOW = "pretrain-and-eval"
 DEPLOYMENT = f"{FLOW}/local"
 DATA_CHANGED = "deepclust.data.changed"
 LOST = "deepclust: lost runs are crashed"
+CANCELLED = "deepclust: cancelled runs end"
 FLOWS = (FLOW, "stage")  # others on the same server may have no heartbeats, or rarer ones
 BEAT = "prefect.flow-run.heartbeat"  # every 30 seconds (flows/__init__.py), the shortest that Prefect takes
 # Names of the states in which a run beats no more: Prefect's, and ours.
-_ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelling", "Cancelled", "Unchanged", "Restored", "Preempted")
+_ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Unchanged", "Restored", "Preempted")
+_OF_EACH_RUN: dict[str, Any] = {
+    "match": ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+    "match_related": ResourceSpecification({"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}),
+    "for_each": {"prefect.resource.id"},
+    "threshold": 1,
+}
 _BODY = "{{ flow_run.name }}: {{ flow_run.state.message }}\n{{ flow_run | ui_url }}"
 
 
@@ -43,20 +51,43 @@ def crash_on_lost_heartbeat(client: SyncPrefectClient, *, seconds: float = 120) 
         trigger=EventTrigger(
             posture=Posture.Proactive,
             after={BEAT},
-            expect={BEAT, *(f"prefect.flow-run.{state}" for state in _ENDS)},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=ResourceSpecification(
-                {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
-            ),
-            for_each={"prefect.resource.id"},
-            threshold=1,
+            expect={BEAT, *(f"prefect.flow-run.{state}" for state in ("Cancelling", *_ENDS))},
             within=timedelta(seconds=seconds),
+            **_OF_EACH_RUN,
         ),
         actions=[
             ChangeFlowRunState(
                 name="Crashed",
                 state=StateType.CRASHED,
                 message=f"no heartbeat for {seconds:g} s: the worker or its machine is lost",
+                force=False,
+            )
+        ],
+    )
+    _make(client, automation)
+
+
+def end_cancelled(client: SyncPrefectClient, *, seconds: float = 60) -> None:
+    """Let the server end a run that is still being cancelled after so long.
+
+    A run ends itself in 13 seconds at most. One that is cancelled while its worker starts it never gets to do so: it is
+    refused the state Running, and nobody is left to say that it has ended.
+    """
+    automation = AutomationCore(
+        name=CANCELLED,
+        description="A run that was cancelled before it began has nobody to end it.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.Cancelling"},
+            expect={f"prefect.flow-run.{state}" for state in _ENDS},
+            within=timedelta(seconds=seconds),
+            **_OF_EACH_RUN,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name="Cancelled",
+                state=StateType.CANCELLED,
+                message="cancelled before it began, or nothing was left of it",
                 force=False,
             )
         ],

@@ -125,6 +125,7 @@ def serve(arguments: argparse.Namespace) -> None:
         get_client(sync_client=True) as client,
     ):
         automations.crash_on_lost_heartbeat(client)
+        automations.end_cancelled(client)
     deployments = [name for pool in wanted for name in pool.deployments]
     _prefect(url, auth, "deploy", *(word for name in deployments for word in ("--name", name)))
     workers = {

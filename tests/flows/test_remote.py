@@ -236,8 +236,12 @@ def test_a_stopped_remote_starts_nothing(client: SyncPrefectClient, deployment: 
     assert _runs(client, deployment) == []
 
 
-def test_the_automation_for_lost_runs_is_made_once_and_renewed(client: SyncPrefectClient) -> None:
-    for seconds in (40, 120):
-        automations.crash_on_lost_heartbeat(client, seconds=seconds)
-        found = client.read_automations_by_name(automations.LOST)
-        assert [automation.trigger.within for automation in found] == [timedelta(seconds=seconds)]
+def test_automations_for_lost_and_cancelled_runs_are_made_once_and_renewed(client: SyncPrefectClient) -> None:
+    for make, name in (
+        (automations.crash_on_lost_heartbeat, automations.LOST),
+        (automations.end_cancelled, automations.CANCELLED),
+    ):
+        for seconds in (40, 120):
+            make(client, seconds=seconds)
+            found = client.read_automations_by_name(name)
+            assert [automation.trigger.within for automation in found] == [timedelta(seconds=seconds)]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,11 +94,20 @@ def folder(client: docker.DockerClient) -> Iterator[Path]:
 def containers(client: docker.DockerClient, path: Path) -> list[docker.models.containers.Container]:
     """The containers that see a folder, or one in it; those that have ended too."""
     found = []
-    for container in client.containers.list(all=True, ignore_removed=True):
+    for container in _listed(client):
         sources = [mount.get("Source") or "/" for mount in container.attrs.get("Mounts", [])]
         if any(Path(source).is_relative_to(path) for source in sources):
             found.append(container)
     return found
+
+
+def _listed(client: docker.DockerClient) -> list[docker.models.containers.Container]:
+    """All containers. Podman answers with status 500 while one of them is being removed."""
+    for _ in range(20):
+        with contextlib.suppress(docker.errors.APIError):
+            return client.containers.list(all=True, ignore_removed=True)
+        time.sleep(0.5)
+    return client.containers.list(all=True, ignore_removed=True)
 
 
 def make(root: Path, *edits: str) -> Path:
