@@ -1,0 +1,86 @@
+"""On Spectral Clustering: Analysis and an Algorithm (Ng, Jordan, Weiss, 2001), on a graph of nearest neighbours.
+
+The points are embedded by the leading eigenvectors of the normalised adjacency of the graph, of which each row is
+brought to unit length, and k-means clusters them there. New points go to the cluster that a linear classifier of the
+fitted ones says.
+
+Differences: the affinity is the symmetrised graph of the nearest neighbours by cosine, not a Gaussian of all pairs; and
+it is regularised by a small constant between all points (Amini, Chen, Bickel, Levina, 2013), so that a few points that
+hold to each other alone do not become a cluster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepclust import config as options
+from deepclust import seeding
+from deepclust.clustering import assigners, kmeans
+from deepclust.clustering.assigners import Assigner
+from deepclust.clustering.base import Problem
+from deepclust.clustering.neighbours import Neighbours
+from deepclust.config import Count, NotNegative, config
+
+_RESTARTS, _ITERATIONS = 10, 100  # of k-means in the few dimensions of the eigenvectors
+_TOLERANCE = 1e-5
+
+
+@config
+class Config(options.Config):
+    """Options of spectral clustering."""
+
+    neighbours: Count = 15
+    """Nearest neighbours of each image in the graph."""
+    regularisation: NotNegative = 0.1
+    """Of the mean degree, what is spread evenly over edges between all images."""
+
+
+def fit(problem: Problem, options: Config) -> Assigner:
+    """Fit clusters of the graph, and a classifier of them."""
+    clusters = cluster(problem.points.graph(options.neighbours), problem.k, options.regularisation, problem.seed)
+    return assigners.classifier(problem.features, clusters.to(problem.features.device), problem.k)
+
+
+def cluster(graph: Neighbours, k: int, regularisation: float, seed: int) -> Tensor:
+    """The cluster (N,) int64 of each point of a graph, on the CPU."""
+    rows_NK = F.normalize(torch.from_numpy(embed(adjacency(graph), k, regularisation, seed)).float(), dim=1)
+    return kmeans.fit(rows_NK, k, seed=seed, iterations=_ITERATIONS, restarts=_RESTARTS).assignments
+
+
+def adjacency(graph: Neighbours) -> scipy.sparse.csr_array:
+    """The symmetric adjacency (N, N): 1 between mutual neighbours, ½ where only one is the other's."""
+    count, width = graph.indices.shape
+    columns = graph.indices.cpu().numpy().ravel()
+    rows = np.repeat(np.arange(count), width)
+    directed = scipy.sparse.csr_array((np.full(len(rows), 0.5), (rows, columns)), shape=(count, count))
+    return (directed + directed.T).tocsr()
+
+
+def embed(adjacency: scipy.sparse.csr_array, dim: int, regularisation: float, seed: int) -> NDArray[np.float64]:
+    """The `dim` leading eigenvectors (N, dim) of D^-½ (A + τ/N · 11ᵀ) D^-½, where τ is `regularisation` times the mean
+    degree, and D holds the degrees with it."""
+    count = adjacency.shape[0]
+    degrees = adjacency.sum(axis=1)
+    tau = regularisation * degrees.mean()
+    root = 1 / np.sqrt(degrees + tau)
+
+    def apply(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        scaled = root * vector.ravel()
+        product: NDArray[np.float64] = root * (adjacency @ scaled + tau / count * scaled.sum())
+        return product
+
+    if dim >= count - 1:  # more than ARPACK finds
+        matrix = root[:, None] * (adjacency.toarray() + tau / count) * root
+        return np.ascontiguousarray(np.linalg.eigh(matrix)[1][:, ::-1][:, :dim])
+    operator = scipy.sparse.linalg.LinearOperator((count, count), matvec=apply, dtype=np.float64)
+    start = torch.rand(count, generator=seeding.generator("spectral", seed), dtype=torch.float64).numpy()
+    wide = min(count, max(2 * dim + 1, 20 + dim))
+    values, vectors = scipy.sparse.linalg.eigsh(operator, dim, which="LA", v0=start, ncv=wide, tol=_TOLERANCE)
+    leading: NDArray[np.float64] = vectors[:, np.argsort(-values, kind="stable")]
+    return leading
