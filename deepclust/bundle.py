@@ -22,28 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepclust import files
-from deepclust.config import Count, Flag, as_dict
+from deepclust.clustering import clusters as clustering
+from deepclust.clustering.clusters import Clusters
+from deepclust.config import as_dict
 from deepclust.errors import CheckpointError, ConfigError
 from deepclust.images.reading import Reading
 from deepclust.models import encoder, features, weights
 from deepclust.models.devices import default_device
 
-CENTROIDS, CLUSTERS = "centroids.npy", "cluster.json"
 WEIGHTS, CLASSIFIER = "classifier.safetensors", "classifier.json"
 STATISTICS = "statistics.json"
-_DIRECT = "donot_use_mm_for_euclid_dist"  # the expanded square loses the distances of images close to their centroid
-
-
-class Clusters(NamedTuple):
-    """Centroids, and the features that they are compared with.
-
-    Attributes:
-        centroids: (K, D) float32.
-        normalise: Whether features are brought to unit length first.
-    """
-
-    centroids: Tensor
-    normalise: bool
 
 
 class Classifier(NamedTuple):
@@ -65,14 +53,16 @@ class Assigned(NamedTuple):
 
     Attributes:
         features: (N, D) float32.
-        clusters: (N,) int64, the nearest centroid.
-        distances: (N,) float32, Euclidean distance to it.
+        clusters: (N,) int64, -1 of images that the clusters reject.
+        distances: (N,) float32, Euclidean distance to the centroid, where rejected of the cluster it would have been.
+        confidences: (N,) float32 from 0 to 1, what decides on rejection.
         probabilities: (N, C) float32, or None without a classifier.
     """
 
     features: NDArray[np.float32]
     clusters: NDArray[np.int64]
     distances: NDArray[np.float32]
+    confidences: NDArray[np.float32]
     probabilities: NDArray[np.float32] | None
 
 
@@ -117,18 +107,17 @@ class Bundle:
         device = self.encoder.mean.device
         embedded = features.extract(self.encoder, images, batch_size=batch_size, device=device)
         points = torch.from_numpy(embedded)
-        compared = F.normalize(points, dim=1) if self.clusters.normalise else points
-        nearest = torch.cdist(compared.double(), self.clusters.centroids.double(), compute_mode=_DIRECT).min(dim=1)
+        judged = self.clusters.judge(self.clusters.points(points))
         probabilities = None
         if self.classifier:
             probabilities = F.linear(points, self.classifier.weight, self.classifier.bias).softmax(dim=1).numpy()
-        return Assigned(embedded, nearest.indices.numpy(), nearest.values.float().numpy(), probabilities)
+        clusters, distances, scores = self.clusters.kept(judged), judged.distances, judged.scores
+        return Assigned(embedded, clusters.numpy(), distances.numpy(), scores.numpy(), probabilities)
 
     def save(self, folder: Path) -> None:
         """Write the bundle into an existing folder."""
         encoder.save(self.encoder, folder)
-        files.write_array(folder / CENTROIDS, self.clusters.centroids.numpy())
-        _write(folder / CLUSTERS, {"k": len(self.clusters.centroids), "normalise": self.clusters.normalise})
+        self.clusters.save(folder)
         _write(folder / CLASSIFIER, {"classes": self.classes})
         if self.classifier:
             weights.save({"weight": self.classifier.weight, "bias": self.classifier.bias}, folder / WEIGHTS)
@@ -156,32 +145,13 @@ def load(
         CheckpointError: If encoder, clusters or description are missing or damaged, or do not belong together.
     """
     trained = encoder.load(folder)
-    found = load_clusters(clusters or folder, trained.feature_dim)
+    found = clustering.load(clusters or folder, trained.feature_dim)
     return Bundle(
         encoder=trained.to(device or default_device()),
         clusters=found,
         classifier=load_classifier(classifier or folder, trained.feature_dim),
         reading=load_reading(statistics or folder / STATISTICS, trained.description),
     )
-
-
-def load_clusters(folder: Path, feature_dim: int) -> Clusters:
-    """Read centroids.
-
-    Raises:
-        CheckpointError: If they are missing, damaged, or were made for features of another dimension.
-    """
-    try:
-        description = files.record(folder / CLUSTERS, {"k": Count, "normalise": Flag})
-        centroids = files.array(folder / CENTROIDS, (description["k"], None), np.float32, finite=True)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; run its cluster stage") from error
-    if centroids.shape[1] != feature_dim:
-        raise CheckpointError(
-            f"expected centroids (clusters, {feature_dim}) in {folder}, got {centroids.shape}; they belong to "
-            "another encoder: run its embed and cluster stages again"
-        )
-    return Clusters(torch.from_numpy(np.array(centroids)), description["normalise"])
 
 
 def load_classifier(folder: Path, feature_dim: int) -> Classifier | None:

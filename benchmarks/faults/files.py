@@ -81,8 +81,9 @@ FILES = (
     File(
         "artifacts/cluster/*/cluster.json",
         "adapt assign register",
-        _without("normalise") | _is("normalise", value="perhaps") | _is("k", value=10**12),
+        _without("normalise") | _is("normalise", value="perhaps") | _is("k", value=10**12) | _is("kind", value="trees"),
     ),
+    File("artifacts/cluster/*/clusters.safetensors", "adapt assign register"),
     File("artifacts/cluster/*/assignments.csv", "report"),
     File("artifacts/cluster/*/gallery.png", "report"),
     File(

@@ -2,8 +2,9 @@
 
 linear      the encoder and the classifier of the stage `linear`
 fine_tuned  the same after training the whole network on the labelled training images
-clusters    the encoder and the nearest centroid of the stage `cluster`: no label is needed, a class is a cluster.
-            Its logits are -‖z - c‖² / m, where m is the mean of training images' squared distances to their centroids
+clusters    the encoder and the clusters of the stage `cluster`: no label is needed, a class is a cluster. Of centroids
+            the logits are -‖z - c‖² / m, where m is the mean of training images' squared distances to their centroids;
+            a linear head is itself; of what is neither there is none. Nothing is rejected
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from deepclust import bundle, seeding
 from deepclust.adaptation import Classifier, fine_tuning
+from deepclust.clustering import clusters
+from deepclust.clustering.assigners import Centroids, Layers
+from deepclust.clustering.clusters import Clusters
 from deepclust.errors import CheckpointError
 from deepclust.models import encoder as encoders
 from deepclust.models.devices import default_device
@@ -47,12 +51,7 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
     """
     network = encoders.load(layout.out("pretrain", encoder))
     if kind == "clusters":
-        centroids, normalise = bundle.load_clusters(layout.out("cluster", encoder), network.feature_dim)
-        model = _placed(Classifier(_Unit(network) if normalise else network, _linear(centroids, centroids[:, 0])))
-        with torch.no_grad():
-            features = torch.cat([model.featurizer(images) for images in source_images])
-        model.head.load_state_dict(nearest_centroid(centroids, features.cpu()).state_dict())
-        return Found(model, [str(number) for number in range(len(centroids))])
+        return _of_clusters(clusters.load(layout.out("cluster", encoder), network.feature_dim), network, source_images)
     folder = layout.out("linear", encoder)
     if not (folder / bundle.CLASSIFIER).exists():
         raise CheckpointError(f"expected a classifier in {folder}, found none; run its linear stage")
@@ -76,6 +75,23 @@ def build(kind: str, encoder: str, values: schema.Params, source_images: Sequenc
                 device=default_device(),
             )
     return Found(model, linear.classes)
+
+
+def _of_clusters(found: Clusters, network: nn.Module, source_images: Sequence[Tensor]) -> Found:
+    names, assigner = [str(number) for number in range(found.k)], found.assigner
+    if len(names) < 2:
+        return Found(None, [], "a single cluster, which no classifier can get wrong")
+    if isinstance(assigner, Layers) and len(assigner.layers) == 1:
+        unit = found.normalise or assigner.unit
+        return Found(_placed(Classifier(_Unit(network) if unit else network, _linear(*assigner.layers[0]))), names)
+    if not isinstance(assigner, Centroids):
+        return Found(None, [], f"the clusters of {found.algorithm} are neither centroids nor a linear head")
+    centroids = assigner.centroids
+    model = _placed(Classifier(_Unit(network) if found.normalise else network, _linear(centroids, centroids[:, 0])))
+    with torch.no_grad():
+        features = torch.cat([model.featurizer(images) for images in source_images])
+    model.head.load_state_dict(nearest_centroid(centroids, features.cpu()).state_dict())
+    return Found(model, names)
 
 
 def nearest_centroid(centroids_KD: Tensor, features_ND: Tensor) -> nn.Linear:

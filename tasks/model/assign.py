@@ -1,10 +1,11 @@
-"""Assign new images to the clusters of a trained encoder: cluster, distance and, if there is a classifier, class.
+"""Assign new images to the clusters of a trained encoder: cluster, distance, how sure and, with a classifier, class.
 
 python -m tasks.assign --encoder swav PATH [--out TABLE.csv] [--embeddings FILE.npy] [--export FOLDER [--link]]
 
-The table goes to stdout without --out; all messages go to stderr. `--export` sorts the images into a folder for each
-cluster. `--spreadsheet` keeps names in the table from being formulas (tasks/shared/outputs/tables.py). A run that fails
-leaves no table, embeddings or folder; a file that is there stays without `--overwrite`.
+The table goes to stdout without --out; all messages go to stderr. An image whose confidence is below the threshold of
+the clusters has none: its cluster is -1. `--export` sorts the images into a folder for each cluster, and `no-cluster`.
+`--spreadsheet` keeps names in the table from being formulas (tasks/shared/outputs/tables.py). A run that fails leaves
+no table, embeddings or folder; a file that is there stays without `--overwrite`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tasks.shared.outputs import environment, layout, lineage, tables
 if TYPE_CHECKING:
     from deepclust import bundle
 
+NO_CLUSTER = "no-cluster"  # the folder of what is rejected
 _CHUNK_BYTES = 1 << 26  # pixels held at once
 
 
@@ -146,21 +148,23 @@ def run(
         DataError: If none can be read.
     """
     step = max(1, min(batch_size, _CHUNK_BYTES // (model.image_size**2 * model.channels)))
-    digits = max(2, len(str(len(model.clusters.centroids) - 1)))
-    columns = ["path", "cluster", "distance", *(["class", "probability"] if model.classes else [])]
+    digits = max(2, len(str(model.clusters.k - 1)))
+    columns = ["path", "cluster", "distance", "confidence", *(["class", "probability"] if model.classes else [])]
     writer = tables.Writer(table, columns, spreadsheet=spreadsheet)
     writer.header()
     done = 0
     for names, images in read(model, root, paths, step, max_pixels):
         found = model.assign(images)
         for index, name in enumerate(names):
-            row = {"path": name, "cluster": found.clusters[index], "distance": f"{found.distances[index]:.6g}"}
+            cluster = int(found.clusters[index])
+            row = {"path": name, "cluster": cluster, "distance": f"{found.distances[index]:.6g}"}
+            row["confidence"] = f"{found.confidences[index]:.6g}"
             if found.probabilities is not None:
                 best = int(found.probabilities[index].argmax())
                 row |= {"class": model.classes[best], "probability": f"{found.probabilities[index, best]:.6g}"}
             writer.add([row])
             if add:
-                add(root / name, f"cluster-{found.clusters[index]:0{digits}}", name)
+                add(root / name, NO_CLUSTER if cluster < 0 else f"cluster-{cluster:0{digits}}", name)
         if matrix:
             matrix.append(found.features)
         done += len(names)

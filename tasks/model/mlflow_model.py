@@ -59,15 +59,16 @@ class DeepclustModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
                 another of more than 8 bits that the training images had.
 
         Returns:
-            One row an image: `embedding` (D floats), `cluster`, `distance` to its centroid; with a classifier also
-            `class`, its `probability`, and `probabilities` of all classes in the order of the model's metadata.
+            One row an image: `embedding` (D floats), `cluster` (-1 where `confidence` is below the threshold of the
+            clusters), `distance` to its centroid, `confidence` from 0 to 1; with a classifier also `class`, its
+            `probability`, and `probabilities` of all classes in the order of the model's metadata.
 
         Raises:
             ImagesError: If the images are no such arrays.
         """
         found = self._bundle.assign(self._prepared(model_input, (params or {}).get(DEPTH)), batch_size=BATCH)
         columns: dict[str, Any] = {"embedding": list(found.features)}
-        columns |= {"cluster": found.clusters, "distance": found.distances}
+        columns |= {"cluster": found.clusters, "distance": found.distances, "confidence": found.confidences}
         if found.probabilities is not None:
             columns["class"] = [self._bundle.classes[index] for index in found.probabilities.argmax(axis=1)]
             columns["probability"] = found.probabilities.max(axis=1)
@@ -107,6 +108,7 @@ def signature(*, labelled: bool) -> ModelSignature:
         labelled: Whether the model also gives classes.
     """
     outputs = [ColSpec(Array("float"), "embedding"), ColSpec("long", "cluster"), ColSpec("float", "distance")]
+    outputs += [ColSpec("float", "confidence")]
     if labelled:
         outputs += [ColSpec("string", "class"), ColSpec("float", "probability")]
         outputs += [ColSpec(Array("float"), "probabilities")]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deepclust import bundle, temporary
+from deepclust.clustering import clusters
 from deepclust.config import Number
 from deepclust.errors import DataError
 from deepclust.models import backbones
@@ -37,6 +38,8 @@ _DEFINITION = "tasks/model/mlflow_model.py"
 # The code that makes a prediction: stored with a version, and part of its content.
 CODE = (
     "deepclust/bundle.py",
+    "deepclust/clustering/assigners.py",
+    "deepclust/clustering/clusters.py",
     "deepclust/distributed.py",
     "deepclust/files.py",
     "deepclust/images/depth.py",
@@ -49,6 +52,10 @@ CODE = (
 _STORED = (
     *CODE,
     "deepclust/__init__.py",
+    "deepclust/clustering/__init__.py",
+    "deepclust/clustering/kmeans.py",  # it and the next fit what `assigners` holds
+    "deepclust/evaluation/probing.py",
+    "deepclust/evaluation/__init__.py",
     "deepclust/config.py",
     "deepclust/errors.py",
     "deepclust/images/__init__.py",
@@ -149,7 +156,7 @@ def _files(encoder: str) -> list[Path]:
     """Everything that a prediction depends on."""
     files = layout.predicting(encoder)
     for path in files:
-        if not path.exists() and path.name != bundle.WEIGHTS:
+        if not path.exists() and path.name not in (bundle.WEIGHTS, clusters.ASSIGNERS):
             raise DataError(f"expected {path} to register {encoder}, found none; run `dvc repro` first")
     return [path for path in files if path.exists()]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from deepclust import bundle
+from deepclust.clustering import clusters, confidence
+from deepclust.clustering.assigners import Layers
 from deepclust.errors import CheckpointError
 from deepclust.images.reading import Reading
 from deepclust.methods.pixels import pixels
@@ -23,7 +27,7 @@ def made(request: pytest.FixtureRequest) -> bundle.Bundle:
     random = torch.Generator().manual_seed(0)
     return bundle.Bundle(
         encoder=pixels(image_size=8, channels=1).eval(),
-        clusters=bundle.Clusters(torch.rand((4, 64), generator=random) / 4, normalise=request.param),
+        clusters=clusters.nearest(torch.rand((4, 64), generator=random) / 4, normalise=request.param),
         classifier=bundle.Classifier(
             ["a", "b", "ü"], torch.randn((3, 64), generator=random), torch.randn(3, generator=random)
         ),
@@ -44,6 +48,23 @@ def test_images_go_to_the_nearest_centroid_and_class_in_float64(made: bundle.Bun
     chances = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     assert found.probabilities is not None
     np.testing.assert_allclose(found.probabilities, chances, atol=1e-5)
+
+
+def test_images_of_which_the_clusters_are_not_sure_enough_have_none(made: bundle.Bundle, tmp_path: Path) -> None:
+    points = made.clusters.points(torch.from_numpy(IMAGES.reshape(9, 64).astype(np.float32) / 255))
+    one, other = (Layers([(scale * made.clusters.centroids, torch.zeros(4))]) for scale in (3, 5))
+    sure: dict[str, Any] = {"normalise": made.clusters.normalise, "algorithm": "spectral"}
+    fitted = confidence.fit(one, points, refits=[other], reject=1 / 3, **sure)
+    dataclasses.replace(made, clusters=fitted).save(tmp_path)
+    found = bundle.load(tmp_path).assign(IMAGES)
+    assert fitted.reject
+    assert (found.clusters == -1).sum() == 3
+    assert found.confidences[found.clusters < 0].max() < fitted.reject <= found.confidences[found.clusters >= 0].min()
+    judged = fitted.judge(points)
+    kept = found.clusters >= 0
+    np.testing.assert_array_equal(found.clusters[kept], judged.clusters[kept])
+    np.testing.assert_allclose(found.distances, judged.distances, rtol=1e-4)
+    assert (found.distances > 0).all(), "of rejected ones too"
 
 
 def test_what_was_saved_assigns_alike_to_the_bit(made: bundle.Bundle, tmp_path: Path) -> None:

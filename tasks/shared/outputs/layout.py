@@ -81,11 +81,13 @@ def last_good(encoder: str) -> Path:
 
 
 def predicting(encoder: str) -> list[Path]:
-    """All that a prediction depends on; without labels there are no weights of a classifier."""
+    """All that a prediction depends on; without labels there are no weights of a classifier, and clusters of an earlier
+    version lack `clusters.safetensors`."""
     pretrain, cluster, linear = (out(stage, encoder) for stage in ("pretrain", "cluster", "linear"))
     return [
         *(pretrain / "encoder.safetensors", pretrain / "encoder.json", cluster / "centroids.npy"),
-        *(cluster / "cluster.json", linear / "classifier.json", linear / "classifier.safetensors"),
+        *(cluster / "cluster.json", cluster / "clusters.safetensors"),
+        *(linear / "classifier.json", linear / "classifier.safetensors"),
         statistics(encoder),
     ]
 

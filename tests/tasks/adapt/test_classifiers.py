@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from deepclust.clustering import confidence
+from deepclust.clustering.assigners import Assigner, Layers
 from deepclust.errors import CheckpointError
 from deepclust.models import encoder as encoders
 from deepclust.models.features import to_float
@@ -70,6 +72,31 @@ def test_probabilities_of_clusters_are_the_same_for_features_of_any_scale(monkey
     np.save(file, 7 * np.load(file))
     torch.testing.assert_close(build("clusters").model(images("test")).softmax(1), chances, rtol=0, atol=1e-4)
     assert 0.4 < chances.amax(1).mean() < 0.95
+
+
+@pytest.mark.parametrize(("normalise", "unit"), [(False, False), (True, False), (False, True)])
+def test_a_linear_head_of_clusters_is_itself_and_other_kinds_are_not_applicable(normalise: bool, unit: bool) -> None:
+    network = encoders.load(layout.out("pretrain", "swav"))
+    features = network(images("train"))
+    random = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4, network.feature_dim, generator=random), torch.randn(4, generator=random)
+    points = F.normalize(features, dim=1) if normalise else features
+
+    def save(assigner: Assigner) -> None:
+        found = confidence.fit(assigner, points, normalise=normalise, algorithm="temi", reject=0.5)
+        found.save(layout.out("cluster", "swav"))
+
+    save(Layers([(weight, bias)], unit=unit))
+    found = build("clusters")
+    compared = F.normalize(features, dim=1) if normalise or unit else features
+    expected = compared.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(found.model(images("train")).double(), expected, rtol=1e-4, atol=1e-4)
+    assert found.names == ["0", "1", "2", "3"]
+    save(Layers([(torch.randn(8, network.feature_dim), torch.zeros(8)), (torch.randn(4, 8), torch.zeros(4))]))
+    reason = "the clusters of temi are neither centroids nor a linear head"
+    assert build("clusters") == classifiers.Found(None, [], reason)
+    save(Layers([(weight[:1], bias[:1])]))
+    assert build("clusters").reason == "a single cluster, which no classifier can get wrong"
 
 
 def test_features_that_all_are_centroids_have_finite_logits() -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from deepclust import bundle
+from deepclust.clustering import confidence
+from deepclust.clustering.assigners import Layers
 from deepclust.models import encoder
 from tasks.model import assign
 from tasks.shared.outputs import lineage
@@ -84,6 +86,8 @@ def test_each_image_goes_to_its_nearest_centroid_and_a_classifier_adds_class_and
     for name, value in BRIGHTNESS.items():
         row, distances = table[name], [np.linalg.norm(feature(value) - centre) for centre in (-1, 1)]
         assert int(row["cluster"]) == np.argmin(distances)
+        squared = np.square(distances) / (4 * SIDE**2)  # in units of what separates the two centroids
+        assert float(row["confidence"]) == pytest.approx(1 / (1 + np.exp(-abs(squared[1] - squared[0]))), rel=1e-4)
         assert float(row["distance"]) == pytest.approx(min(distances), rel=1e-5)
         day = 1 / (1 + np.exp(-0.01 * feature(value).sum() - 0.1))
         assert row["class"] == ("day" if day > 0.5 else "night")
@@ -93,6 +97,28 @@ def test_each_image_goes_to_its_nearest_centroid_and_a_classifier_adds_class_and
     assert (row["cluster"], float(row["distance"])) == ("0", pytest.approx(0, abs=1e-6))
 
 
+def test_an_image_of_low_confidence_has_the_cluster_minus_one_and_a_folder_of_its_own(run: Run) -> None:
+    head = Layers([(torch.stack([-torch.ones(SIDE**2), torch.ones(SIDE**2)]) / SIDE**2, torch.zeros(2))])
+    train = torch.tensor([[-1.8], [-1.0], [-0.1], [1.2]]).expand(-1, SIDE**2)
+    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.25)
+    fitted.save(Path("artifacts/cluster/pixels"))
+    table = run("new", "--export", "sorted")
+    assert [row["cluster"] for row in table.values()] == ["0", "-1", "0", "1"]
+    assert list(table) == ["dark.png", "middle.png", "sub/dark.png", "sub/deep/light.png"]
+    for name, row in table.items():
+        sure = 1 / (1 + np.exp(-2 * abs(feature(BRIGHTNESS[name])[0])))
+        sure *= min(1, fitted.reach / float(row["distance"])) / 2  # all neighbours, copies aside, are of the other side
+        assert float(row["confidence"]) == pytest.approx(sure, rel=1e-4)
+        assert fitted.reject
+        assert (row["cluster"] == "-1") == (sure < fitted.reject)
+    assert sorted(str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.png")) == [
+        "cluster-00/dark.png",
+        "cluster-00/sub/dark.png",
+        "cluster-01/sub/deep/light.png",
+        "no-cluster/middle.png",
+    ]
+
+
 def test_grey_images_reach_a_larger_network_of_three_channels(run: Run) -> None:
     shape: dict[str, Any] = {"image_size": SIDE, "channels": 1, "network_channels": 3, "input_size": 2 * SIDE}
     wide = encoder.Encoder(backbone="pixels", mean=[MEAN] * 3, std=[STD] * 3, **shape)
@@ -100,7 +126,7 @@ def test_grey_images_reach_a_larger_network_of_three_channels(run: Run) -> None:
     dim = 3 * (2 * SIDE) ** 2
     clusters(dim)
     for name, row in run("new").items():
-        assert list(row) == ["path", "cluster", "distance"]
+        assert list(row) == ["path", "cluster", "distance", "confidence"]
         value = feature(BRIGHTNESS[name])[0]
         assert float(row["distance"]) == pytest.approx(min(abs(value + 1), abs(value - 1)) * np.sqrt(dim), rel=1e-5)
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
 
+from deepclust.clustering import assigners, confidence
 from deepclust.models import encoder as encoders
 from tasks.model import register
 from tasks.shared.operations import provenance
@@ -61,7 +62,7 @@ def check(table: Any, images: np.ndarray) -> None:
     np.testing.assert_allclose(table["distance"], distances.min(axis=1), rtol=1e-4)
     path = layout.out("linear", "swav") / "classifier.safetensors"
     if not path.exists():
-        assert list(table.columns) == ["embedding", "cluster", "distance"]
+        assert list(table.columns) == ["embedding", "cluster", "distance", "confidence"]
         return
     head = {key: value.double().numpy() for key, value in load_file(path).items()}
     probabilities = softmax(embedding @ head["weight"].T + head["bias"], axis=1)
@@ -88,6 +89,33 @@ def test_predictions_are_those_of_encoder_centroids_and_classifier_for_images_of
         ValueError, match=r"^expected whole numbers from 0 to 255, got fractions, 0 to 1; images scaled"
     ):
         model.predict(others / 255)
+
+
+def test_what_the_clusters_reject_has_none_in_python_and_over_http(
+    labelled: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(labelled, tmp_path / "copy"))
+    for path in [*Path().rglob(lineage.FILE)]:
+        path.unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy/mlflow.db")
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    shutil.copy(root / "mlflow.db", "mlflow.db")
+    train = torch.from_numpy(np.load(layout.embeddings("pixels", "train")))
+    head = assigners.classifier(train, torch.arange(len(train)) % 3, 3)
+    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.5)
+    fitted.save(layout.out("cluster", "pixels"))
+    register.register("pixels")
+    model, images = load("pixels"), np.load(layout.images(16) / "train.npy")
+    table = model.predict(images)
+    judged = fitted.judge(train)
+    clear = np.abs(judged.scores.numpy() - fitted.reject) > 1e-4
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(table["cluster"][clear], fitted.kept(judged).numpy()[clear])
+    assert len(set(table["cluster"])) == 4
+    np.testing.assert_allclose(table["confidence"], judged.scores, rtol=1e-3)
+    status, text = serve(model)({"inputs": images.tolist()})
+    assert status == 200
+    assert [row["cluster"] for row in json.loads(text)["predictions"]] == table["cluster"].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -256,12 +284,14 @@ print(len(table), sorted(table.columns))
     monkeypatch.delenv("PYTHONPATH", raising=False)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=90)
     assert done.stderr == "", "a prediction says nothing of itself"
-    assert done.stdout == "2 ['class', 'cluster', 'distance', 'embedding', 'probabilities', 'probability']\n"
+    columns = ["class", "cluster", "confidence", "distance", "embedding", "probabilities", "probability"]
+    assert done.stdout == f"2 {columns}\n"
 
 
 def test_what_the_stored_code_imports_is_among_its_requirements() -> None:
     files = [ROOT / file for source in register._STORED for file in provenance.source_files(source)]
     packages = {name.partition(".")[0] for file in files for name in imported(file)}
-    others = packages - sys.stdlib_module_names - {"deepclust", "huggingface_hub"}  # a stored model fetches nothing
+    # A stored model fetches nothing, and fits no clusters.
+    others = packages - sys.stdlib_module_names - {"deepclust", "huggingface_hub", "faiss"}
     distributions = {"PIL": "pillow", "pydantic_core": "pydantic"}
     assert {distributions.get(name, name) for name in others} == {*register._REQUIRED, "timm"}
