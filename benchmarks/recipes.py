@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from seeds import ROOT, cell, run, workspace
 
 from deepclust import seeding
-from deepclust.clustering import kmeans
+from deepclust.clustering import algorithms
+from deepclust.clustering.base import Points, Problem
 from deepclust.evaluation import metrics
-from tasks.cluster import __main__ as cluster
 from tasks.linear import __main__ as linear
 from tasks.shared.operations import params
 from tasks.shared.outputs import environment, layout
@@ -58,14 +58,13 @@ def score(root: Path, encoder: str) -> list[str]:
     )
     if options.cluster.normalise:
         features = F.normalize(features, dim=1)
-    others = np.setdiff1d(np.arange(len(labels)), held)
-    k = cluster.primary_k(options.cluster, classes=classes, images=len(others))
+    others = Points(features[np.setdiff1d(np.arange(len(labels)), held)])
+    k = options.cluster.k if isinstance(options.cluster.k, int) else classes
     matched, shared = [], []
     for number in range(options.cluster.seeds):
-        seed = seeding.derive(options.seed, "cluster", number)
-        runs = cluster.restarts(options.cluster, len(others))
-        fitted = kmeans.fit(features[others], k, seed=seed, iterations=options.cluster.iterations, restarts=runs)
-        clusters = kmeans.assign(features[held], fitted.centroids)[0].numpy()
+        problem = Problem(points=others, k=k, seed=seeding.derive(options.seed, "cluster", number))
+        fitted = algorithms.fit("kmeans", problem, options.cluster.algorithm("kmeans"))
+        clusters = fitted.assign(features[held]).numpy()
         matched.append(metrics.matched_accuracy(labels[held], clusters))
         shared.append(metrics.nmi(labels[held], clusters))
     return [f"{found['knn_heldout']:.3f}", f"{found['linear_heldout']:.3f}", cell(matched), cell(shared)]

@@ -1,4 +1,5 @@
-"""Time and memory of k-means and of embedding as the data grow, on one process and on two, each with one thread.
+"""Time and memory of k-means, the graph of neighbours and embedding as the data grow, on one process and on two, each
+with one thread.
 
 python -m benchmarks.scale --rows 10000 100000 1000000 --images 10000 100000
 
@@ -9,6 +10,7 @@ above what it was before the work; the largest of the processes. Two kinds:
 - own: anonymous memory, that nobody else can have. Embedding holds a batch, whatever N is. k-means holds a few numbers
   for each row of its share: in greedy k-means++ the distances to the candidates (2 + log k of them) and four more,
   later assignment and distance. Were the share loaded and not mapped, its 4 · D bytes a row would be added.
+  The graph, which one process makes, holds the rows again to search them, and its indices and similarities.
 - mapped: pages of the files, which the system takes back where it needs them; so they grow with the share, up to the
   memory that is free.
 """
@@ -16,6 +18,7 @@ above what it was before the work; the largest of the processes. Two kinds:
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import socket
@@ -30,11 +33,12 @@ import numpy as np
 import torch
 
 from deepclust import distributed, seeding
-from deepclust.clustering import kmeans
+from deepclust.clustering import kmeans, neighbours
+from deepclust.clustering.choice import NEIGHBOURS
 from deepclust.models.encoder import Encoder
 from tasks.embed import __main__ as embed
 
-K, ITERATIONS, DIM, GROUPS = 100, 20, 128, 150
+ITERATIONS, DIM, GROUPS = 20, 128, 150
 SIZE, BATCH = 28, 256
 CHUNK = 1 << 14  # rows made at once
 MIB = 1 << 20
@@ -79,11 +83,17 @@ def measured(work: Callable[[], float]) -> Cost:
     return Cost(seconds, peak[0] - before[0], peak[1] - before[1], result)
 
 
-def cluster(folder: Path) -> float:
+def cluster(folder: Path, k: int) -> float:
     """k-means on this process's share of the rows, where they lie; gives the inertia."""
     rows = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c"))
     mine = rows[distributed.share(len(rows))]
-    return kmeans.fit(mine, K, seed=0, iterations=ITERATIONS, tolerance=0.0).inertia
+    return kmeans.fit(mine, k, seed=0, iterations=ITERATIONS, tolerance=0.0).inertia
+
+
+def connect(folder: Path) -> float:
+    """The graph of each row's nearest neighbours; gives the share of the true ones among them."""
+    rows = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c"))
+    return neighbours.graph(rows, NEIGHBOURS).recall
 
 
 def embed_images(folder: Path) -> float:
@@ -158,18 +168,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--images", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     print("| work | N | processes | seconds | own, MiB a process | mapped, MiB a process | result |")
     print("|---|---|---|---|---|---|---|")
-    for name, work, make, file, counts in [
-        (f"k-means, k {K}, {DIM} dimensions", cluster, make_rows, "rows.npy", arguments.rows),
-        (f"embedding, {SIZE}×{SIZE}", embed_images, make_images, "images.npy", arguments.images),
+    many = arguments.processes
+    for name, work, make, file, counts, numbers in [
+        (
+            f"k-means, k {arguments.k}, {DIM} dimensions",
+            functools.partial(cluster, k=arguments.k),
+            make_rows,
+            "rows.npy",
+            arguments.rows,
+            many,
+        ),
+        (f"{NEIGHBOURS} neighbours, {DIM} dimensions", connect, make_rows, "rows.npy", arguments.rows, [1]),
+        (f"embedding, {SIZE}×{SIZE}", embed_images, make_images, "images.npy", arguments.images, many),
     ]:
         for count in counts:
             with tempfile.TemporaryDirectory() as folder:
                 make(Path(folder) / file, count)
-                for processes in arguments.processes:
+                for processes in numbers:
                     cost = together(work, Path(folder), processes)
                     print(
                         f"| {name} | {count:,} | {processes} | {cost.seconds:.1f} | {cost.own / MIB:.0f} "

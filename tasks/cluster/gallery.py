@@ -1,6 +1,9 @@
-"""A contact sheet: the most central images of each cluster."""
+"""Contact sheets: rows of images with a caption."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,39 +11,58 @@ from PIL import Image, ImageDraw
 
 _TILES = {0: 56, 96: 96}  # pixels of a tile, from so many pixels of an image on
 _GAP = 3
-_MARGIN = 92
+_MARGIN, _INDENT = 112, 18
 _BACKGROUND = (255, 255, 255)
 _INK = (60, 60, 60)
 
 
-def contact_sheet(
-    images: NDArray[np.uint8], clusters: NDArray[np.int64], distances: NDArray[np.float64], k: int, per_cluster: int
-) -> Image.Image:
-    """A row for each cluster, the images nearest to the centroid first.
+class Row(NamedTuple):
+    """A row of a sheet.
+
+    Attributes:
+        title: First line of the caption.
+        subtitle: Second line.
+        images: What is shown, (H, W, C) uint8 each; may be empty.
+        depth: Steps by which the row is indented.
+    """
+
+    title: str
+    subtitle: str
+    images: Sequence[NDArray[np.uint8]]
+    depth: int = 0
+
+
+def sheet(rows: Sequence[Row], *, per_row: int, side: int) -> Image.Image:
+    """A picture of all rows.
 
     Args:
-        images: (N, H, W, C) uint8.
-        clusters: (N,) cluster of each image.
-        distances: (N,) distance to its centroid.
-        k: Number of clusters; one without images has an empty row.
-        per_cluster: Images in a row.
+        rows: At least one.
+        per_row: Most images in a row.
+        side: Pixels of a side of the images.
     """
-    tile = max(size for least, size in _TILES.items() if images.shape[1] >= least)
+    tile = max(size for least, size in _TILES.items() if side >= least)
     step = tile + _GAP
-    sheet = Image.new("RGB", (_MARGIN + per_cluster * step, k * step + _GAP), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for cluster in range(k):
-        top = _GAP + cluster * step
-        members = np.flatnonzero(clusters == cluster)
-        draw.text((6, top + tile / 2 - 14), f"cluster {cluster}", fill=_INK, font_size=13)
-        draw.text((6, top + tile / 2 + 2), f"{len(members)} images", fill=_INK, font_size=11)
-        nearest = members[np.argsort(distances[members], kind="stable")][:per_cluster]
-        for column, index in enumerate(nearest):
-            sheet.paste(_tile(images[index], tile), (_MARGIN + column * step, top))
-    return sheet
+    margin = _MARGIN + _INDENT * max(row.depth for row in rows)
+    picture = Image.new("RGB", (margin + per_row * step, len(rows) * step + _GAP), _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for number, row in enumerate(rows):
+        top, left = _GAP + number * step, 6 + _INDENT * row.depth
+        draw.text((left, top + tile / 2 - 14), row.title, fill=_INK, font_size=13)
+        draw.text((left, top + tile / 2 + 2), row.subtitle, fill=_INK, font_size=11)
+        for column, image in enumerate(row.images[:per_row]):
+            picture.paste(_tile(image, tile), (margin + column * step, top))
+    return picture
 
 
 def _tile(image: NDArray[np.uint8], side: int) -> Image.Image:
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
     enlarge = max(picture.size) < side
     return picture.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+
+
+def central(
+    images: NDArray[np.uint8], clusters: NDArray[np.int64], distances: NDArray[np.float64], cluster: int, most: int
+) -> list[NDArray[np.uint8]]:
+    """The images of a cluster that are nearest to its centroid, the nearest first."""
+    members = np.flatnonzero(clusters == cluster)
+    return [images[index] for index in members[np.argsort(distances[members], kind="stable")][:most]]

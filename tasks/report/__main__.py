@@ -6,7 +6,6 @@ python -m tasks.report
 from __future__ import annotations
 
 import base64
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import adaptation_plots as adaptation
+from tasks.report import clusters as clustered
 from tasks.report import comparison, costs, plots, prune, verdict
 from tasks.shared.operations import costs as operations
 from tasks.shared.operations import provenance, store
@@ -84,16 +84,16 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
     """Write every picture into the folder.
 
     Returns:
-        `training`, `scores`, `evaluation`: a file name or None; `maps`, `galleries`: encoder to file name;
-        `adaptation`: encoder to what `adapted` says.
+        `training`, `scores`, `evaluation`: a file name or None; `maps`: encoder to file name; `clusters`: encoder to
+        what `clusters.collect` says; `adaptation`: encoder to what `adapted` says.
     """
     encoders = [str(row["encoder"]) for row in rows]
-    pictures: dict[str, Any] = {"scores": "scores.png", "maps": {}, "galleries": {}, "adaptation": {}}
+    pictures: dict[str, Any] = {"scores": "scores.png", "maps": {}, "clusters": {}, "adaptation": {}}
     curves = {encoder: found for encoder in encoders if (found := history(encoder))}
     pictures["training"] = "training.png" if curves else None
     if curves:
         plots.save(plots.training(curves), folder / "training.png")
-    names = [name for name in comparison.columns(rows) if name in ("acc", "nmi", "linear", "rankme", "silhouette")]
+    names = [name for name in comparison.columns(rows) if name in ("acc", "nmi", "linear", "rankme")]
     names += [name for name in comparison.columns(rows) if name.startswith("knn")]
     scores: dict[str, list[Any]] = {comparison.title(name): [row[name] for row in rows] for name in names}
     baselines = sum(row["method"] in comparison.BASELINES for row in rows)
@@ -111,8 +111,7 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
         figure = plots.embedding_map(points, labels[chosen], classes, clusters, k)
         pictures["maps"][encoder] = f"map-{encoder}.png"
         plots.save(figure, folder / f"map-{encoder}.png")
-        pictures["galleries"][encoder] = f"gallery-{encoder}.png"
-        shutil.copyfile(picture(layout.out("cluster", encoder) / "gallery.png"), folder / f"gallery-{encoder}.png")
+        pictures["clusters"][encoder] = clustered.collect(encoder, folder, picture)
         pictures["adaptation"][encoder] = adapted(folder, encoder, values)
         say(f"{encoder}: pictures drawn")
     return pictures
@@ -169,12 +168,12 @@ def history(encoder: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def evaluation_curves(encoders: Iterable[str]) -> list[plots.Panel]:
-    """k-means scores over the number of clusters (ACC and NMI; without labels silhouette), kNN over the neighbours."""
+    """ACC and NMI over the numbers of clusters in the tree, where there are labels; kNN over the neighbours."""
     found: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = {}
     for encoder in encoders:
         clusters = comparison.stage_metrics("cluster", encoder)
         every = {int(k): scores for k, scores in [(clusters["k"], clusters), *clusters.get("other_k", {}).items()]}
-        for name in ("acc", "nmi") if "acc" in clusters else ("silhouette",):
+        for name in ("acc", "nmi") if "acc" in clusters else ():
             points = [(k, s[name]["mean"], s[name]["std"]) for k, s in sorted(every.items()) if s.get(name)]
             found.setdefault((comparison.title(name), "clusters k"), {})[encoder] = points
     for encoder in encoders:
@@ -187,14 +186,14 @@ def evaluation_curves(encoders: Iterable[str]) -> list[plots.Panel]:
 
 
 def assignments(encoder: str, *, k: int, images: int) -> NDArray[np.int64]:
-    """Cluster of each test image, in data-set order. Raises: DataError if they are missing or damaged."""
+    """Cluster of each test image, -1 of none, in data-set order. Raises: DataError if they are missing or damaged."""
     path = layout.out("cluster", encoder) / "assignments.csv"
     rows = [row for row in read.table(path, {"split": str, "index": int, "cluster": int}) if row["split"] == "test"]
     if [int(row["index"]) for row in rows] != list(range(images)):
         raise read.damaged(path, f"expected a numbered row for each of {images} test images in {path}, got {len(rows)}")
     clusters = np.array([int(row["cluster"]) for row in rows])
-    if not (clusters.min() >= 0 and clusters.max() < k):
-        raise read.damaged(path, f"expected clusters from 0 to {k - 1} in {path}, got others")
+    if not (clusters.min() >= -1 and clusters.max() < k):
+        raise read.damaged(path, f"expected clusters from -1 to {k - 1} in {path}, got others")
     return clusters
 
 

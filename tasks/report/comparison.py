@@ -25,7 +25,7 @@ _FIRST = ("encoder", "kind", "acc", "nmi", "knn20", "linear", "heldout", "stabil
 COSTS = ("minutes", "images_per_second")  # clock readings: in no output
 _PRICE = ("dim", "image_size", "megabytes", *COSTS)
 _TITLES = {
-    "acc": "k-means ACC",
+    "acc": "cluster ACC",
     "nmi": "NMI",
     "ari": "ARI",
     "silhouette": "silhouette",
@@ -49,11 +49,20 @@ class _Spread(Config):
 
 
 @config
-class _Scores(Config):
-    """Of one k."""
+class _Cut(Config):
+    """Of one cut of the tree."""
 
-    inertia: _Spread
     sizes: list[Natural]
+    acc: _Spread | None = None
+    nmi: _Spread | None = None
+    ari: _Spread | None = None
+
+
+@config
+class _Algorithm(Config):
+    """Of one clustering algorithm."""
+
+    information: _Spread
     silhouette: _Spread | None = None
     acc: _Spread | None = None
     nmi: _Spread | None = None
@@ -61,13 +70,50 @@ class _Scores(Config):
     stability: _Spread | None = None
 
 
+@config
+class _Estimate(Config):
+    """How many clusters there are."""
+
+    k: Count
+    sure: Share
+    interval: tuple[Count, Count]
+    edge: Literal["", "least", "most"]
+    reason: str
+    runners_up: list[Count]
+
+
+@config
+class _Copies(Config):
+    """Groups of copies, and the images in them."""
+
+    groups: Natural
+    images: Natural
+
+
+@config
+class _Inspection(Config):
+    """What else is in the data."""
+
+    copies: dict[Literal["train", "test", "between"], _Copies]
+    train: dict[str, Natural]
+    test: dict[str, Natural]
+
+
 # What a stage's metrics must have and may have, of what is read here.
 _METRICS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pretrain": ({"method": str}, {}),
     "embed": ({"dim": Count, "rankme": Number}, {}),
     "cluster": (
-        {"k": Count},
-        dict.fromkeys(("acc", "nmi", "ari", "silhouette", "stability"), _Spread) | {"other_k": dict[int, _Scores]},
+        {
+            "k": Count,
+            "algorithm": str,
+            "algorithms": dict[str, _Algorithm],
+            "other_k": dict[int, _Cut],
+            "rejected": dict[Literal["train", "test"], Natural],
+            "inspection": _Inspection,
+        },
+        dict.fromkeys(("acc", "nmi", "ari", "silhouette", "stability"), _Spread)
+        | {"coverage": dict[float, Share], "estimate": _Estimate},
     ),
     "linear": (
         {"labelled": Natural},
@@ -117,9 +163,11 @@ def _row(encoder: str, heldout: int) -> Row:
     embedded = stage_metrics("embed", encoder)
     method = stage_metrics("pretrain", encoder)["method"]
     row: dict[str, str | float | None] = {"encoder": encoder, "method": method, "kind": kind(method)}
-    row |= {"k": clusters["k"]}
+    row |= {"k": clusters["k"], "algorithm": clusters["algorithm"]}
+    # That of one algorithm, where it was fitted: spectral clustering agrees with itself whatever the encoder is worth.
+    of = {"stability": clusters["algorithms"].get("kmeans", clusters)}
     for name in ("acc", "nmi", "ari", "silhouette", "stability"):
-        score = clusters.get(name) or {}
+        score = of.get(name, clusters).get(name) or {}
         row |= {name: score.get("mean"), f"{name}_std": score.get("std")}
     row |= _neighbours(linear.get("all") or {})
     row |= {"linear": linear.get("linear"), "rankme": embedded["rankme"]}
@@ -170,7 +218,7 @@ def _neighbours(scores: Mapping[str, float]) -> dict[str, float | None]:
 
 def table(path: Path = layout.COMPARISON) -> list[dict[str, str]]:
     """Rows of comparison.csv. Raises: DataError if it is missing or damaged."""
-    return read.table(path, {"encoder": str, "method": str, "kind": str}, others=read.number)
+    return read.table(path, {"encoder": str, "method": str, "kind": str, "algorithm": str}, others=read.number)
 
 
 def number(row: Mapping[str, Any], column: str) -> float | None:
@@ -184,7 +232,7 @@ def shown(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if value is None or value == "":
         return "–" if column in COSTS else ""
-    if column in ("encoder", "method", "kind", "k", "dim", "image_size"):
+    if column in ("encoder", "method", "kind", "k", "algorithm", "dim", "image_size"):
         return str(value)
     if column == "guard_worst":
         return f"{float(value):+.3f}"

@@ -173,6 +173,26 @@ def evaluation(panels: Sequence[Panel], encoders: Sequence[str], baselines: int)
     return figure
 
 
+def how_many(rows: Sequence[Mapping[str, float]], k: int) -> Figure:
+    """What speaks for each number of clusters.
+
+    Args:
+        rows: `k`, `silhouette`, `stability` and their product `score`, by rising k.
+        k: The number that was chosen.
+    """
+    tried = [row["k"] for row in rows]
+    with plt.rc_context(_STYLE):
+        figure, axes = _panels(1, 1, (7.0, 2.8))
+        for name, colour in (("silhouette", GREY), ("stability", INK), ("score", ACCENT)):
+            axes[0, 0].plot(tried, [row[name] for row in rows], color=colour, label=name, linewidth=1.5)
+        axes[0, 0].axvline(k, color=ACCENT, linewidth=0.8, linestyle="--")
+        axes[0, 0].set_xscale("log")
+        axes[0, 0].set_xlabel("clusters k")
+        axes[0, 0].set_title(f"How many clusters: {k}")
+        axes[0, 0].legend()
+    return figure
+
+
 def embedding_map(
     points: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], clusters: NDArray[np.int64], k: int
 ) -> Figure:
@@ -182,7 +202,7 @@ def embedding_map(
         points: (N, 2).
         labels: (N,) class; points of unknown class, -1, are grey.
         classes: Names.
-        clusters: (N,) cluster of each point.
+        clusters: (N,) cluster of each point; points of none, -1, are grey.
         k: Number of clusters.
     """
     labelled = bool((labels >= 0).any())
@@ -191,7 +211,7 @@ def embedding_map(
         if labelled:
             _scatter(axes[0, 0], points, labels, [str(name) for name in classes], "classes")
         _scatter(axes[0, -1], points, clusters, [f"cluster {index}" for index in range(k)], "clusters")
-        for cluster in np.unique(clusters):
+        for cluster in np.unique(clusters[clusters >= 0]):
             x, y = np.median(points[clusters == cluster], axis=0)
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
             axes[0, -1].text(x, y, str(cluster), ha="center", va="center", fontsize=8, weight="bold", bbox=box)

@@ -89,7 +89,7 @@ def test_a_run_is_started_from_the_form_and_its_pages_show_what_it_did(served: S
         assert nodes == {"sizes", "prepare", *encoders, "report"}
         page.locator("canvas").first.wait_for()
         page.get_by_text("Running stage 'sizes':").first.wait_for()  # in the logs
-        for key, text in (("comparison", "k-means ACC"), ("results", f"{root}/artifacts/report/report.html")):
+        for key, text in (("comparison", "cluster ACC"), ("results", f"{root}/artifacts/report/report.html")):
             found = served.request("artifacts/filter", {"artifacts": {"key": {"any_": [key]}}})
             page.goto(f"{site}/artifacts/artifact/{found[0]['id']}")
             page.get_by_text(text).first.wait_for()

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn import metrics as metric
 
 from deepclust.clustering import kmeans
+from deepclust.clustering.base import Points
 from deepclust.models import encoder as encoders
 from deepclust.models import features
-from tasks.cluster import __main__ as cluster
+from tasks.cluster import fitting, scoring
 from tasks.pretrain import __main__ as pretrain
 from tasks.shared.operations import params
 from tasks.shared.operations.observers import probe
 from tasks.shared.operations.params import overrides
 from tasks.shared.outputs import layout, lineage
-from tests.paths import ROOT
 from tests.tasks import small_run
 from tests.tasks.conftest import ENCODERS
 
@@ -86,43 +87,124 @@ def test_the_stage_cluster_searches_by_faiss_unless_torch_is_asked_for_and_says_
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("faiss")
-    counts, found, search = [], [], kmeans.faiss.knn
-    monkeypatch.setattr(kmeans.faiss, "knn", lambda *given: counts.append(len(given[1])) or search(*given))
-    for engine, searched in (("faiss", {10, 4, 7}), ("torch", set()), ("faiss", set())):
-        overrides.apply(["cluster.k=10", f"cluster.engine={engine}"])
+    found, engines, fit = [], [], kmeans.fit
+    monkeypatch.setattr(
+        kmeans, "fit", lambda *given, **named: engines.append(named.get("engine")) or fit(*given, **named)
+    )
+    for engine in ("faiss", "torch", "faiss"):
+        overrides.apply(["cluster.k=11", "cluster.algorithms=[kmeans]", f"cluster.kmeans.engine={engine}"])
         small_run.run("cluster", monkeypatch, "swav")
-        assert set(counts) == searched
+        assert engines[:3] == 3 * [engine], "three seeds"
         missing = "swav: faiss is not installed, nearest centroids by torch" in capsys.readouterr().out
         assert missing == (len(found) == 2)
         found.append(metrics(Path(), "cluster", "swav"))
-        counts.clear()
+        engines.clear()
         if engine == "torch":
             monkeypatch.setattr(kmeans, "faiss", None)
     assert found[1] == found[2]
-    assert found[0]["inertia"]["mean"] == pytest.approx(found[1]["inertia"]["mean"], rel=1e-5)
+    assert found[0]["nmi"]["mean"] == pytest.approx(found[1]["nmi"]["mean"], rel=1e-5)
 
 
-def test_the_shown_clustering_is_the_one_of_the_lowest_inertia_on_train(labelled: Path) -> None:
-    folder = labelled / layout.out("cluster", "pcl")
-    points = torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train")))
-    seed = params.load(labelled / "params.yaml").seed
-    seeds = [kmeans.seeding.derive(seed, "cluster", number) for number in range(3)]
-    best = min(
-        (kmeans.fit(points, 3, seed=seed, iterations=50, restarts=5) for seed in seeds), key=lambda found: found.inertia
+def test_the_shown_clustering_is_that_which_agrees_most_with_the_others_on_train(labelled: Path) -> None:
+    points = Points(torch.from_numpy(np.load(labelled / layout.embeddings("pcl", "train"))))
+    values = params.load(labelled / "params.yaml")
+    fits = fitting.fit(
+        points, points.features, 3, {"kmeans": values.cluster.algorithm("kmeans")}, seeds=3, seed=values.seed
+    )["kmeans"]
+    agreements = [
+        sum(metric.adjusted_rand_score(one.clusters, other.clusters) for other in fits if other is not one)
+        for one in fits
+    ]
+    assert fitting.typical(fits) == int(np.argmax(np.round(agreements, 9)))
+    shown = np.load(labelled / layout.out("cluster", "pcl") / "centroids.npy")
+    np.testing.assert_allclose(shown, fits[fitting.typical(fits)].assigner.state()["centroids"].numpy(), atol=1e-6)
+
+
+def test_the_primary_is_the_algorithm_whose_clusters_neighbours_tell_best(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides.apply(["cluster.primary=auto", "cluster.algorithms=[kmeans, ward, spectral]", "cluster.seeds=1"])
+    small_run.run("cluster", monkeypatch, "pixels")
+    found = metrics(Path(), "cluster", "pixels")
+    told = {name: scores["information"]["mean"] for name, scores in found["algorithms"].items()}
+    assert list(told) == ["kmeans", "ward", "spectral"]
+    assert told[found["algorithm"]] == max(told.values())
+    assert f"pixels: {found['algorithm']} is used" in capsys.readouterr().out
+    assert found["acc"] == found["algorithms"][found["algorithm"]]["acc"]
+
+
+def test_without_labels_the_number_of_clusters_is_estimated_and_its_evidence_kept(unlabelled: Path) -> None:
+    found = metrics(unlabelled, "cluster", "pixels")
+    tried = table(unlabelled / layout.out("cluster", "pixels") / "how_many.csv")
+    best = max(tried, key=lambda row: float(row["score"]))
+    assert found["k"] == found["estimate"]["k"] == int(best["k"]) == 3, "three kinds of images"
+    assert "acc" not in found
+
+
+def test_clusters_of_every_level_are_nested_and_unsure_images_have_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides.apply(["cluster.k=5", "cluster.other_k=[2, 9]", "cluster.reject=0.25"])
+    small_run.run("cluster", monkeypatch, "swav")
+    rows = table(Path() / layout.out("cluster", "swav") / "assignments.csv")
+    levels = [[int(row[column]) for row in rows] for column in ("cluster_2", "cluster", "cluster_9")]
+    for coarse, fine in itertools.pairwise(levels):
+        pairs = {(child, parent) for parent, child in zip(coarse, fine, strict=True)}
+        assert len({child for child, _ in pairs}) == len(pairs), "each has one parent"
+    train = [row for row in rows if row["split"] == "train"]
+    assert sum(row["cluster"] == "-1" for row in train) == len(train) // 4
+    rejected = metrics(Path(), "cluster", "swav")["rejected"]
+    assert rejected == {
+        split: sum(row["cluster"] == "-1" for row in rows if row["split"] == split) for split in rejected
+    }
+
+
+def test_copies_between_train_and_test_are_counted_named_and_warned_of_and_may_be_left_out(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = {split: np.load(layout.images(16) / f"{split}.npy") for split in layout.SPLITS}
+    images["train"][7], images["test"][2] = images["train"][3], images["train"][3]
+    features = {split: np.load(layout.embeddings("pixels", split)) for split in layout.SPLITS}
+    features["train"][7], features["test"][2] = features["train"][3], features["train"][3]
+    for split in layout.SPLITS:
+        np.save(layout.images(16) / f"{split}.npy", images[split])
+        np.save(layout.embeddings("pixels", split), features[split])
+    monkeypatch.setattr(lineage, "check", lambda *_: None)
+    overrides.apply(["cluster.duplicates=first"])
+    fitted = []
+    monkeypatch.setattr(
+        fitting,
+        "fit",
+        lambda points, *given, fit=fitting.fit, **named: fitted.append(len(points)) or fit(points, *given, **named),
     )
-    np.testing.assert_allclose(np.load(folder / "centroids.npy"), best.centroids.numpy(), atol=1e-6)
+    small_run.run("cluster", monkeypatch, "pixels")
+    copies = metrics(Path(), "cluster", "pixels")["inspection"]["copies"]
+    assert copies == {
+        "train": {"groups": 1, "images": 2},
+        "test": {"groups": 0, "images": 0},
+        "between": {"groups": 1, "images": 1},
+    }
+    rows = table(Path() / layout.out("cluster", "pixels") / "duplicates.csv")
+    assert [(row["group"], row["split"], row["index"]) for row in rows] == [
+        ("0", "train", "3"),
+        ("0", "train", "7"),
+        ("0", "test", "2"),
+    ]
+    assert "1 test image has a copy among the training images" in capsys.readouterr().err
+    assert fitted == [len(images["train"]) - 1]
 
 
 def test_stability_is_the_agreement_of_all_pairs_of_fits_on_the_test_images() -> None:
     points = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]])
-    centroids = [[0.0, 5.0], [5.0, 0.0], [0.0, 1.0]]  # the same clusters twice, then one alone and five
-    fits = [cluster.Fit(torch.tensor([[one], [other]]), inertia=1.0) for one, other in centroids]
-    options = params.load(ROOT / "params.yaml").cluster
-    scorer = cluster.Scorer(points, np.full(6, -1), options, seed=0)
+    # The same clusters twice, then one alone and five.
+    clusterings = [np.array(each) for each in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1])]
+    scorer = scoring.Scorer(points, np.full(6, -1), silhouette_images=6, seed=0)
     # Of 15 pairs 6 and 10 are together, 4 in both: as many as by chance, 6 · 10 / 15.
     agreements = [1.0, 0.0, 0.0]
-    assert scorer.mean(fits)["stability"] == pytest.approx({"mean": np.mean(agreements), "std": np.std(agreements)})
-    assert "stability" not in scorer.mean(fits[:2]), "one pair has no deviation"
+    assert scorer.mean(clusterings)["stability"] == pytest.approx(
+        {"mean": np.mean(agreements), "std": np.std(agreements)}
+    )
+    assert "stability" not in scorer.mean(clusterings[:2]), "one pair has no deviation"
 
 
 def test_each_head_clusters_unseen_images_by_their_strongest_score(labelled: Path, unlabelled: Path) -> None:
@@ -184,12 +266,11 @@ def test_other_labels_and_so_another_probe_give_the_same_encoder(here: Path, mon
 
 
 def test_without_labels_label_based_numbers_are_absent_and_the_rest_is_there(unlabelled: Path) -> None:
-    images = len(np.load(unlabelled / layout.split("train") / "labels.npy"))
     for encoder in ("pixels", "swav"):
         clusters, adapted = (metrics(unlabelled, stage, encoder) for stage in ("cluster", "adapt"))
-        assert clusters["k"] == round((images / 2) ** 0.5)
+        assert clusters["k"] == clusters["estimate"]["k"]
         assert not {"acc", "nmi", "ari"} & clusters.keys()
-        assert {"silhouette", "inertia", "sizes"} <= clusters.keys()
+        assert {"silhouette", "sizes", "estimate"} <= clusters.keys()
         assert metrics(unlabelled, "linear", encoder) == {"labelled": 0, "reason": "no labelled training images"}
         assert (adapted["labelled"], adapted["reason"]) == (0, "no labelled test images")
         assert next(iter(adapted["not_applicable"])) == "linear"

@@ -49,10 +49,16 @@ def here(reported: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return reported
 
 
+def _has_copies(name: str) -> bool:
+    text = (layout.out("cluster", name) / "duplicates.csv").read_text(encoding="utf-8")
+    return len(text.splitlines()) > 1
+
+
 def test_the_report_is_whole_and_needs_nothing_from_outside(here: Path) -> None:
     assert set(digest()) == {
         *("comparison.csv", "evaluation.png", "lineage.json", "report.html", "scores.png", "training.png"),
-        *(f"{kind}-{name}.png" for kind in ("map", "gallery") for name in NAMES),
+        *(f"{kind}-{name}.png" for kind in ("map", "gallery", "tree", "unusual") for name in NAMES),
+        *(f"duplicates-{name}.png" for name in NAMES if _has_copies(name)),
         *(f"stream-{name}-{index}.png" for index in (0, 1) for name in NAMES),
     }
     text = layout.REPORT.read_text(encoding="utf-8")
@@ -125,7 +131,7 @@ def test_the_report_says_how_pixels_were_scaled_and_what_was_warned_of_skipped_a
         "left_out": [{"path": "train/a.png", "reason": "identical to the test image test/b.png"}] * 201,
     }
     monkeypatch.setattr(prepared, "meta", lambda: meta)
-    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "galleries": {}}
+    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "clusters": {}}
     text = report.render(layout.REPORT.parent, pictures | {"adaptation": {}}, comparison.table(), params.load())
     said = " ".join(re.sub(r"<[^>]*>", " ", text.partition("Data and parameters</h2>")[2]).split())
     assert said.startswith(
@@ -145,7 +151,7 @@ def test_an_encoder_that_the_budget_leaves_out_is_shown_with_its_reason_and_blan
     small_run.run("adapt", monkeypatch, "swav")
     rows = comparison.collect(["swav", "random"])
     assert [row["clean"] is None for row in rows] == [False, True]
-    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "galleries": {}}
+    pictures = {"scores": "scores.png", "training": None, "evaluation": None, "maps": {}, "clusters": {}}
     adapted = {str(row["encoder"]): report.adapted(tmp_path, str(row["encoder"]), params.load()) for row in rows}
     text = report.render(layout.REPORT.parent, pictures | {"adaptation": adapted}, rows, params.load())
     said = (
@@ -177,7 +183,7 @@ def test_a_wide_comparison_goes_on_below_with_costs_and_errors_together(here: Pa
     headings = [re.split(r"\s{2,}", block.splitlines()[0])[1:] for block in blocks]
     first, others = ([comparison.title(name) for name in names[1:]] for names in comparison.tables(rows))
     assert list(itertools.chain(*headings)) == first + others, "each column once, in order"
-    assert first == ["kind", "k-means ACC", "NMI", "kNN 20", "linear", "kNN held out", *first[6:]]
+    assert first == ["kind", "cluster ACC", "NMI", "kNN 20", "linear", "kNN held out", *first[6:]]
     assert first[6:] == ["dim", "side", "MB", "minutes", "images/s"]
     if width < 400:
         assert {"clean error", "kNN held out"} <= {heading[0] for heading in headings}
@@ -197,7 +203,7 @@ def test_the_first_table_says_what_an_encoder_is_worth_and_costs(here: Path) -> 
 
 def test_evaluation_curves_are_those_of_the_metrics(here: Path) -> None:
     found = {panel.title: panel for panel in report.evaluation_curves(["pixels", "swav"])}
-    assert list(found) == ["k-means ACC", "NMI", "kNN, τ = 0.07", "kNN, τ = 0.1"]
+    assert list(found) == ["cluster ACC", "NMI", "kNN, τ = 0.07", "kNN, τ = 0.1"]
     clusters, linear = (comparison.stage_metrics(stage, "swav") for stage in ("cluster", "linear"))
     scores = {3: clusters} | {int(k): scores for k, scores in clusters["other_k"].items()}
     assert found["NMI"].lines["swav"] == [(k, each["nmi"]["mean"], each["nmi"]["std"]) for k, each in scores.items()]
@@ -216,7 +222,7 @@ def test_without_labels_accuracies_are_absent_and_everything_else_is_there(
     for grid in adaptation_plots.INDICATORS.values():
         assert text.count(f"<caption>{grid}</caption>") == 4, "reset and continual, of both encoders"
     assert "Error, percent" not in text
-    assert [panel.title for panel in report.evaluation_curves(["pixels", "swav"])] == ["silhouette"]
+    assert [panel.title for panel in report.evaluation_curves(["pixels", "swav"])] == []
     layout.metrics("linear", "swav").unlink()
     with pytest.raises(SystemExit, match="2"):
         small_run.run("report", monkeypatch)

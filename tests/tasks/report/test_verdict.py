@@ -94,9 +94,9 @@ def test_where_all_are_right_nobody_is_told_not_to_work() -> None:
         return row(name, acc=acc, acc_std=0.0, knn20=1.0, linear=1.0)
 
     rows = [perfect("pixels", 1.0), perfect("random", 0.5), perfect("swav", 1.0)]
-    assert verdict.on_test(rows) == ["swav and the baselines both reach 1.000 in k-means ACC, kNN 20 and linear."]
+    assert verdict.on_test(rows) == ["swav and the baselines both reach 1.000 in cluster ACC, kNN 20 and linear."]
     assert verdict.on_test([perfect("pixels", 0.5), *rows[1:]])[-1] == (
-        "swav beats pixels and random in k-means ACC; both reach 1.000 in kNN 20 and linear."
+        "swav beats pixels and random in cluster ACC; both reach 1.000 in kNN 20 and linear."
     )
 
 
@@ -107,14 +107,14 @@ def test_each_score_is_judged_by_itself() -> None:
     rows = [row("pixels", 0.8, 0.8, 0.5), row("random", 0.7, 0.7, 0.3), row("moco", 0.75, 0.8, 0.4)]
     rows += [row("swav", 0.8, 0.9, 0.6), row("pcl", 0.9, 0.9, 0.51), row("simsiam", 0.6, 0.9, 0.2)]
     assert verdict.on_test(rows) == [
-        "moco does NOT beat the baselines in k-means ACC (.400 ± .020 against .500 ± .020 of pixels), kNN 20 (.750 "
+        "moco does NOT beat the baselines in cluster ACC (.400 ± .020 against .500 ± .020 of pixels), kNN 20 (.750 "
         "against .800 of pixels) and linear (.800 against .800 of pixels): it is not working on this data.",
-        "swav beats pixels and random in k-means ACC and linear, but NOT in kNN 20 (.800 against .800 of pixels).",
-        "pcl beats pixels and random in k-means ACC (by less than the deviation over seeds), kNN 20 and linear.",
-        "simsiam beats pixels and random in linear, but NOT in k-means ACC (.200 ± .020 against .500 ± .020 of pixels "
+        "swav beats pixels and random in cluster ACC and linear, but NOT in kNN 20 (.800 against .800 of pixels).",
+        "pcl beats pixels and random in cluster ACC (by less than the deviation over seeds), kNN 20 and linear.",
+        "simsiam beats pixels and random in linear, but NOT in cluster ACC (.200 ± .020 against .500 ± .020 of pixels "
         "and .300 ± .020 of random) and kNN 20 (.600 against .800 of pixels and .700 of random).",
     ]
     assert verdict.on_test(rows[1:3])[0].startswith("The baseline pixels is not in `encoders`")
     frozen = [row("pixels", 0.8, 0.8, 0.5), row("pretrained", 0.9, 0.9, 0.9)]
-    assert verdict.on_test(frozen) == ["pretrained beats pixels in k-means ACC, kNN 20 and linear."], "no random net"
+    assert verdict.on_test(frozen) == ["pretrained beats pixels in cluster ACC, kNN 20 and linear."], "no random net"
     assert "No test image has a label" in verdict.on_test([row("pixels", None, None), row("swav", None, None)])[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from deepclust.config import Config
-from tasks.shared.operations.params.schema import Adapt, Params, Pretrain
+from tasks.shared.operations.params.schema import Adapt, Cluster, Params, Pretrain
 
 
 def members(path: Sequence[str], encoders: Any) -> set[Any]:
@@ -35,7 +35,7 @@ def _below(kind: Any, part: str, encoders: Any) -> Iterator[Any]:
         field = kind.__pydantic_fields__.get(part)  # type: ignore[attr-defined]
         if field is not None and part != "sections":
             yield field.annotation
-        elif issubclass(kind, Pretrain | Adapt):
+        elif issubclass(kind, Pretrain | Cluster | Adapt):
             yield from _section(kind, part, encoders)
         elif part == "method":  # an encoder's section may state it
             yield str
@@ -46,13 +46,19 @@ def _below(kind: Any, part: str, encoders: Any) -> Iterator[Any]:
 
 
 def _section(kind: type[Config], name: str, encoders: Any) -> Iterator[type[Config]]:
-    """The class of a section's options; the modules of methods and adapters are imported when they are asked for."""
+    """The class of a section's options; modules of methods, algorithms and adapters are imported when asked for."""
     from deepclust.adaptation import ADAPTERS, fine_tuning
     from deepclust.adaptation.base import LearnerConfig
+    from deepclust.clustering import algorithms, how_many
     from deepclust.methods import METHODS, config_class
     from deepclust.methods.parts.options import Shared
 
-    if issubclass(kind, Adapt):
+    if issubclass(kind, Cluster):
+        if name == "how_many":
+            yield how_many.Config
+        elif name in algorithms.ALGORITHMS:
+            yield algorithms.config_class(name)
+    elif issubclass(kind, Adapt):
         adapters = {each: adapter.config_class for each, adapter in ADAPTERS.items()}
         yield from filter(None, [{**adapters, "shared": LearnerConfig, "fine_tune": fine_tuning.Config}.get(name)])
     elif name == "shared":

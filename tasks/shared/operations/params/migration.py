@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml.comments import CommentedMap
 
+from deepclust.config import as_dict
 from deepclust.errors import ConfigError
 from tasks.shared.operations.params import overrides
 
@@ -18,8 +19,6 @@ _NEW: dict[str, Any] = {
     "data.pages": "first",
     "data.bands": [],
     "data.follow_links": False,
-    "cluster.restarts": 1,
-    "cluster.engine": "faiss",
     "adapt.encoders": "auto",
     "adapt.budget": None,
     "pretrain.pcl.kmeans_engine": "faiss",
@@ -125,4 +124,62 @@ def _new_keys(document: Any, whole: bool) -> Iterator[str]:
                 yield f"pretrain.{name}.kmeans_engine: new, {_NEW[template]}"
 
 
-_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (_encoders, _image_size, _sizes_of_pretrained, _new_keys)
+# What was done before there were other algorithms; the new keys of `cluster` come before `normalise`.
+_CLUSTER: dict[str, Any] = {"algorithms": ["kmeans"], "primary": "auto", "reject": 0.0, "duplicates": "keep"}
+_KMEANS = {"iterations": None, "restarts": 1, "engine": "faiss"}
+
+
+def _clustering(document: Any, whole: bool) -> Iterator[str]:
+    """k-means is one algorithm of several, with a section; the rule for k without labels is an estimate."""
+    cluster = document.get("cluster")
+    if not isinstance(cluster, CommentedMap):
+        return
+    moved = {key: cluster.pop(key) for key in _KMEANS if key in cluster}
+    if moved:
+        if "kmeans" not in cluster:
+            cluster.insert(max(0, len(cluster) - 1), "kmeans", CommentedMap())
+        section = cluster["kmeans"]
+        for key, value in moved.items():
+            section[key] = value
+            yield f"cluster.{key}: now cluster.kmeans.{key}"
+    earlier = "algorithms" not in cluster
+    if earlier and cluster.get("k") == "auto":
+        cluster["k"] = "classes"
+        yield (
+            "cluster.k: now classes, the number of classes; where there are none it is estimated, and no longer "
+            "sqrt(images / 2); auto estimates it in any case"
+        )
+    if earlier and cluster.get("other_k"):
+        yield "cluster.other_k: no longer fits of their own, but cuts of one tree of clusters"
+    if whole:
+        for key, value in _CLUSTER.items():
+            yield from _add(cluster, "cluster", key, value)
+        yield from _algorithms(cluster)
+
+
+def _algorithms(cluster: CommentedMap) -> Iterator[str]:
+    """The sections of the estimate and of every algorithm state every option."""
+    from deepclust.clustering import algorithms, how_many
+
+    kinds = {"how_many": how_many.Config} | {name: algorithms.config_class(name) for name in algorithms.ALGORITHMS}
+    for name, kind in kinds.items():
+        if name not in cluster:
+            cluster.insert(max(0, len(cluster) - 1), name, CommentedMap())  # as in `_add`
+        section = cluster[name]
+        if not isinstance(section, CommentedMap):
+            continue
+        missing = {key: value for key, value in as_dict(kind()).items() if key not in section}
+        if name == "kmeans":
+            missing |= {key: value for key, value in _KMEANS.items() if key in missing and value is not None}
+        section.update(missing)
+        if missing:
+            yield f"cluster.{name}: new, {', '.join(f'{key} {value}' for key, value in missing.items())}"
+
+
+_STEPS: tuple[Callable[[Any, bool], Iterator[str]], ...] = (
+    _encoders,
+    _image_size,
+    _sizes_of_pretrained,
+    _clustering,
+    _new_keys,
+)

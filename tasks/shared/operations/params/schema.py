@@ -1,7 +1,7 @@
 """All of params.yaml, one class a section.
 
-The options of methods and adapters are in the `Config` of each one's file. They are read on demand, so that a stage
-loads only code that its outputs depend on; `Params.check` reads them all.
+The options of methods, clustering algorithms and adapters are in the `Config` of each one's file. They are read on
+demand, so that a stage loads only code that its outputs depend on; `Params.check` reads them all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from deepclust.config import (
     Count,
     Flag,
     Folder,
+    Fraction,
     MaxPixels,
     Name,
     Natural,
@@ -44,6 +45,7 @@ from deepclust.errors import ConfigError
 if TYPE_CHECKING:
     from deepclust.adaptation import fine_tuning
     from deepclust.adaptation.base import AdapterConfig
+    from deepclust.clustering import how_many
     from deepclust.methods.parts.options import Shared
 
 _C = TypeVar("_C", bound=Config)
@@ -169,27 +171,68 @@ class Embed(Config):
 
 
 @config
-class Cluster(Config):
-    """k-means on the embeddings."""
+class Cluster(_WithSections):
+    """Clustering of the embeddings; its sections are `how_many`, and one for each algorithm."""
 
-    k: Several | Auto
-    """The primary k; auto: the number of classes, without labels sqrt(images / 2), at most 100 and all images."""
+    algorithms: Annotated[tuple[str, ...], NotEmpty]
+    """Algorithms that run side by side; docs/clusters.md has all."""
+    primary: str
+    """Which of them everything after uses; auto: the one that the label-free choice prefers."""
+    k: Several | Literal["auto", "classes"]
+    """Number of clusters; auto: an estimate without labels; classes: that of the classes, without any as auto."""
     other_k: tuple[Several, ...]
-    """Further numbers of clusters to measure."""
+    """Further numbers of clusters: cuts of one tree, of which the clustering at k is a cut, too."""
     seeds: Count
-    """How often k-means is fitted; metrics are means, the clusters shown are those of the lowest inertia."""
-    restarts: Count | Auto
-    """Runs of each fit, of which the one of the lowest inertia counts; auto: 50,000 / images, from 1 to 5."""
-    iterations: Count
-    """Most Lloyd iterations."""
-    engine: Literal["faiss", "torch"]
-    """What searches for the nearest centroids; torch also stands in where faiss is not installed."""
+    """How often each algorithm is fitted; metrics are means, the clusters shown are of the fit most like the others."""
+    reject: Fraction
+    """Share of the training images that are too unsure to belong to any cluster; what is as unsure has none either."""
+    duplicates: Literal["keep", "first"]
+    """Copies among the training images: keep all, or fit on the first of each group."""
     normalise: Flag
     """Whether features are brought to unit length first."""
     silhouette_images: AtLeastTen
     """Images that the silhouette is computed on."""
     gallery_images: Count
     """The most central images of each cluster on its contact sheet."""
+
+    def _check(self) -> None:
+        if len(set(self.algorithms)) < len(self.algorithms):
+            raise ValueError(f"algorithms must be distinct, got {list(self.algorithms)}")
+        if self.primary not in ("auto", *self.algorithms):
+            raise ValueError(
+                f"primary: expected auto or one of algorithms ({', '.join(self.algorithms)}), got {self.primary!r}; "
+                "name it there, too"
+            )
+
+    def algorithm(self, name: str) -> Config:
+        """The options of an algorithm. Raises: ConfigError."""
+        from deepclust.clustering import algorithms
+
+        return self.section(name, algorithms.config_class(name), "cluster")
+
+    def how_many(self) -> how_many.Config:
+        """The options of the estimate of k. Raises: ConfigError."""
+        from deepclust.clustering import how_many
+
+        return self.section("how_many", how_many.Config, "cluster")
+
+    def complete(self) -> dict[str, Config]:
+        """The options of `how_many` and of each algorithm that has a section."""
+        found = {name: self.algorithm(name) for name in self.sections if name != "how_many"}
+        return {"how_many": self.how_many(), **found}
+
+    def check(self) -> None:
+        """Read every section, and compare names with what there is. Raises: ConfigError."""
+        from deepclust.clustering.algorithms import ALGORITHMS
+
+        names = ["how_many", *ALGORITHMS]
+        for name in self.sections:
+            if name not in names:
+                raise ConfigError(f"cluster.{name}: unknown parameter{hint(name, [*names, *self.own()])}")
+        _check_names("cluster.algorithms", self.algorithms, ALGORITHMS)
+        self.how_many()
+        for name in ALGORITHMS:
+            self.algorithm(name)
 
 
 @config
@@ -315,7 +358,7 @@ class Params(Config):
         return value
 
     def check(self) -> None:
-        """Read what is read on demand: all sections of methods and adapters. Raises: ConfigError."""
+        """Read what is read on demand: sections of methods, algorithms and adapters. Raises: ConfigError."""
         known = self.pretrain.encoders()
         for name in self.encoders:
             if name not in known:
@@ -327,6 +370,7 @@ class Params(Config):
         for name in known:
             self.options(name)
             self.image_size(name)
+        self.cluster.check()
         self.adapt.check()
         if self.adapt.encoders != "auto":
             _check_names("adapt.encoders", self.adapt.encoders, self.encoders)
@@ -339,6 +383,7 @@ class Params(Config):
         adapters = {name: as_dict(options) for name, options in self.adapt.complete().items()}
         return as_dict(self) | {
             "pretrain": self.pretrain.own() | {"shared": network} | sections,
+            "cluster": self.cluster.own() | {name: as_dict(each) for name, each in self.cluster.complete().items()},
             "adapt": self.adapt.own() | adapters,
         }
 

@@ -32,8 +32,8 @@ def show(values: Params, encoder: str | None, out: TextIO) -> None:
         found["pretrain"]["shared"] = network
         for name in values.pretrain.encoders():
             found["pretrain"][name] = _section(values, name)
-        for name, options in values.adapt.complete().items():
-            found["adapt"][name] = _commented(options)
+        for part, sections in (("cluster", values.cluster), ("adapt", values.adapt)):
+            found[part].update({name: _commented(options) for name, options in sections.complete().items()})
     text = io.StringIO()
     overrides.round_trip().dump(found, text)
     out.write(re.sub(r"^(.*\S) +# ", r"\1  # ", text.getvalue(), flags=re.MULTILINE))

@@ -35,7 +35,6 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
     assert lines == [
         "encoders: now a mapping of each encoder to its method",
         "pretrain.mine.method: now encoders.mine",
-        "cluster.engine: new, faiss",
         "adapt.encoders: new, auto",
         "adapt.budget: new, null",
         "pretrain.pcl.kmeans_engine: new, faiss",
@@ -53,6 +52,30 @@ def test_every_moved_key_has_a_line_and_the_rest_stays(earlier: Path) -> None:
     )
     assert after["pretrain"]["swav"] == before["pretrain"]["swav"]
     assert migration.migrate(earlier) == ([], "")
+
+
+def test_k_means_becomes_one_algorithm_of_several_and_the_rule_for_k_an_estimate(tmp_path: Path) -> None:
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text(encoding="utf-8")
+    before, after = text[: text.index("cluster:")], text[text.index("linear:") :]
+    earlier = (
+        "cluster:\n  k: auto  # the primary k\n  other_k: [5, 20]\n  seeds: 10\n  restarts: auto\n  iterations: 30\n"
+    )
+    path.write_text(f"{before}{earlier}  normalise: false\n  silhouette_images: 50\n  gallery_images: 4\n\n{after}")
+    with pytest.raises(ConfigError, match=r"^cluster.algorithms: missing, .*`python -m tasks.params migrate` adds"):
+        params.load(path)
+    lines, _ = migration.migrate(path)
+    assert [line for line in lines if not line.startswith("cluster.") or ": new" not in line] == [
+        "cluster.iterations: now cluster.kmeans.iterations",
+        "cluster.restarts: now cluster.kmeans.restarts",
+        "cluster.k: now classes, the number of classes; where there are none it is estimated, and no longer "
+        "sqrt(images / 2); auto estimates it in any case",
+        "cluster.other_k: no longer fits of their own, but cuts of one tree of clusters",
+    ]
+    cluster = params.load(path).cluster
+    assert (cluster.algorithms, cluster.k, cluster.reject, cluster.duplicates) == (("kmeans",), "classes", 0, "keep")
+    options = cluster.algorithm("kmeans")
+    assert (options.iterations, options.restarts, options.engine) == (30, "auto", "faiss")
+    assert migration.migrate(path) == ([], "")
 
 
 @pytest.mark.parametrize(("size", "pixels"), [("auto", 64), ("96", 96)])
@@ -130,7 +153,7 @@ def test_the_command_shows_lines_and_diff_and_a_broken_file_stays(
     shutil.copy(earlier, "other.yaml")
     monkeypatch.setattr("sys.argv", ["params", "migrate", "other.yaml"])
     command.main()
-    assert "cluster.engine: new, faiss\n" in capsys.readouterr().out
+    assert "adapt.budget: new, null\n" in capsys.readouterr().out
     broken = earlier.read_text(encoding="utf-8").replace("seed: 0", "seed: none")
     earlier.write_text(broken, encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["params", "migrate"])

@@ -41,7 +41,7 @@ def test_only_the_named_line_changes_and_the_diff_says_so(file: Path) -> None:
 def test_a_comment_stays_as_far_behind_the_value_as_it_was(file: Path) -> None:
     overrides.apply(["cluster.seeds=3", "data.folder=some/longer/path"], file)
     text = file.read_text()
-    assert "\n  seeds: 3  # k-means is fitted" in text
+    assert "\n  seeds: 3  # each algorithm" in text
     assert "\n  folder: some/longer/path  # the images" in text
 
 
