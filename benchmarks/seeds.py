@@ -33,6 +33,8 @@ COLUMNS = {
     "ACC": ("cluster", "acc"),
     "NMI": ("cluster", "nmi"),
     "ARI": ("cluster", "ari"),
+    "k-means ACC": ("cluster", "algorithms", "kmeans", "acc"),
+    "k-means NMI": ("cluster", "algorithms", "kmeans", "nmi"),
     "kNN 20": ("linear", "knn"),
     "linear": ("linear", "linear"),
     "kNN held out": ("linear", "knn_heldout"),
@@ -110,10 +112,11 @@ def chain(root: Path, encoder: str) -> None:
         run(root, stage, encoder)
 
 
-def number(root: Path, encoder: str, stage: str, name: str) -> float | None:
+def number(root: Path, encoder: str, stage: str, *names: str) -> float | None:
     """A metric of a workspace, or None where there were no labels."""
-    values: dict[str, Any] = json.loads((root / layout.metrics(stage, encoder)).read_text(encoding="utf-8"))
-    value = values.get(name)
+    value: Any = json.loads((root / layout.metrics(stage, encoder)).read_text(encoding="utf-8"))
+    for name in names:
+        value = (value or {}).get(name)
     return value["mean"] if isinstance(value, dict) else value
 
 
