@@ -56,8 +56,12 @@ class Inspected:
         groups, images = self.copies.between()
         if not groups:
             return ""
-        what = "1 test image has a copy" if images == 1 else f"{images:,} test images have copies"
-        return f"{what} among the training images: scores on test are too good (duplicates.csv names them)"
+        test = len(self.copies.groups) - self.copies.train
+        have = "has a copy" if images == 1 else "have copies"
+        return (
+            f"{images:,} of {test:,} test images {have} among the training images (duplicates.csv): "
+            f"scores on test may be too good by {images / test:.2g}"
+        )
 
     def write(self, here: stage.Here, splits: Mapping[str, prepared.Split]) -> None:
         """Tables of all that was found, and pictures of its beginning."""

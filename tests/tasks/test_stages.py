@@ -190,7 +190,8 @@ def test_copies_between_train_and_test_are_counted_named_and_warned_of_and_may_b
         ("0", "train", "7"),
         ("0", "test", "2"),
     ]
-    assert "1 test image has a copy among the training images" in capsys.readouterr().err
+    test = len(images["test"])
+    assert f"1 of {test} test images has a copy among the training images (duplicates.csv)" in capsys.readouterr().err
     assert fitted == [len(images["train"]) - 1]
 
 
