@@ -66,6 +66,22 @@ def test_what_fails_on_one_process_fails_on_all() -> None:
     assert processes.pool(2).run(_one_fails) == ["PeerError", "ValueError"]
 
 
+def _alone() -> tuple[int, int, float, list[int]]:
+    with distributed.together():
+        if distributed.rank() == 1:  # process 0 makes no call that this one could wait for
+            with distributed.alone():
+                rows = torch.arange(3)
+                own = (distributed.processes(), distributed.rank(), float(distributed.all_sum(rows).sum()))
+                assert distributed.share(3) == slice(0, 3)
+        else:
+            own = (0, 0, 0.0)
+    return *own, distributed.gather(torch.tensor([distributed.rank()])).tolist()
+
+
+def test_work_of_one_process_alone_waits_for_nobody_and_afterwards_all_are_there_again() -> None:
+    assert processes.pool(2).run(_alone) == [(0, 0, 0.0, [0, 1]), (1, 0, 3.0, [0, 1])]
+
+
 def _texts(lengths: list[int]) -> list[bytes]:
     return distributed.gather_bytes(random.Random(distributed.rank()).randbytes(lengths[distributed.rank()]))
 
