@@ -11,8 +11,10 @@ buckets anew after the first step of a process.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
@@ -52,28 +54,26 @@ def group(*, seconds: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-_alone = False
+_alone = threading.local()  # `here`: whether this thread works as if there were no other process
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Work of this process alone: inside, there are no others, so that nothing waits for them or sums over them."""
-    global _alone
-    before, _alone = _alone, True
+def _without_others() -> Iterator[None]:
+    _alone.here = True
     try:
         yield
     finally:
-        _alone = before
+        _alone.here = False
 
 
 def processes() -> int:
     """Number of processes of this run."""
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    return dist.get_world_size() if dist.is_initialized() and not getattr(_alone, "here", False) else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    return dist.get_rank() if dist.is_initialized() and not getattr(_alone, "here", False) else 0
 
 
 def local_rank() -> int:
@@ -210,6 +210,36 @@ def together(*, every: float = 60.0) -> Iterator[Callable[[], None]]:
         raise
     while _meet(at_work=False):
         pass
+
+
+@contextmanager
+def by_main(*, every: float = 60.0) -> Iterator[bool]:
+    """Work that the main process does as if there were no others, which wait for it however long it takes.
+
+    Args:
+        every: Seconds between two signs that it is still at work; a fraction of what the group waits.
+
+    Yields:
+        Whether this is the main process. The others have nothing to do in the body.
+
+    Raises:
+        PeerError: As `together`.
+    """
+    main, over = is_main(), threading.Event()
+    with together(), ThreadPoolExecutor(1) as thread:
+        beats = thread.submit(_beat, over, every) if main and processes() > 1 else None
+        try:
+            with _without_others():
+                yield main
+        finally:
+            over.set()
+        if beats:
+            beats.result()
+
+
+def _beat(over: threading.Event, every: float) -> None:
+    while not over.wait(every):
+        _meet(at_work=True)
 
 
 def _meet(*, at_work: bool) -> bool:

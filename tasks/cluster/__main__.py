@@ -35,16 +35,16 @@ def main() -> None:
         points = {split: _points(rows, options) for split, rows in features.items()}
         _say_what_searches(options, here.encoder)
         everything, inspected = Points(points["train"]), None
-        with distributed.together():
-            if distributed.is_main():
+        with distributed.by_main() as main:
+            if main:
                 inspected = inspecting.inspect(here, everything, points["test"])
         kept = _kept(inspected, len(everything), options)
         fitted_on = everything if kept is None else Points(everything.features[kept])
         k, estimate = counting.wanted(here, fitted_on)
         chosen = {name: options.algorithm(name) for name in options.algorithms}
         fits = fitting.fit(fitted_on, points["train"], k, chosen, seeds=options.seeds, seed=seed)
-        with distributed.together(), distributed.alone():
-            if inspected is not None:  # on the main process
+        with distributed.by_main():
+            if inspected is not None:  # which it is on the main process
                 _report(here, fits, k, estimate, features, points, inspected)
 
 

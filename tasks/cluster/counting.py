@@ -32,8 +32,8 @@ def wanted(here: stage.Here, points: Points) -> tuple[int, Estimate | None]:
     if options.k == "classes" and classes >= 2:
         return min(classes, count), None
     estimate, found = None, torch.zeros(1, dtype=torch.int64, device=default_device())
-    with distributed.together():
-        if distributed.is_main():
+    with distributed.by_main() as main:
+        if main:
             estimate = how_many.estimate(points.features, options.how_many(), seed=here.params.seed)
             found += estimate.k
             for line in told(estimate):

@@ -59,13 +59,9 @@ def fit(
         if name in _SHARDED:
             found[name] = [_fitted(name, problem, options, everything) for problem in problems]
             continue
-        with distributed.together() as heartbeat:
-            if distributed.is_main():
-                found[name] = []
-                for problem in problems:
-                    with distributed.alone():
-                        found[name].append(_fitted(name, problem, options, everything))
-                    heartbeat()
+        with distributed.by_main() as main:
+            if main:
+                found[name] = [_fitted(name, problem, options, everything) for problem in problems]
                 say(f"{name}: {seeds} fits of {k} clusters")
     return found
 

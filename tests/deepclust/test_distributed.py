@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deepclust import distributed, seeding
 from deepclust.errors import ConfigError, PeerError
 from tests import processes
+from tests.pipelines import eventually
 
 
 def _rows(count: int, *shape: int) -> Tensor:
@@ -66,20 +67,45 @@ def test_what_fails_on_one_process_fails_on_all() -> None:
     assert processes.pool(2).run(_one_fails) == ["PeerError", "ValueError"]
 
 
-def _alone() -> tuple[int, int, float, list[int]]:
-    with distributed.together():
-        if distributed.rank() == 1:  # process 0 makes no call that this one could wait for
-            with distributed.alone():
+def _by_main(beats: Path) -> tuple[list[float], list[int]]:
+    """What the main process sees while the other waits; and afterwards the ranks of all."""
+    own: list[float] = []
+    meet = distributed._meet
+
+    def counted(*, at_work: bool) -> bool:
+        if at_work:
+            beats.write_text(beats.read_text() + "." if beats.exists() else ".")
+        return meet(at_work=at_work)
+
+    distributed._meet = counted
+    try:
+        with distributed.by_main(every=0.05) as main:
+            if main:
+                assert eventually(lambda: beats.exists() and len(beats.read_text()) > 2, 20)
                 rows = torch.arange(3)
-                own = (distributed.processes(), distributed.rank(), float(distributed.all_sum(rows).sum()))
                 assert distributed.share(3) == slice(0, 3)
-        else:
-            own = (0, 0, 0.0)
-    return *own, distributed.gather(torch.tensor([distributed.rank()])).tolist()
+                own = [distributed.processes(), distributed.rank(), float(distributed.all_sum(rows).sum())]
+    finally:
+        distributed._meet = meet
+    return own, distributed.gather(torch.tensor([distributed.rank()])).tolist()
 
 
-def test_work_of_one_process_alone_waits_for_nobody_and_afterwards_all_are_there_again() -> None:
-    assert processes.pool(2).run(_alone) == [(0, 0, 0.0, [0, 1]), (1, 0, 3.0, [0, 1])]
+def test_the_others_wait_while_the_main_process_works_as_if_it_were_alone(tmp_path: Path) -> None:
+    assert processes.pool(2).run(_by_main, tmp_path / "beats") == [([1, 0, 3.0], [0, 1]), ([], [0, 1])]
+
+
+def _main_fails() -> str:
+    try:
+        with distributed.by_main(every=0.01) as main:
+            if main:
+                raise ValueError("mine")
+    except (ValueError, PeerError) as error:
+        return type(error).__name__
+    return "none"
+
+
+def test_what_fails_on_the_main_process_alone_fails_on_all() -> None:
+    assert processes.pool(2).run(_main_fails) == ["ValueError", "PeerError"]
 
 
 def _texts(lengths: list[int]) -> list[bytes]:
