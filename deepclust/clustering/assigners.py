@@ -52,7 +52,7 @@ class Assigner(ABC):
         """The most probable cluster (N,) int64 of each point, of equally probable ones the first."""
         found = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
         for rows, part in zip(torch.split(points_ND, _ROWS), torch.split(found, _ROWS), strict=True):
-            part.copy_(first_of_largest(self.logits(rows)))
+            part.copy_(self.logits(rows).argmax(dim=1))  # of equals the first
         return found
 
 
@@ -210,12 +210,7 @@ def classifier(points_ND: Tensor, clusters_N: Tensor, k: int) -> Layers:
         k: Number of clusters.
     """
     known = clusters_N >= 0
-    (found,) = probing.fit_linear(
-        points_ND[known], clusters_N[known], classes=k, weight_decays=[_DECAY], iterations=_ITERATIONS
-    )
+    if not known.all():  # else no copy is needed
+        points_ND, clusters_N = points_ND[known], clusters_N[known]
+    (found,) = probing.fit_linear(points_ND, clusters_N, classes=k, weight_decays=[_DECAY], iterations=_ITERATIONS)
     return Layers([(found.weight, found.bias)])
-
-
-def first_of_largest(logits_NK: Tensor) -> Tensor:
-    """argmax (N,) int64, which torch promises of no particular one of equals."""
-    return (logits_NK == logits_NK.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepclust.clustering import neighbours
 from deepclust.clustering.neighbours import Neighbours
 
-MOST_NEIGHBOURS = 30
+USUAL = 15  # neighbours that algorithms ask for by default
 
 
 class Points:
@@ -40,7 +40,7 @@ class Points:
         Searched for once, with as many neighbours as any algorithm asks for by default.
         """
         if self._graph is None or count > self._graph.indices.shape[1]:
-            self._graph = neighbours.graph(self.features, max(count, MOST_NEIGHBOURS))
+            self._graph = neighbours.graph(self.features, max(count, USUAL))
         return Neighbours(self._graph.indices[:, :count], self._graph.similarities[:, :count], self._graph.recall)
 
 

@@ -127,14 +127,14 @@ class Clusters:
 
     def _judge(self, points: Tensor) -> Judged:
         logits = self.assigner.logits(points)
-        clusters, chances = assigners.first_of_largest(logits), logits.softmax(1)
+        clusters, chances = logits.argmax(dim=1), logits.softmax(1)
         own = chances.gather(1, clusters[:, None])[:, 0]
         second = chances.scatter(1, clusters[:, None], 0).amax(1)
         given, same = [own], []
         for refit, matching in self.refits:
             logits, wanted = refit.logits(points), matching[clusters]
             given.append(logits.softmax(1).gather(1, wanted[:, None])[:, 0])
-            same.append(assigners.first_of_largest(logits) == wanted)
+            same.append(logits.argmax(dim=1) == wanted)
         distances = (points.double() - self.centroids[clusters].double()).norm(dim=1).float()
         agreements = torch.stack(same).float().mean(0) if same else torch.full_like(own, torch.nan)
         chance, neighbours = torch.stack(given).mean(0), torch.full_like(own, torch.nan)
@@ -223,7 +223,7 @@ def _fitted(folder: Path, dim: int) -> dict[str, Any]:
 
     def numbers(name: str, count: int) -> Tensor:
         found = tensors.get(name, torch.empty(0))
-        if found.shape != (count,) or found.dtype != torch.int64 or found.min() < 0 or found.max() >= k:
+        if found.shape != (count,) or found.dtype != torch.int64 or not ((found >= 0) & (found < k)).all():
             raise CheckpointError(f"expected {count} numbers of clusters as {name}")
         return found
 
@@ -231,7 +231,7 @@ def _fitted(folder: Path, dim: int) -> dict[str, Any]:
         points = tensors.get("bank.points")
         if points is None:
             return None
-        if points.ndim != 2 or points.shape[1] != dim or points.dtype != torch.float32:
+        if points.ndim != 2 or not len(points) or points.shape[1] != dim or points.dtype != torch.float32:
             raise CheckpointError(f"expected points of {dim} features as bank.points, got {(*points.shape,)}")
         return Bank(points, numbers("bank.clusters", len(points)))
 

@@ -31,6 +31,7 @@ from deepclust.config import Count, Positive, config
 _DIM = 128  # most dimensions of the inputs
 _ROWS = 1 << 13  # points that are looked at at once
 ATTEMPTS = 3  # seeds that are tried where heads collapse
+_MOST_NUMBERS = 1 << 26  # probabilities of a step, of all heads: fewer heads are trained from some 500 clusters on
 _PER_CLUSTER = 16  # points of a batch, at least: its marginal is taken for that of all points
 _JUDGED = 5  # the last 1/5 of the steps tells which head is best
 _SAMPLE, _SAMPLE_PER_CLUSTER = 10_000, 100  # points from which a head's start is found, at least
@@ -144,7 +145,7 @@ def start(inputs: Inputs, k: int, options: HeadConfig, seed: int) -> Heads:
     Each k-means has a sample and an initialisation of its own; all spectral ones share a sample and its eigenvectors.
     """
     layers, embedded = [], None
-    for head in range(options.heads):
+    for head in range(min(options.heads, max(1, _MOST_NUMBERS // (_batch(options, k) * k)))):
         by_graph = head % 2 == 1 and k <= _SPECTRAL
         order = torch.randperm(len(inputs.points), generator=seeding.generator("start", seed, 0 if by_graph else head))
         sample = inputs.points[order[: max(_SAMPLE, _SAMPLE_PER_CLUSTER * k)].to(inputs.points.device)]
@@ -156,6 +157,11 @@ def start(inputs: Inputs, k: int, options: HeadConfig, seed: int) -> Heads:
         layers.append(_nearest_mean(sample, found.assignments.to(sample.device), k))
     weights, biases = zip(*layers, strict=True)
     return Heads(torch.stack(weights), torch.stack(biases))
+
+
+def _batch(options: HeadConfig, k: int) -> int:
+    """Points of a step."""
+    return max(options.batch, _PER_CLUSTER * k)
 
 
 def _nearest_mean(points: Tensor, clusters: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -223,7 +229,7 @@ def train(
         Each head's mean loss (H,) over the last steps.
     """
     count, k = len(points), objective.heads.bias.shape[1]
-    batch = max(options.batch, _PER_CLUSTER * k)
+    batch = _batch(options, k)
     optimiser = torch.optim.Adam(objective.heads.parameters(), lr=options.learning_rate)
     judged = max(1, options.steps // _JUDGED)
     total = torch.zeros(len(objective.heads.bias), device=points.device)

@@ -55,6 +55,12 @@ class Config(options.Config):
     perplexity: Positive = 60.0
     """Neighbours that count in the plane."""
 
+    def _check(self) -> None:
+        if self.most != "auto" and self.least > self.most:
+            raise ValueError(
+                f"least: expected at most {self.most}, as most is, got {self.least}; lower it or raise most"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -101,8 +107,9 @@ class Estimate:
 def estimate(features_ND: Tensor, options: Config, *, seed: int) -> Estimate:
     """Estimate the number of clusters.
 
-    Where there are fewer than 10 points, or all have one direction, the answer is 1, with the reason. A range that is
-    wider than the data ends at the number of distinct points, and one cluster below the points of a subsample.
+    Where there are fewer than 10 points, or all of some subsample have one direction, the answer is 1, with the reason.
+    A range that is wider than the data ends at the number of distinct points, and one cluster below the points of a
+    subsample.
 
     Args:
         features_ND: float32, finite, at least one.
@@ -115,7 +122,7 @@ def estimate(features_ND: Tensor, options: Config, *, seed: int) -> Estimate:
         return Estimate(k=1, reason=f"there are fewer than {_LEAST} images")
     subsamples = [_Subsample(points, options.perplexity, seed, number) for number in range(options.subsamples)]
     if any(subsample.collapsed for subsample in subsamples):
-        return Estimate(k=1, reason="the features of all images have one direction")
+        return Estimate(k=1, reason="the features of nearly all images have one direction")
     most = min(_most(options, len(subsamples[0].members)), len(torch.unique(points, dim=0)))
     least = min(options.least, most)
     trials = {k: _Trial(subsamples, k, len(points)) for k in _steps(least, most)}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -162,25 +161,6 @@ class Tree:
             if len(rows):
                 found[rows] = leaves[kmeans.assign(points_ND[rows], self.centroids[leaves])[0]]
         return found
-
-    def structure(self, count: int) -> dict[str, Any]:
-        """The top of the tree in plain numbers, for a report: nested `{"size", "height", "children"}`.
-
-        The ends are the clusters of `cut(count)`, which have `cluster`, their number there, instead of children.
-        """
-        cut = self.cut(count)
-        names = self._names(self.leaves - count)
-        nodes: dict[int, dict[str, Any]] = {
-            int(name): {"cluster": number, "size": int(cut.sizes[number]), "height": 0.0}
-            for number, name in enumerate(torch.unique(names).tolist())
-        }
-        firsts = self._firsts()
-        for merge in range(self.leaves - count, self.leaves - 1):
-            one, other = sorted(int(firsts[node]) for node in self.merges[merge].tolist())
-            parts = [nodes.pop(one), nodes.pop(other)]
-            height = float(self.heights[merge])
-            nodes[one] = {"size": sum(part["size"] for part in parts), "height": height, "children": parts}
-        return nodes[0]
 
     def _firsts(self) -> NDArray[np.int64]:
         """The least leaf of each node."""

@@ -89,7 +89,7 @@ def _report(
         told[name] = fitting.information(found, inspected.graph)
         scores[name]["information"] = told[name]
         numbers = [f"{key} {value['mean']:.3f}" for key, value in scores[name].items()]
-        say(f"{here.encoder}: {name}, k = {k}: {', '.join(numbers)}")
+        say(f"{here.encoder}: {name}, k = {found[0].assigner.k}: {', '.join(numbers)}")
     primary = options.primary
     if primary == "auto":
         primary = max(told, key=lambda name: round(told[name]["mean"], 6))

@@ -20,7 +20,6 @@ from tasks.cluster import gallery
 from tasks.shared.outputs import layout, prepared, stage
 
 NEIGHBOURS = 15
-_NEAR = 8  # neighbours among which copies are looked for
 _ROWS_SHOWN, _IMAGES_SHOWN = 40, 12  # of the pictures
 
 
@@ -117,13 +116,13 @@ def inspect(here: stage.Here, everything: Points, test: Tensor) -> Inspected:
     images = {split: prepared.images(split, here.encoder) for split in layout.SPLITS}
     graph, train = everything.graph(NEIGHBOURS), everything.features
     near = neighbours.search(test, train, NEIGHBOURS)
-    # A copy in the other split is found from the side of test.
-    both = neighbours.search(test, torch.cat([train, test]), _NEAR + 1).indices
-    own = both == torch.arange(len(train), len(train) + len(test), device=both.device)[:, None]
-    own[:, -1] |= ~own.any(1)
-    of_test = both[~own].view(len(test), -1)
-    width = min(graph.indices.shape[1], of_test.shape[1])
-    copies = duplicates.find(images["train"], images["test"], torch.cat([graph.indices[:, :width], of_test[:, :width]]))
+    # A copy in the other split is found from the side of test: of each test image the nearest in both.
+    among = neighbours.graph(test, NEIGHBOURS)
+    found = torch.cat([near.indices, among.indices + len(train)], dim=1)
+    order = torch.cat([near.similarities, among.similarities], dim=1).argsort(dim=1, descending=True, stable=True)
+    width = min(graph.indices.shape[1], found.shape[1])
+    of_test = found.gather(1, order)[:, :width]
+    copies = duplicates.find(images["train"], images["test"], torch.cat([graph.indices[:, :width], of_test]))
     return Inspected(
         graph=graph,
         near=near,

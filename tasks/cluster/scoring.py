@@ -47,25 +47,12 @@ class Scorer:
             summary["stability"] = _spread([*itertools.starmap(metrics.ari, itertools.combinations(clusterings, 2))])
         return summary
 
-    def covered(self, clusters: NDArray[np.int64], certainty: NDArray[np.float64]) -> list[dict[str, float]]:
-        """Accuracy (ACC) of the most certain images, for several shares of them; none without labels."""
-        known = self._labels >= 0
-        order = np.flatnonzero(known)[np.argsort(-certainty[known], kind="stable")]
-        kept = {share: order[: max(1, round(share * len(order)))] for share in COVERAGES} if len(order) else {}
-        return [
-            {"coverage": share, "acc": metrics.matched_accuracy(self._labels[rows], clusters[rows])}
-            for share, rows in kept.items()
-        ]
-
     def _score(self, clusters: NDArray[np.int64]) -> dict[str, float]:
         silhouette = metrics.silhouette(self._distances, clusters[self._sample])
         known = self._labels >= 0
         measures = {"acc": metrics.matched_accuracy, "nmi": metrics.nmi, "ari": metrics.ari} if known.any() else {}
         scores = {name: score(self._labels[known], clusters[known]) for name, score in measures.items()}
         return scores if silhouette is None else scores | {"silhouette": silhouette}
-
-
-COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepclust.clustering import clusters as saving
-from deepclust.clustering import confidence, neighbours
-from deepclust.clustering.base import MOST_NEIGHBOURS
+from deepclust.clustering import confidence
 from deepclust.clustering.clusters import Clusters, Judged
 from deepclust.clustering.how_many import Estimate
 from deepclust.clustering.tree import LEAVES, Cut, Tree
@@ -24,6 +24,7 @@ from tasks.shared.operations.text import say
 from tasks.shared.outputs import prepared, stage
 
 _COLUMNS = ["split", "index", "path", "cluster", "distance", "margin", "neighbours", "refits", "certainty"]
+_MOST_LEAVES = 4000  # of the tree, which takes the cube of it in time where k is small
 _MOST_ROWS = 120  # of the tree's picture; finer cuts than fit are in the table alone
 
 
@@ -43,7 +44,9 @@ def write(
     tree = Tree.build(points["train"], judged["train"].clusters, seed=here.params.seed, leaves=_leaves(options))
     cuts = {k: tree.cut(k) for k in _levels(tree, options, here)}
     in_cuts = {split: _in_cuts(tree, cuts, points[split], kept[split]) for split in splits}
-    agreement = _agreement(points, judged, inspected)
+    # Scores are of all images, as those of the primary are: what is rejected would count as a cluster of its own.
+    scored = _in_cuts(tree, cuts, points["test"], judged["test"].clusters)
+    agreement = _agreement(judged, inspected)
     _assignments(here, splits, judged, kept, agreement, in_cuts)
     _gallery(here, clusters, splits["test"], judged["test"], kept["test"])
     levels = {**cuts, tree.k: tree.cut(tree.k)}
@@ -58,9 +61,8 @@ def write(
         "sizes": np.bincount(test[test >= 0], minlength=clusters.k).tolist(),
         "rejected": {split: int((each < 0).sum()) for split, each in kept.items()},
         "other_k": {
-            str(k): _scores(own := in_cuts["test"][k], labels)
-            | {"sizes": np.bincount(own[own >= 0], minlength=k).tolist()}
-            for k in cuts
+            str(k): _scores(scored[k], labels) | {"sizes": np.bincount(own[own >= 0], minlength=k).tolist()}
+            for k, own in in_cuts["test"].items()
         },
     }
     known = labels >= 0
@@ -70,15 +72,15 @@ def write(
         )
         found["coverage"] = {f"{row.coverage:g}": row.accuracy for row in rows}
     if estimate is not None:
-        found["estimate"] = {
-            name: getattr(estimate, name) for name in ("k", "sure", "interval", "edge", "reason") if name
-        } | {"runners_up": [candidate.k for candidate in estimate.runners_up]}
+        found["estimate"] = {name: getattr(estimate, name) for name in ("k", "sure", "interval", "edge", "reason")} | {
+            "runners_up": [candidate.k for candidate in estimate.runners_up]
+        }
     return found
 
 
 def _leaves(options: schema.Cluster) -> int:
     """Leaves of the tree: several for each cluster of the finest cut."""
-    return max(LEAVES, 4 * max(options.other_k, default=0))
+    return min(_MOST_LEAVES, max(LEAVES, 4 * max(options.other_k, default=0)))
 
 
 def _levels(tree: Tree, options: schema.Cluster, here: stage.Here) -> list[int]:
@@ -102,12 +104,10 @@ def _scores(clusters: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str,
     return {name: {"mean": score(labels[known], clusters[known]), "std": 0.0} for name, score in measures.items()}
 
 
-def _agreement(points: dict[str, Tensor], judged: dict[str, Judged], inspected: Inspected) -> dict[str, Tensor]:
-    """Share of each image's nearest training images that are in its cluster."""
+def _agreement(judged: dict[str, Judged], inspected: Inspected) -> dict[str, Tensor]:
+    """Share of each image's nearest training images that are in its cluster; NaN where there is no other image."""
     of = judged["train"].clusters
-    near = {"train": inspected.graph.indices}
-    if len(points["train"]):
-        near["test"] = neighbours.search(points["test"], points["train"], MOST_NEIGHBOURS // 2).indices
+    near = {"train": inspected.graph.indices, "test": inspected.near.indices}
     return {split: confidence.neighbours_agreement(judged[split].clusters, near[split], of) for split in near}
 
 
@@ -132,9 +132,10 @@ def _assignments(
             | {column: values[index] for column, values in columns.items()}
             for index, path in enumerate(split.paths)
         ]
-    for row in rows:  # no refits, no share
-        if row["refits"] != row["refits"]:
-            row["refits"] = ""
+    for row in rows:
+        for column in ("neighbours", "refits"):  # where there are none, there is no share of them
+            if math.isnan(row[column]):
+                row[column] = ""
     stage.write_text(here.folder / "assignments.csv", stage.table(rows, [*_COLUMNS, *levels]))
 
 
@@ -168,13 +169,14 @@ def _tree(
         k: (points - cut.centroids[torch.from_numpy(own[k]).to(points.device)]).norm(dim=1).cpu().numpy()
         for k, cut in shown.items()
     }
+    given = torch.unique(tree.given).tolist()  # the tree numbers those that have points without gaps
     depths, most = {k: depth for depth, k in enumerate(shown)}, here.params.cluster.gallery_images
     rows: list[gallery.Row] = []
 
     def add(k: int, cluster: int) -> None:
         count, finer = int((own[k] == cluster).sum()), [*shown][depths[k] + 1 :][:1]
         images = gallery.central(split.images, own[k], distances[k], cluster, most)
-        name = f"cluster {cluster}" if k == tree.k else f"{cluster} of {k}"
+        name = f"cluster {given[cluster]}" if k == tree.k else f"{cluster} of {k}"
         rows.append(gallery.Row(name, f"{count:,} images", images, depths[k]))
         for level in finer:
             for child in (shown[level].parents(shown[k]) == cluster).nonzero().flatten().tolist():

@@ -177,7 +177,7 @@ def how_many(rows: Sequence[Mapping[str, float]], k: int) -> Figure:
     """What speaks for each number of clusters.
 
     Args:
-        rows: `k`, `silhouette`, `stability` and their product `score`, by rising k.
+        rows: `k`, `silhouette`, `stability` and `score`, by rising k.
         k: The number that was chosen.
     """
     tried = [row["k"] for row in rows]

@@ -153,7 +153,12 @@ def test_clusters_of_every_level_are_nested_and_unsure_images_have_none(
         assert len({child for child, _ in pairs}) == len(pairs), "each has one parent"
     train = [row for row in rows if row["split"] == "train"]
     assert sum(row["cluster"] == "-1" for row in train) == len(train) // 4
-    rejected = metrics(Path(), "cluster", "swav")["rejected"]
+    found = metrics(Path(), "cluster", "swav")
+    overrides.apply(["cluster.reject=0.0"])
+    small_run.run("cluster", monkeypatch, "swav")
+    whole = metrics(Path(), "cluster", "swav")["other_k"]
+    assert [found["other_k"][k]["acc"] for k in whole] == [scores["acc"] for scores in whole.values()], "of all images"
+    rejected = found["rejected"]
     assert rejected == {
         split: sum(row["cluster"] == "-1" for row in rows if row["split"] == split) for split in rejected
     }

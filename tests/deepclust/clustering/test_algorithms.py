@@ -165,3 +165,22 @@ def test_means_of_clusters_leave_out_points_without_one() -> None:
     found = base.means(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([0, 0, -1]), 2)
     assert found[0].item() == 2
     assert found[1].isnan()
+
+
+def test_spectral_clustering_draws_arpacks_restarts_from_its_seed_and_samples_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    same = torch.ones(30, 3)  # a space that is exhausted at once
+    options = spectral.Config()
+    found = [spectral.fit(Problem(points=Points(same), k=3, seed=0), options).assign(same) for _ in range(3)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    data = blobs(3, 120)
+    monkeypatch.setattr(spectral, "_MOST_NUMBERS", 23 * 60)
+    few = []
+    monkeypatch.setattr(
+        spectral, "cluster", lambda graph, *rest, do=spectral.cluster: few.append(graph) or do(graph, *rest)
+    )
+    clusters = spectral.fit(Problem(points=Points(data), k=3, seed=0), options).assign(data)
+    assert len(few[0].indices) == 60
+    assert metrics.ari((torch.arange(120) % 3).numpy(), clusters.numpy()) == 1

@@ -1,6 +1,5 @@
 """Ward's method on weighted points against SciPy and scikit-learn on the points themselves; cuts that are nested."""
 
-import json
 from itertools import pairwise
 
 import numpy as np
@@ -100,22 +99,6 @@ def test_points_without_a_cluster_have_none_in_any_cut() -> None:
     for count in (1, 3, 20):
         assert torch.equal(tree.cut(count).clusters < 0, clusters < 0)
         assert int(tree.cut(count).sizes.sum()) == int((clusters >= 0).sum())
-
-
-def test_the_structure_holds_the_cuts_clusters_in_json() -> None:
-    data, clusters = clustered()
-    tree = Tree.build(data, clusters, seed=0, leaves=40)
-    top = json.loads(json.dumps(tree.structure(5)))
-
-    def ends(node: dict) -> list[tuple[int, int]]:  # type: ignore[type-arg]
-        if "children" in node:
-            assert node["size"] == sum(child["size"] for child in node["children"])
-            return [end for child in node["children"] for end in ends(child)]
-        return [(node["cluster"], node["size"])]
-
-    assert sorted(ends(top)) == list(enumerate(tree.cut(5).sizes.tolist()))
-    assert top["height"] == pytest.approx(float(tree.heights[-1]))
-    assert tree.structure(1) == {"cluster": 0, "size": len(data), "height": 0.0}
 
 
 def test_a_tree_is_the_same_every_time() -> None:

@@ -142,7 +142,7 @@ def _clustering(document: Any, whole: bool) -> Iterator[str]:
         for key, value in moved.items():
             section[key] = value
             yield f"cluster.{key}: now cluster.kmeans.{key}"
-    earlier = "algorithms" not in cluster
+    earlier = bool(moved) or (whole and "algorithms" not in cluster)
     if earlier and cluster.get("k") == "auto":
         cluster["k"] = "classes"
         yield (
