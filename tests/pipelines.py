@@ -44,7 +44,8 @@ if [ $1 != prepare ] && [ $1 != report ]; then
 fi
 if [ $1 = report ]; then
   mkdir -p $2
-  printf 'encoder,method,kind,acc\\npixels,pixels,baseline,0.51234\\nrandom,random,baseline,0.25\\n' >$2/comparison.csv
+  echo encoder,method,kind,algorithm,acc >$2/comparison.csv
+  printf 'pixels,pixels,baseline,kmeans,0.51234\\nrandom,random,baseline,kmeans,0.25\\n' >>$2/comparison.csv
 else
   echo whole >$2
 fi

@@ -77,7 +77,7 @@ def _prepare_again() -> None:
         ("pretrain", _edit("batch_size: 256", "batch_size: 128"), "pretrain.shared.batch_size (256 → 128)"),
         ("pretrain", _edit("swav: swav", "swav: pcl"), "encoders.swav (swav → pcl)"),
         ("pretrain", _edit("epochs: 3", "epochs: 9"), None),
-        ("pretrain", _edit("k: auto", "k: 3"), None),
+        ("pretrain", _edit("k: classes", "k: 3"), None),
         ("pretrain", _write("params.yaml", "a: ["), "params.yaml is not valid YAML"),
         ("pretrain", lambda: Path("params.yaml").unlink(), "found none"),
         ("pretrain", _write(CODE, "pass"), CODE.name),
@@ -179,7 +179,7 @@ def test_dvc_records_no_values_that_came_while_the_stage_ran(tmp_path: Path, mon
         workspace.run_stage("prepare", on_line=print)
     assert not Path("dvc.lock").exists()
     assert [*Path("artifacts").iterdir(), *Path("metrics").glob("*")] == []
-    Path("edit").write_text("k: auto to k: 7")
+    Path("edit").write_text("k: classes to k: 7")
     with Repo() as repo:
         assert repo.reproduce()
     assert "seed: 7" in Path("dvc.lock").read_text()
