@@ -12,10 +12,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import threadpoolctl
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from deepclust.clustering import plane
 from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import adaptation_plots as adaptation
@@ -28,8 +29,7 @@ from tasks.shared.operations.text import safe, say, warn
 from tasks.shared.outputs import layout, lineage, prepared, read, stage
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_MAP_ITERATIONS = 500
-_MAP_DIMENSIONS = 50
+_MAP_PERPLEXITY = 30.0
 _FILES_SHOWN = 200
 _NEITHER_GOOD_NOR_BAD = ("k", "dim", "image_size", "megabytes")
 _WHERE: dict[str, read.Check] = {"classifier": str, "setting": str, "batch_size": int, "adapter": str, "guarded": int}
@@ -106,7 +106,8 @@ def draw(folder: Path, rows: list[comparison.Row], values: schema.Params) -> dic
     # The images on the map, the same for every encoder.
     chosen = np.sort(np.random.default_rng(values.seed).permutation(len(labels))[: values.report.map_images])
     for encoder, row in zip(encoders, rows, strict=True):
-        points, k = flatten(prepared.embeddings(encoder)["test"][chosen]), int(str(row["k"]))
+        embedded = torch.from_numpy(prepared.embeddings(encoder)["test"][chosen])
+        points, k = plane.flatten(embedded, perplexity=_MAP_PERPLEXITY), int(str(row["k"]))
         clusters = assignments(encoder, k=k, images=len(labels))[chosen]
         figure = plots.embedding_map(points, labels[chosen], classes, clusters, k)
         pictures["maps"][encoder] = f"map-{encoder}.png"
@@ -205,28 +206,6 @@ def picture(path: Path) -> Path:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise read.damaged(path, f"expected a picture in {path}, got a damaged file") from error
     return path
-
-
-def flatten(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """t-SNE of unit-length features (N, D) to (N, 2), started from their principal components: there is no randomness.
-
-    It runs on one thread, since several OpenMP threads sum gradients in the order in which they finish.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    points = np.asarray(features, dtype=np.float64)
-    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    if min(points.shape) < 2 or points.std(axis=0).max() < 1e-9:  # a collapsed encoder: the start would be 0 / 0
-        return np.zeros((len(points), 2))
-    points = PCA(min(_MAP_DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    start = points[:, :2] / points[:, 0].std() * 1e-4
-    with threadpoolctl.threadpool_limits(1):
-        found: NDArray[np.float64] = TSNE(
-            init=start.astype(np.float32), perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0
-        ).fit_transform(points.astype(np.float32))
-    return found
 
 
 def render(folder: Path, pictures: dict[str, Any], rows: list[comparison.Row], values: schema.Params) -> str:

@@ -194,7 +194,7 @@ def how_many(rows: Sequence[Mapping[str, float]], k: int) -> Figure:
 
 
 def embedding_map(
-    points: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], clusters: NDArray[np.int64], k: int
+    points: NDArray[np.float32], labels: NDArray[np.int64], classes: Sequence[str], clusters: NDArray[np.int64], k: int
 ) -> Figure:
     """The map twice: coloured by class, where there are labels, and by cluster.
 
@@ -219,7 +219,7 @@ def embedding_map(
 
 
 def _scatter(
-    axis: Axes, points: NDArray[np.float64], groups: NDArray[np.int64], names: Sequence[str], title: str
+    axis: Axes, points: NDArray[np.float32], groups: NDArray[np.int64], names: Sequence[str], title: str
 ) -> None:
     colours = palette(len(names))
     unknown = groups < 0

@@ -12,8 +12,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import threadpoolctl
+import torch
 from sklearn.manifold import TSNE
 
+from deepclust.clustering import plane
 from deepclust.errors import TrackingError
 from tasks.model import register
 from tasks.report import __main__ as report
@@ -265,8 +267,9 @@ def test_the_map_keeps_groups_apart_on_one_thread_and_survives_a_collapsed_encod
     random = np.random.default_rng(0)
     centres = np.eye(16)[[0] * 40 + [1] * 40] * 10
     with threadpoolctl.threadpool_limits(2):
-        found = report.flatten((centres + random.normal(size=centres.shape) * 0.1).astype(np.float32))
+        scattered = centres + random.normal(size=centres.shape) * 0.1
+        found = plane.flatten(torch.from_numpy(scattered.astype(np.float32)), perplexity=30.0)
     assert threads == {1}
     inside = np.linalg.norm(found[:40] - found[:40].mean(axis=0), axis=1).max()
     assert np.linalg.norm(found[:40].mean(axis=0) - found[40:].mean(axis=0)) > 2 * inside
-    np.testing.assert_array_equal(report.flatten(np.ones((80, 16), np.float32)), np.zeros((80, 2)))
+    np.testing.assert_array_equal(plane.flatten(torch.ones(80, 16), perplexity=30.0), np.zeros((80, 2)))
