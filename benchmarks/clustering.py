@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deepclust import seeding
 from deepclust.clustering import algorithms, choice, confidence, how_many
-from deepclust.clustering.base import Points, Problem
+from deepclust.clustering.base import USUAL, Points, Problem
 from deepclust.evaluation import metrics
 from tasks.shared.outputs import layout
 
@@ -41,7 +41,7 @@ def main() -> None:
     k = int(labels["train"].max()) + 1
     points = Points(features["train"])
     begin = time.monotonic()
-    points.graph(choice.NEIGHBOURS)
+    points.graph(USUAL)
     print(f"{len(points):,} training images, {k} classes; graph of neighbours: {time.monotonic() - begin:.1f} s")
     begin = time.monotonic()
     found = how_many.estimate(points.features, how_many.Config(), seed=0)
@@ -69,7 +69,7 @@ def _fitted(
     fit = algorithms.fit(name, _problem(points, k, seed), algorithms.config_class(name)())
     seconds = time.monotonic() - begin
     train, test = (fit.assign(features[split]) for split in layout.SPLITS)
-    told = choice.information(train, points.graph(choice.NEIGHBOURS), k)
+    told = choice.information(train, points.graph(USUAL), k)
     scores = [metrics.matched_accuracy, metrics.nmi]
     return (
         told,

@@ -34,7 +34,7 @@ import torch
 
 from deepclust import distributed, seeding
 from deepclust.clustering import kmeans, neighbours
-from deepclust.clustering.choice import NEIGHBOURS
+from deepclust.clustering.base import USUAL
 from deepclust.models.encoder import Encoder
 from tasks.embed import __main__ as embed
 
@@ -93,7 +93,7 @@ def cluster(folder: Path, k: int) -> float:
 def connect(folder: Path) -> float:
     """The graph of each row's nearest neighbours; gives the share of the true ones among them."""
     rows = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c"))
-    return neighbours.graph(rows, NEIGHBOURS).recall
+    return neighbours.graph(rows, USUAL).recall
 
 
 def embed_images(folder: Path) -> float:
@@ -183,7 +183,7 @@ def main() -> None:
             arguments.rows,
             many,
         ),
-        (f"{NEIGHBOURS} neighbours, {DIM} dimensions", connect, make_rows, "rows.npy", arguments.rows, [1]),
+        (f"{USUAL} neighbours, {DIM} dimensions", connect, make_rows, "rows.npy", arguments.rows, [1]),
         (f"embedding, {SIZE}×{SIZE}", embed_images, make_images, "images.npy", arguments.images, many),
     ]:
         for count in counts:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from deepclust.clustering.neighbours import Neighbours
 
-NEIGHBOURS = 15
-
 
 def information(clusters_N: Tensor, graph: Neighbours, k: int) -> float:
     """I(C; C') / log K, from 0 (neighbours say nothing) to 1 (K clusters of equal size, in which all neighbours agree).

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepclust.clustering import neighbours
-from deepclust.clustering.base import Points
+from deepclust.clustering.base import USUAL, Points
 from deepclust.clustering.neighbours import Neighbours
 from deepclust.inspection import duplicates, unusual
 from deepclust.inspection.duplicates import Duplicates
 from tasks.cluster import gallery
 from tasks.shared.outputs import layout, prepared, stage
 
-NEIGHBOURS = 15
 _ROWS_SHOWN, _IMAGES_SHOWN = 40, 12  # of the pictures
 
 
@@ -114,10 +113,10 @@ def inspect(here: stage.Here, everything: Points, test: Tensor) -> Inspected:
     """
     assert here.encoder
     images = {split: prepared.images(split, here.encoder) for split in layout.SPLITS}
-    graph, train = everything.graph(NEIGHBOURS), everything.features
-    near = neighbours.search(test, train, NEIGHBOURS)
+    graph, train = everything.graph(USUAL), everything.features
+    near = neighbours.search(test, train, USUAL)
     # A copy in the other split is found from the side of test: of each test image the nearest in both.
-    among = neighbours.graph(test, NEIGHBOURS)
+    among = neighbours.graph(test, USUAL)
     found = torch.cat([near.indices, among.indices + len(train)], dim=1)
     order = torch.cat([near.similarities, among.similarities], dim=1).argsort(dim=1, descending=True, stable=True)
     width = min(graph.indices.shape[1], found.shape[1])
