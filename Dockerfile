@@ -4,15 +4,18 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS builder
 RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv \
     && python -m venv --without-pip /opt/venv
-# A change of code alone installs nothing again.
-COPY pyproject.toml requirements.lock /opt/
+# A change of code alone installs nothing again. With an index that has torch's CPU builds (`make image TORCH=cpu INDEX=…`)
+# the lock is that of these builds.
+ARG PINS=requirements.lock
+ARG INDEX
+COPY pyproject.toml requirements-cpu.in ${PINS} /opt/
 # Of the lock, what the extras need: nothing for developers, no Docker worker, and no HEIC (docs/security.md, Licences).
 # As constraints, the lock's pins and hashes hold for everything, and what it lacks is refused; --no-config leaves out
 # [tool.uv], which is for making the lock. Bytecode is compiled here, as containers do not write beside the libraries;
 # that of the libraries' tests is 98 MB.
 RUN /opt/uv/bin/uv pip install --no-config --no-cache --python /opt/venv/bin/python --compile-bytecode --require-hashes \
-    --constraint /opt/requirements.lock -r /opt/pyproject.toml --extra pipeline --extra dicom --extra efficientnet \
-    --extra kubernetes \
+    --constraint /opt/${PINS} -r /opt/pyproject.toml --extra pipeline --extra dicom --extra efficientnet --extra kubernetes \
+    ${INDEX:+--index "$INDEX" --index-strategy unsafe-best-match --overrides /opt/requirements-cpu.in} \
     && find /opt/venv -path '*/tests/*' -name '*.pyc' -delete
 
 FROM ${BASE_IMAGE}
