@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deepclust import files
 from deepclust.config import as_dict
-from deepclust.datasets import domains, sources, stacks
+from deepclust.datasets import domains, sources, stacks, subset
 from deepclust.errors import DataError
 from deepclust.images import find as finding
 from deepclust.images import folders
@@ -36,7 +36,7 @@ def main() -> None:
     """Run the stage."""
     with stage.running("prepare") as here:
         data = here.params.data
-        source = find_alike(data)
+        source = find_alike(data, here.params.seed)
         with launcher.together():
             if launcher.is_main():
                 check_domains(Path(here.params.adapt.domains), data.follow_links, source.classes)
@@ -103,12 +103,12 @@ def write(
     )
 
 
-def find_alike(data: Data) -> Source:
+def find_alike(data: Data, seed: int) -> Source:
     """The source, of which all processes have to find the same images. Raises: DataError."""
     with launcher.together():
-        source = find(data) if launcher.is_main() or data.source == "folder" else None
+        source = find(data, seed) if launcher.is_main() or data.source == "folder" else None
     with launcher.together():  # a named data set that the main process has put into this machine's cache
-        source = source or find(data)
+        source = source or find(data, seed)
     listed = hashlib.sha256(json.dumps([source.paths, source.labels.tolist()]).encode()).hexdigest()
     if not shares.equal(listed):
         raise DataError(
@@ -118,8 +118,8 @@ def find_alike(data: Data) -> Source:
     return source
 
 
-def find(data: Data) -> Source:
-    """The source that the parameters name, with its warnings printed. Raises: DataError."""
+def find(data: Data, seed: int) -> Source:
+    """The images that the parameters name, with the source's warnings printed. Raises: DataError."""
     source: Source
     if data.source == "folder":
         files = finding.images(Path(data.folder), data.follow_links)
@@ -132,7 +132,10 @@ def find(data: Data) -> Source:
     for warning in source.warnings:
         say(f"warning: {warning}")
     say(f"{source.name}: {len(source.paths)} images")
-    return source
+    if data.images == "all" or data.images >= len(source.paths):
+        return source
+    say(f"{source.name}: {data.images} of them are drawn (data.images)")
+    return subset.drawn(source, data.images, seed=seed)
 
 
 def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:

@@ -535,3 +535,16 @@ def test_the_order_of_encoders_is_no_reason_to_decode_again() -> None:
     before = Path("artifacts/sizes/sizes.json").read_bytes()
     run({"pixels": 8, "swav": 16})
     assert Path("artifacts/sizes/sizes.json").read_bytes() == before
+
+
+def test_of_many_images_some_are_drawn_with_their_own_pixels_and_labels_whatever_else_is_there() -> None:
+    classes(10)
+    run()
+    whole = {row["path"]: (row["label"], row["id"]) for split in ("train", "test") for row in items(split)}
+    meta = run(images=12)
+    drawn = {row["path"]: (row["label"], row["id"]) for split in ("train", "test") for row in items(split)}
+    assert len(drawn) == meta["train"]["images"] + meta["test"]["images"] == 12
+    assert drawn.items() <= whole.items()
+    smallest = sorted(whole, key=lambda path: hashlib.sha256(f"0/subset/{path}".encode()).digest())
+    assert set(drawn) == set(smallest[:12])
+    assert run(images=20)["content_hash"] == run()["content_hash"]

@@ -108,7 +108,7 @@ def _find(roots: list[Path]) -> str:
     before = Path.cwd()
     os.chdir(roots[distributed.rank()])
     try:
-        prepare.find_alike(params.load().data)
+        prepare.find_alike(params.load().data, 0)
     except DataError as error:
         return str(error)
     finally:

@@ -14,6 +14,7 @@ from tasks.shared.operations.params import overrides
 
 # Keys that are new, with the value that comes nearest to what was done before.
 _NEW: dict[str, Any] = {
+    "data.images": "all",
     "data.white": "file",
     "data.background": "black",
     "data.pages": "first",

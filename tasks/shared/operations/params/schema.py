@@ -60,6 +60,8 @@ class Data(Config):
     """Name of a published data set, or folder."""
     folder: Folder
     """The images, where source is folder; a DVC dependency in any case."""
+    images: Several | Literal["all"]
+    """all, or the most to take, which the seed draws."""
     resize: Literal["crop", "pad", "stretch"]
     """crop: shorter side to an encoder's size, then the centre; pad: the whole image on black; stretch."""
     white: Positive | Literal["auto", "file"]
