@@ -64,7 +64,6 @@ class Tree:
         sizes: Points (L,) int64 of each leaf.
         given: Given cluster (L,) int64 of each leaf.
         merges: The two nodes (L - 1, 2) int64 of each merge, the given clusters' own first.
-        heights: What each merge (L - 1,) adds to the squared distances within clusters, float64.
         k: Number of given clusters that have points.
     """
 
@@ -73,7 +72,6 @@ class Tree:
     sizes: Tensor
     given: Tensor
     merges: Tensor
-    heights: Tensor
     k: int
 
     @classmethod
@@ -103,14 +101,13 @@ class Tree:
             given += [cluster] * (int(parts.max()) + 1)
         centroids = base.means(points_ND, assigned, len(given))
         sizes = torch.bincount(assigned[assigned >= 0], minlength=len(given))
-        merges, heights = _merge(centroids, sizes, torch.tensor(given, device=points_ND.device))
+        merges = _merge(centroids, sizes, torch.tensor(given, device=points_ND.device))
         return cls(
             points=assigned,
             centroids=centroids,
             sizes=sizes,
             given=torch.tensor(given, device=points_ND.device),
             merges=merges,
-            heights=heights,
             k=len(known),
         )
 
@@ -218,8 +215,8 @@ def _split(points: Tensor, count: int, seed: int) -> Tensor:
     return parts
 
 
-def _merge(centroids: Tensor, sizes: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges and heights of the leaves up to the given clusters, by height, then of those."""
+def _merge(centroids: Tensor, sizes: Tensor, given: Tensor) -> Tensor:
+    """Merges of the leaves up to the given clusters, by height, then of those."""
     means, weights, owners = centroids.cpu().double().numpy(), sizes.cpu().double().numpy(), given.cpu().numpy()
     count = len(means)
     inside: list[tuple[float, int, int]] = []  # height, given cluster, and which of its merges
@@ -237,13 +234,9 @@ def _merge(centroids: Tensor, sizes: Tensor, given: Tensor) -> tuple[Tensor, Ten
     roots = [own[-1] for own in nodes]
     totals = np.array([weights[leaves].sum() for leaves, _ in trees])
     tops = np.stack([weights[leaves] @ means[leaves] for leaves, _ in trees]) / totals[:, None]
-    merges, heights = ward(tops, totals)
+    merges, _ = ward(tops, totals)
     below = count - len(trees)
     found += [
         [roots[node] if node < len(trees) else count + below + node - len(trees) for node in pair] for pair in merges
     ]
-    every = [*(height for height, _, _ in sorted(inside)), *heights.tolist()]
-    return (
-        torch.tensor(found, dtype=torch.int64, device=centroids.device).view(-1, 2),
-        torch.tensor(every, dtype=torch.float64, device=centroids.device),
-    )
+    return torch.tensor(found, dtype=torch.int64, device=centroids.device).view(-1, 2)
