@@ -23,7 +23,7 @@ from tasks.shared.operations.params import schema
 from tasks.shared.operations.text import say
 from tasks.shared.outputs import prepared, stage
 
-_COLUMNS = ["split", "index", "path", "cluster", "distance", "margin", "neighbours", "refits", "certainty"]
+_COLUMNS = ["split", "index", "path", "cluster", "distance", "margin", "neighbours", "refits", "confidence"]
 _MOST_LEAVES = 4000  # of the tree, which takes the cube of it in time where k is small
 _MOST_ROWS = 120  # of the tree's picture; finer cuts than fit are in the table alone
 
@@ -31,15 +31,19 @@ _MOST_ROWS = 120  # of the tree's picture; finer cuts than fit are in the table 
 def write(
     here: stage.Here,
     clusters: Clusters,
+    train: Judged,
     points: dict[str, Tensor],
     splits: dict[str, prepared.Split],
     inspected: Inspected,
     estimate: Estimate | None,
 ) -> dict[str, Any]:
-    """Write all but the metrics, of which some are returned: `sizes`, `rejected`, `coverage`, `other_k`, `estimate`."""
+    """Write all but the metrics, of which some are returned: `sizes`, `rejected`, `coverage`, `other_k`, `estimate`.
+
+    `train` is what the clusters say of the training images.
+    """
     options = here.params.cluster
     clusters.save(here.folder)
-    judged = {split: clusters.judge(rows) for split, rows in points.items()}
+    judged = {"train": train, "test": clusters.judge(points["test"])}
     kept = {split: clusters.kept(found) for split, found in judged.items()}
     tree = Tree.build(points["train"], judged["train"].clusters, seed=here.params.seed, leaves=_leaves(options))
     cuts = {k: tree.cut(k) for k in _levels(tree, options, here)}
