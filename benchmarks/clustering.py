@@ -88,7 +88,7 @@ def _reject(
 ) -> None:
     """What leaving out the least sure tenth brings, of what leaving out wrong ones alone would."""
     fits = [algorithms.fit(name, _problem(points, k, seed), algorithms.config_class(name)()) for seed in range(5)]
-    clusters = confidence.fit(fits[0], points.features, refits=fits[1:], normalise=False, algorithm=name, reject=0.1)
+    clusters, _ = confidence.fit(fits[0], points.features, refits=fits[1:], normalise=False, algorithm=name, reject=0.1)
     judged = clusters.judge(features["test"])
     right = confidence.right(labels["test"], judged.clusters.numpy())
     kept = (clusters.kept(judged) >= 0).numpy()

@@ -9,7 +9,9 @@ which draws all randomness from the problem's seed. N points, D dimensions, K cl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from deepclust.clustering import neighbours
 from deepclust.clustering.neighbours import Neighbours
 
 USUAL = 15  # neighbours that algorithms ask for by default
+Made = TypeVar("Made")
 
 
 class Points:
@@ -30,6 +33,7 @@ class Points:
     def __init__(self, features_ND: Tensor) -> None:
         self.features = features_ND
         self._graph: Neighbours | None = None
+        self._made: dict[Hashable, object] = {}
 
     def __len__(self) -> int:
         return len(self.features)
@@ -42,6 +46,17 @@ class Points:
         if self._graph is None or count > self._graph.indices.shape[1]:
             self._graph = neighbours.graph(self.features, max(count, USUAL))
         return Neighbours(self._graph.indices[:, :count], self._graph.similarities[:, :count], self._graph.recall)
+
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made at the first call and kept under the name for all fits.
+
+        Args:
+            name: Of what is made of these points, with all that it depends on beside them.
+            make: Must not depend on the seed of a fit.
+        """
+        if name not in self._made:
+            self._made[name] = make()
+        return cast(Made, self._made[name])
 
 
 @dataclass(frozen=True, kw_only=True)

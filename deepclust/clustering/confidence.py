@@ -25,7 +25,7 @@ from torch import Tensor
 from deepclust import seeding
 from deepclust.clustering.assigners import Assigner, Centroids
 from deepclust.clustering.base import means
-from deepclust.clustering.clusters import Bank, Clusters, Refit, within_reach
+from deepclust.clustering.clusters import Bank, Clusters, Judged, Refit, within_reach
 from deepclust.evaluation.metrics import Labels
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -41,8 +41,8 @@ def fit(
     normalise: bool,
     algorithm: str,
     reject: float = 0,
-) -> Clusters:
-    """Fitted clusters with what says how sure they are.
+) -> tuple[Clusters, Judged]:
+    """Fitted clusters with what says how sure they are, and what they say of the training points.
 
     Args:
         assigner: The clusters.
@@ -73,8 +73,8 @@ def fit(
     judged = fitted.judge(points_ND)
     distances = judged.distances.sort().values
     reach = float(distances[int(_WITHIN * (len(distances) - 1))])
-    scores = within_reach(judged.scores, judged.distances, reach)
-    return dataclasses.replace(fitted, reach=reach, reject=threshold(scores, reject))
+    judged = judged._replace(scores=within_reach(judged.scores, judged.distances, reach))
+    return dataclasses.replace(fitted, reach=reach, reject=threshold(judged.scores, reject)), judged
 
 
 def matching(clusters_N: Tensor, others_N: Tensor, k: int) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 
 from deepclust import config as options
 from deepclust import seeding
-from deepclust.clustering import base, kmeans, neighbours
+from deepclust.clustering import base, kmeans
 from deepclust.clustering.algorithms import spectral
 from deepclust.clustering.assigners import Layers
-from deepclust.clustering.base import Problem
+from deepclust.clustering.base import Points, Problem
 from deepclust.config import Count, Positive, config
 
 _DIM = 128  # most dimensions of the inputs
@@ -36,6 +37,9 @@ _PER_CLUSTER = 16  # points of a batch, at least: its marginal is taken for that
 _JUDGED = 5  # the last 1/5 of the steps tells which head is best
 _SAMPLE, _SAMPLE_PER_CLUSTER = 10_000, 100  # points from which a head's start is found, at least
 _ITERATIONS = 20  # of the k-means that finds it
+_SMALL = (
+    1 << 19
+)  # logits of a step up to which one thread is faster than several, which wait for each other at each sum
 _SPECTRAL = 100  # clusters up to which heads also start from spectral clustering, which takes as many eigenvectors
 
 
@@ -120,8 +124,13 @@ class Heads(nn.Module):
 
     def forward(self, points_BP: Tensor) -> Tensor:
         """Logits (B, H, K)."""
-        flat = F.linear(points_BP, self.weight.flatten(0, 1), self.bias.flatten())
-        return flat.view(len(points_BP), *self.bias.shape)
+        # In memory the points are innermost: what `log_softmax` and `logsumexp` then do is many times faster.
+        flat = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), points_BP.T)
+        return flat.view(*self.bias.shape, len(points_BP)).permute(2, 0, 1)
+
+    def log_probabilities(self, points_BP: Tensor) -> Tensor:
+        """Of the clusters, (B, H, K)."""
+        return log_softmax(self(points_BP))
 
     def sizes(self, points_NP: Tensor) -> Tensor:
         """How many points each cluster (H, K) holds."""
@@ -139,24 +148,40 @@ class Heads(nn.Module):
         return Heads(self.weight[chosen].detach().clone(), self.bias[chosen].detach().clone())
 
 
-def start(inputs: Inputs, k: int, options: HeadConfig, seed: int) -> Heads:
+def log_softmax(logits_BHK: Tensor) -> Tensor:
+    """The logarithm of the softmax over the clusters, (B, H, K)."""
+    return logits_BHK.permute(1, 2, 0).log_softmax(1).permute(2, 0, 1)
+
+
+def logsumexp(values_BHK: Tensor) -> Tensor:
+    """The logarithm of the sum over the clusters of exponentials, (B, H)."""
+    return values_BHK.permute(1, 2, 0).logsumexp(1).T
+
+
+def start(inputs: Inputs, problem: Problem, options: HeadConfig, attempt: int) -> Heads:
     """Heads that say how near the means of clusters are that k-means and spectral clustering find in turn.
 
-    Each k-means has a sample and an initialisation of its own; all spectral ones share a sample and its eigenvectors.
+    Each k-means has a sample and an initialisation of its own. Spectral clusters differ by the initialisation alone:
+    those of all heads, attempts and fits share a sample and its eigenvectors.
     """
-    layers, embedded = [], None
+    k, seed, layers = problem.k, seeding.derive(problem.seed, attempt), []
     for head in range(min(options.heads, max(1, _MOST_NUMBERS // (_batch(options, k) * k)))):
         by_graph = head % 2 == 1 and k <= _SPECTRAL
-        order = torch.randperm(len(inputs.points), generator=seeding.generator("start", seed, 0 if by_graph else head))
-        sample = inputs.points[order[: max(_SAMPLE, _SAMPLE_PER_CLUSTER * k)].to(inputs.points.device)]
-        if by_graph and embedded is None:
-            adjacency = spectral.adjacency(neighbours.graph(sample, options.neighbours))
-            embedded = torch.from_numpy(spectral.embed(adjacency, k, spectral.Config().regularisation, seed)).float()
-        rows = F.normalize(embedded, dim=1) if by_graph and embedded is not None else sample
+        if by_graph:
+            part = problem.points.once(("start", k), lambda: Points(_sampled(inputs, k, "start")))
+            sample = part.features
+            rows = spectral.embedded(part, k, spectral.Config(neighbours=options.neighbours))
+        else:
+            sample = rows = _sampled(inputs, k, "start", seed, head)
         found = kmeans.fit(rows, k, seed=seeding.derive("start", seed, head), iterations=_ITERATIONS)
         layers.append(_nearest_mean(sample, found.assignments.to(sample.device), k))
     weights, biases = zip(*layers, strict=True)
     return Heads(torch.stack(weights), torch.stack(biases))
+
+
+def _sampled(inputs: Inputs, k: int, *seed: int | str) -> Tensor:
+    order = torch.randperm(len(inputs.points), generator=seeding.generator(*seed))
+    return inputs.points[order[: max(_SAMPLE, _SAMPLE_PER_CLUSTER * k)].to(inputs.points.device)]
 
 
 def _batch(options: HeadConfig, k: int) -> int:
@@ -198,7 +223,7 @@ def search(inputs: Inputs, problem: Problem, objective: Callable[[Heads], Object
     nearest = problem.points.graph(options.neighbours).indices.to(inputs.points.device)
     best, rank = None, (math.inf, math.inf)
     for attempt in range(ATTEMPTS):
-        heads = start(inputs, problem.k, options, seeding.derive(problem.seed, attempt))
+        heads = start(inputs, problem, options, attempt)
         losses = train(
             inputs.points, nearest, objective(heads), options, seeding.generator("pairs", problem.seed, attempt)
         )
@@ -233,15 +258,27 @@ def train(
     optimiser = torch.optim.Adam(objective.heads.parameters(), lr=options.learning_rate)
     judged = max(1, options.steps // _JUDGED)
     total = torch.zeros(len(objective.heads.bias), device=points.device)
-    for step in range(options.steps):
-        optimiser.param_groups[0]["lr"] = options.learning_rate * (1 + math.cos(math.pi * step / options.steps)) / 2
-        rows = torch.randint(count, (batch,), generator=generator).to(points.device)
-        columns = torch.randint(nearest.shape[1], (batch,), generator=generator).to(points.device)
-        loss = objective.loss(points[rows], points[nearest[rows, columns]])
-        optimiser.zero_grad()
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        objective.after_step()
-        if step >= options.steps - judged:
-            total += loss.detach()
+    with _threads(batch * objective.heads.bias.numel()):
+        for step in range(options.steps):
+            optimiser.param_groups[0]["lr"] = options.learning_rate * (1 + math.cos(math.pi * step / options.steps)) / 2
+            rows = torch.randint(count, (batch,), generator=generator).to(points.device)
+            columns = torch.randint(nearest.shape[1], (batch,), generator=generator).to(points.device)
+            loss = objective.loss(points[rows], points[nearest[rows, columns]])
+            optimiser.zero_grad()
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            objective.after_step()
+            if step >= options.steps - judged:
+                total += loss.detach()
     return total / judged
+
+
+@contextmanager
+def _threads(logits: int) -> Iterator[None]:
+    """One thread for steps of few logits, put back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if logits <= _SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -26,6 +26,7 @@ EXACT = 100_000  # points up to which every similarity is computed
 RECALL = 0.95  # of the approximate search, on a sample
 _SAMPLE = 500  # queries that measure it
 _BLOCK_CPU, _BLOCK_GPU = 1 << 24, 1 << 27  # similarities in memory at once
+_QUERIES = 1 << 12  # that faiss takes at once; fewer a call take nearly twice the time
 _ROWS = 1 << 13  # points that are copied at once
 
 
@@ -81,7 +82,7 @@ def _exact(queries: Tensor, points: Tensor, count: int) -> Neighbours:
     by_faiss = engine_used("faiss", device) == "faiss" and device.type == "cpu"
     rows = max(1, (_BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU) // len(points))
     if by_faiss:
-        rows = max(rows, 1024)
+        rows = max(rows, _QUERIES)
     for start in range(0, len(queries), rows):
         block = F.normalize(queries[start : start + rows].float(), dim=1)
         if by_faiss:

@@ -100,13 +100,15 @@ def _refined(thumbnails: Tensor, pairs: Tensor, start: Placement) -> Placement:
     x, y = grid(SIDE)
     scale, shift = best_scale, best_shift = start.scale, start.shift
     best = torch.full_like(scale, -1.0)
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         moved, seen = lay(second, scale, shift)
         (one, one_size), (other, other_size) = _masked(first, seen), _masked(moved, seen)
         correlation = (one * other).sum((1, 2)) / (one_size * other_size)
         better = correlation > best
         best = torch.where(better, correlation, best)
         best_scale, best_shift = torch.where(better, scale, best_scale), torch.where(better[:, None], shift, best_shift)
+        if step == _STEPS - 1:
+            break  # nothing would look at another move
         # How the second image, as it lies on the first, changes with scale and shift; contrast and mean are matched.
         down, right = (slope * (SIDE / 2) / scale[:, None, None] for slope in torch.gradient(moved, dim=(1, 2)))
         slopes = [_masked(slope, seen)[0] for slope in (right * x + down * y, right, down)]

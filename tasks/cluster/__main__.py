@@ -97,7 +97,7 @@ def _report(
             say(f"{here.encoder}: {primary} is used, its clusters are told best by neighbours (no label is used)")
     first = fitting.typical(fits[primary])
     refits = [fit.assigner for number, fit in enumerate(fits[primary]) if number != first]
-    clusters = confidence.fit(
+    clusters, judged = confidence.fit(
         fits[primary][first].assigner,
         points["train"],
         refits=refits[:_REFITS],
@@ -110,7 +110,7 @@ def _report(
         say(f"{here.encoder}: {primary} made {used} clusters with images, where {k} were asked for")
     own = prototypes.Prototypes(here.encoder, default_device())
     assigned = {split: own.assign(features[split]) for split in layout.SPLITS}
-    written = writing.write(here, clusters, points, splits, inspected, estimate)
+    written = writing.write(here, clusters, judged, points, splits, inspected, estimate)
     here.metrics(
         {
             "k": clusters.k,

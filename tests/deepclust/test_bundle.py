@@ -54,7 +54,7 @@ def test_images_of_which_the_clusters_are_not_sure_enough_have_none(made: bundle
     points = made.clusters.points(torch.from_numpy(IMAGES.reshape(9, 64).astype(np.float32) / 255))
     one, other = (Layers([(scale * made.clusters.centroids, torch.zeros(4))]) for scale in (3, 5))
     sure: dict[str, Any] = {"normalise": made.clusters.normalise, "algorithm": "spectral"}
-    fitted = confidence.fit(one, points, refits=[other], reject=1 / 3, **sure)
+    fitted = confidence.fit(one, points, refits=[other], reject=1 / 3, **sure)[0]
     dataclasses.replace(made, clusters=fitted).save(tmp_path)
     found = bundle.load(tmp_path).assign(IMAGES)
     assert fitted.reject

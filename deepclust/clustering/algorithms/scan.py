@@ -65,7 +65,7 @@ def clustering_loss(points_BHK: Tensor, neighbours_BHK: Tensor, entropy_weight: 
         entropy_weight: λ.
     """
     mean_HK = points_BHK.exp().mean(0)
-    consistency = (points_BHK + neighbours_BHK).logsumexp(2).mean(0)
+    consistency = heads.logsumexp(points_BHK + neighbours_BHK).mean(0)
     return entropy_weight * (mean_HK * mean_HK.clamp(min=_LEAST).log()).sum(1) - consistency
 
 
@@ -95,7 +95,7 @@ class SCAN(Objective):
         self.entropy_weight = entropy_weight
 
     def loss(self, points_BP: Tensor, neighbours_BP: Tensor) -> Tensor:
-        points, neighbours = (self.heads(part).log_softmax(2) for part in (points_BP, neighbours_BP))
+        points, neighbours = (self.heads.log_probabilities(part) for part in (points_BP, neighbours_BP))
         return clustering_loss(points, neighbours, self.entropy_weight)
 
 
@@ -110,5 +110,5 @@ class SelfLabelling(Objective):
         dropped = self.options.dropped
         kept = (torch.rand(points_BP.shape, generator=self.generator) >= dropped).to(points_BP.device) / (1 - dropped)
         strong = (points_BP + neighbours_BP) / 2 * kept
-        clean, strong = (self.heads(part).log_softmax(2) for part in (points_BP, strong))
+        clean, strong = (self.heads.log_probabilities(part) for part in (points_BP, strong))
         return self_labelling_loss(clean, strong, self.options.threshold)

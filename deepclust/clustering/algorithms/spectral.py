@@ -21,9 +21,9 @@ from torch import Tensor
 
 from deepclust import config as options
 from deepclust import seeding
-from deepclust.clustering import assigners, kmeans, neighbours, plane
+from deepclust.clustering import assigners, kmeans, plane
 from deepclust.clustering.assigners import Assigner
-from deepclust.clustering.base import Problem
+from deepclust.clustering.base import Points, Problem
 from deepclust.clustering.neighbours import Neighbours
 from deepclust.config import Count, NotNegative, config
 
@@ -44,20 +44,35 @@ class Config(options.Config):
 
 def fit(problem: Problem, options: Config) -> Assigner:
     """Fit clusters of the graph, and a classifier of them; of a sample where eigenvectors would take much memory."""
-    points, graph = problem.features, None
-    most = _MOST_NUMBERS // _space(problem.k)
+    points, most = problem.points, _MOST_NUMBERS // _space(problem.k)
     if len(points) > most:
-        points = points[plane.sample(len(points), most, "spectral", problem.seed).to(points.device)]
-        graph = neighbours.graph(points, options.neighbours)
-    graph = graph or problem.points.graph(options.neighbours)
-    clusters = cluster(graph, problem.k, options.regularisation, problem.seed)
-    return assigners.classifier(points, clusters.to(points.device), problem.k)
+        points = points.once(("spectral sample", most), lambda: _sample(problem.points, most))
+    clusters = cluster(embedded(points, problem.k, options), problem.seed)
+    return assigners.classifier(points.features, clusters.to(points.features.device), problem.k)
 
 
-def cluster(graph: Neighbours, k: int, regularisation: float, seed: int) -> Tensor:
-    """The cluster (N,) int64 of each point of a graph, on the CPU."""
-    rows_NK = F.normalize(torch.from_numpy(embed(adjacency(graph), k, regularisation, seed)).float(), dim=1)
-    return kmeans.fit(rows_NK, k, seed=seed, iterations=_ITERATIONS, restarts=_RESTARTS).assignments
+def cluster(embedded_NK: Tensor, seed: int) -> Tensor:
+    """The cluster (N,) int64 of each embedded point, on the CPU."""
+    found = kmeans.fit(embedded_NK, embedded_NK.shape[1], seed=seed, iterations=_ITERATIONS, restarts=_RESTARTS)
+    return found.assignments
+
+
+def embedded(points: Points, dim: int, options: Config) -> Tensor:
+    """Points by the leading eigenvectors of their graph, rows (N, dim) float32 of unit length, on the CPU.
+
+    Computed once, whatever the seeds of fits: they differ in k-means alone.
+    """
+
+    def make() -> Tensor:
+        vectors = embed(adjacency(points.graph(options.neighbours)), dim, options.regularisation)
+        return F.normalize(torch.from_numpy(vectors).float(), dim=1)
+
+    return points.once(("spectral", dim, options.neighbours, options.regularisation), make)
+
+
+def _sample(points: Points, most: int) -> Points:
+    chosen = plane.sample(len(points), most, "spectral", len(points))
+    return Points(points.features[chosen.to(points.features.device)])
 
 
 def _space(dim: int) -> int:
@@ -74,7 +89,7 @@ def adjacency(graph: Neighbours) -> scipy.sparse.csr_array:
     return (directed + directed.T).tocsr()
 
 
-def embed(adjacency: scipy.sparse.csr_array, dim: int, regularisation: float, seed: int) -> NDArray[np.float64]:
+def embed(adjacency: scipy.sparse.csr_array, dim: int, regularisation: float) -> NDArray[np.float64]:
     """The `dim` leading eigenvectors (N, dim) of D^-½ (A + τ/N · 11ᵀ) D^-½, where τ is `regularisation` times the mean
     degree, and D holds the degrees with it."""
     count = adjacency.shape[0]
@@ -91,9 +106,9 @@ def embed(adjacency: scipy.sparse.csr_array, dim: int, regularisation: float, se
         matrix = root[:, None] * (adjacency.toarray() + tau / count) * root
         return np.ascontiguousarray(np.linalg.eigh(matrix)[1][:, ::-1][:, :dim])
     operator = scipy.sparse.linalg.LinearOperator((count, count), matvec=apply, dtype=np.float64)
-    start = torch.rand(count, generator=seeding.generator("spectral", seed), dtype=torch.float64).numpy()
+    start = torch.rand(count, generator=seeding.generator("spectral"), dtype=torch.float64).numpy()
     wide = min(count, _space(dim))
-    restarts = np.random.default_rng(seeding.derive("ARPACK", seed))  # of a space that is exhausted
+    restarts = np.random.default_rng(seeding.derive("ARPACK"))  # of a space that is exhausted
     values, vectors = scipy.sparse.linalg.eigsh(
         operator, dim, which="LA", v0=start, ncv=wide, tol=_TOLERANCE, rng=restarts
     )

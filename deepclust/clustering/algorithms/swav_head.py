@@ -55,11 +55,11 @@ def swapped_loss(
     """
 
     def codes(scores_BHK: Tensor) -> Tensor:
-        heads = scores_BHK.unbind(1)
-        return torch.stack([sinkhorn.codes(scores, epsilon=epsilon, iterations=iterations) for scores in heads], 1)
+        each = scores_BHK.unbind(1)
+        return torch.stack([sinkhorn.codes(scores, epsilon=epsilon, iterations=iterations) for scores in each], 1)
 
-    one = (codes(neighbours_BHK) * (points_BHK / temperature).log_softmax(2)).sum(2)
-    other = (codes(points_BHK) * (neighbours_BHK / temperature).log_softmax(2)).sum(2)
+    one = (codes(neighbours_BHK) * heads.log_softmax(points_BHK / temperature)).sum(2)
+    other = (codes(points_BHK) * heads.log_softmax(neighbours_BHK / temperature)).sum(2)
     return -(one + other).mean(0) / 2
 
 

@@ -56,12 +56,12 @@ def pmi(student_BHK: Tensor, teacher_BHK: Tensor, marginal_HK: Tensor, beta: flo
         marginal_HK: q_t(c).
         beta: β.
     """
-    return (beta * (student_BHK + teacher_BHK) - marginal_HK.clamp(min=_LEAST).log()).logsumexp(2)
+    return heads.logsumexp(beta * (student_BHK + teacher_BHK) - marginal_HK.clamp(min=_LEAST).log())
 
 
 def agreement(one_BHK: Tensor, other_BHK: Tensor) -> Tensor:
     """Mean over the heads of Σ_c q_t(c|x) q_t(c|x′) of each pair (B, 1), from log-probabilities."""
-    return (one_BHK + other_BHK).logsumexp(2).exp().mean(1, keepdim=True)
+    return heads.logsumexp(one_BHK + other_BHK).exp().mean(1, keepdim=True)
 
 
 class TEMI(Objective):
@@ -74,9 +74,9 @@ class TEMI(Objective):
         self.marginal: Tensor | None = None
 
     def loss(self, points_BP: Tensor, neighbours_BP: Tensor) -> Tensor:
-        points, neighbours = (self.heads(part).log_softmax(2) for part in (points_BP, neighbours_BP))
+        points, neighbours = (self.heads.log_probabilities(part) for part in (points_BP, neighbours_BP))
         with torch.no_grad():
-            taught, taught_neighbours = (self.teacher(part).log_softmax(2) for part in (points_BP, neighbours_BP))
+            taught, taught_neighbours = (self.teacher.log_probabilities(part) for part in (points_BP, neighbours_BP))
             marginal = (taught.exp().mean(0) + taught_neighbours.exp().mean(0)) / 2
             if self.marginal is not None:
                 marginal = self.marginal.lerp(marginal, 1 - self.options.marginal_momentum)

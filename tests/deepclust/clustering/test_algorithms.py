@@ -66,11 +66,12 @@ def test_kmeans_ends_where_scikit_learns_best_run_ends() -> None:
 
 def test_spectral_clusters_are_scikit_learns_on_the_same_graph() -> None:
     data = blobs(noise=0.6)
-    graph = Points(data).graph(60)  # more than a blob has, so that all hangs together
+    points, options = Points(data), spectral.Config(neighbours=60, regularisation=1e-9)
+    graph = points.graph(60)  # more than a blob has, so that all hangs together
     expected = SpectralClustering(5, affinity="precomputed", random_state=0).fit_predict(
         spectral.adjacency(graph).toarray()
     )
-    assert agree(spectral.cluster(graph, 5, 1e-9, 0), expected)
+    assert agree(spectral.cluster(spectral.embedded(points, 5, options), 0), expected)
 
 
 def test_a_mixture_is_scikit_learns_from_the_same_start() -> None:
@@ -179,8 +180,8 @@ def test_spectral_clustering_draws_arpacks_restarts_from_its_seed_and_samples_wh
     monkeypatch.setattr(spectral, "_MOST_NUMBERS", 23 * 60)
     few = []
     monkeypatch.setattr(
-        spectral, "cluster", lambda graph, *rest, do=spectral.cluster: few.append(graph) or do(graph, *rest)
+        spectral, "embedded", lambda part, *rest, do=spectral.embedded: few.append(part) or do(part, *rest)
     )
     clusters = spectral.fit(Problem(points=Points(data), k=3, seed=0), options).assign(data)
-    assert len(few[0].indices) == 60
+    assert len(few[0]) == 60
     assert metrics.ari((torch.arange(120) % 3).numpy(), clusters.numpy()) == 1

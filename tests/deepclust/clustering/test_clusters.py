@@ -34,7 +34,7 @@ MAKE: dict[str, Callable[[], Assigner]] = {
 def made(kind: str = "linear", reject: float = 0.2) -> clusters.Clusters:
     one, *refits = (MAKE[kind]() for _ in range(3))
     points = torch.nn.functional.normalize(POINTS, dim=1)
-    return confidence.fit(one, points, refits=refits, normalise=True, algorithm=kind, reject=reject)
+    return confidence.fit(one, points, refits=refits, normalise=True, algorithm=kind, reject=reject)[0]
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -47,7 +47,7 @@ def in_float64(assigner: Assigner, data: np.ndarray) -> np.ndarray:
 def test_every_number_is_the_formulas_in_float64(make) -> None:  # type: ignore[no-untyped-def]
     data, new = points(), 1.5 * points(100, seed=1)
     first, *others = (make(data, seed) for seed in range(4))
-    found = confidence.fit(first, data, refits=others, normalise=False, algorithm="any")
+    found = confidence.fit(first, data, refits=others, normalise=False, algorithm="any")[0]
     judged = found.judge(new)
 
     chances = [in_float64(assigner, new.double().numpy()) for assigner in (first, *others)]
@@ -85,7 +85,7 @@ def test_the_numbers_of_clusters_in_a_refit_do_not_matter_and_an_equal_refit_agr
     data = points()
     first = centroids(data, 0)
     alone, again = (
-        confidence.fit(first, data, refits=refits, normalise=False, algorithm="kmeans").judge(data)
+        confidence.fit(first, data, refits=refits, normalise=False, algorithm="kmeans")[0].judge(data)
         for refits in ([], [Centroids(first.centroids[[2, 0, 3, 1]], first.scale)])
     )
     assert (again.agreements == 1).all()
@@ -95,7 +95,7 @@ def test_the_numbers_of_clusters_in_a_refit_do_not_matter_and_an_equal_refit_agr
 
 def test_a_point_and_its_copies_have_no_say_in_the_bank() -> None:
     data = points(40)
-    found = confidence.fit(centroids(data, 0), data, normalise=False, algorithm="kmeans")
+    found = confidence.fit(centroids(data, 0), data, normalise=False, algorithm="kmeans")[0]
     assert found.bank
     unit = torch.nn.functional.normalize(data.double())
     nearest = (unit @ unit.T).fill_diagonal_(-1).topk(15).indices
@@ -107,12 +107,14 @@ def test_a_point_and_its_copies_have_no_say_in_the_bank() -> None:
 def test_refits_of_another_number_of_clusters_have_no_say() -> None:
     data = points()
     other = Centroids.of(data[:3], data)
-    found = confidence.fit(centroids(data, 0), data, refits=[other, centroids(data, 1)], normalise=False, algorithm="k")
+    found = confidence.fit(
+        centroids(data, 0), data, refits=[other, centroids(data, 1)], normalise=False, algorithm="k"
+    )[0]
     assert [refit.assigner.k for refit in found.refits] == [K]
 
 
 def test_a_point_far_from_all_is_less_sure_the_farther_though_the_head_is_the_surer() -> None:
-    found = dataclasses.replace(confidence.fit(head(0), points(), normalise=False, algorithm="any"), bank=None)
+    found = dataclasses.replace(confidence.fit(head(0), points(), normalise=False, algorithm="any")[0], bank=None)
     judged = found.judge(torch.ones(1, DIM) * torch.tensor([[10.0], [100.0], [1000.0]]))
     assert (judged.margins > 0.99).all()
     assert judged.scores[0] > 5 * judged.scores[1] > 25 * judged.scores[2] > 0
@@ -135,7 +137,7 @@ def test_what_is_fitted_rejects_its_share_of_train_and_the_same_twice() -> None:
     one, two = (
         confidence.fit(
             centroids(data, 0), data, refits=[centroids(data, 1)], normalise=False, algorithm="k", reject=0.1
-        )
+        )[0]
         for _ in range(2)
     )
     assert one.reject == two.reject
@@ -181,7 +183,7 @@ def test_accuracy_against_coverage_is_by_hand_and_its_gain_is_of_what_perfect_re
 def test_equal_points_fewer_points_than_clusters_and_a_cluster_without_points_have_finite_scores(count: int) -> None:
     data = torch.ones(count, DIM)
     for assigner in (Centroids.of(data[:1].repeat(K, 1), data), head(0)):
-        found = confidence.fit(assigner, data, refits=[assigner], normalise=False, algorithm="any", reject=0.5)
+        found = confidence.fit(assigner, data, refits=[assigner], normalise=False, algorithm="any", reject=0.5)[0]
         assert found.centroids.isfinite().all()
         judged = found.judge(torch.cat([data, 1 + data]))
         assert all(part.isfinite().all() for part in judged)
@@ -189,5 +191,5 @@ def test_equal_points_fewer_points_than_clusters_and_a_cluster_without_points_ha
 
 
 def test_of_no_points_there_are_no_clusters() -> None:
-    found = confidence.fit(head(0), points(), refits=[head(1)], normalise=False, algorithm="any")
+    found = confidence.fit(head(0), points(), refits=[head(1)], normalise=False, algorithm="any")[0]
     assert [len(part) for part in found.judge(torch.empty(0, DIM))] == [0] * 6

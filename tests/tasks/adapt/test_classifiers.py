@@ -83,7 +83,7 @@ def test_a_linear_head_of_clusters_is_itself_and_other_kinds_are_not_applicable(
     points = F.normalize(features, dim=1) if normalise else features
 
     def save(assigner: Assigner) -> None:
-        found = confidence.fit(assigner, points, normalise=normalise, algorithm="temi", reject=0.5)
+        found = confidence.fit(assigner, points, normalise=normalise, algorithm="temi", reject=0.5)[0]
         found.save(layout.out("cluster", "swav"))
 
     save(Layers([(weight, bias)], unit=unit))

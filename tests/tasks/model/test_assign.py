@@ -100,7 +100,7 @@ def test_each_image_goes_to_its_nearest_centroid_and_a_classifier_adds_class_and
 def test_an_image_of_low_confidence_has_the_cluster_minus_one_and_a_folder_of_its_own(run: Run) -> None:
     head = Layers([(torch.stack([-torch.ones(SIDE**2), torch.ones(SIDE**2)]) / SIDE**2, torch.zeros(2))])
     train = torch.tensor([[-1.8], [-1.0], [-0.1], [1.2]]).expand(-1, SIDE**2)
-    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.25)
+    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.25)[0]
     fitted.save(Path("artifacts/cluster/pixels"))
     table = run("new", "--export", "sorted")
     assert [row["cluster"] for row in table.values()] == ["0", "-1", "0", "1"]

@@ -102,7 +102,7 @@ def test_what_the_clusters_reject_has_none_in_python_and_over_http(
     shutil.copy(root / "mlflow.db", "mlflow.db")
     train = torch.from_numpy(np.load(layout.embeddings("pixels", "train")))
     head = assigners.classifier(train, torch.arange(len(train)) % 3, 3)
-    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.5)
+    fitted = confidence.fit(head, train, normalise=False, algorithm="spectral", reject=0.5)[0]
     fitted.save(layout.out("cluster", "pixels"))
     register.register("pixels")
     model, images = load("pixels"), np.load(layout.images(16) / "train.npy")
