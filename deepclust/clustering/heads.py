@@ -37,9 +37,7 @@ _PER_CLUSTER = 16  # points of a batch, at least: its marginal is taken for that
 _JUDGED = 5  # the last 1/5 of the steps tells which head is best
 _SAMPLE, _SAMPLE_PER_CLUSTER = 10_000, 100  # points from which a head's start is found, at least
 _ITERATIONS = 20  # of the k-means that finds it
-_SMALL = (
-    1 << 19
-)  # logits of a step up to which one thread is faster than several, which wait for each other at each sum
+_SMALL = 1 << 19  # logits of a step up to which one thread is fastest: several wait for each other at each sum
 _SPECTRAL = 100  # clusters up to which heads also start from spectral clustering, which takes as many eigenvectors
 
 

@@ -38,19 +38,19 @@ def agree(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", CLASSICS)
 def test_blobs_are_found_and_new_points_go_to_theirs(name: str) -> None:
-    data, new = blobs(), blobs(seed=1)
+    data, new = blobs(count=100), blobs(count=100, seed=1)
     found = fit(name, data, 5)
     assert found.k == 5
-    assert agree(found.assign(data), torch.arange(200) % 5)
+    assert agree(found.assign(data), torch.arange(100) % 5)
     assert torch.equal(found.assign(data), found.assign(new))
     probabilities = found.probabilities(new)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(200))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(100))
     assert (probabilities.amax(1) > 0.9).all()
 
 
 @pytest.mark.parametrize("name", CLASSICS)
 def test_a_fit_is_the_same_every_time_and_after_saving(name: str) -> None:
-    data = blobs(noise=1.0)
+    data = blobs(count=80, noise=1.0)
     one, again = (fit(name, data, 5, seed=3) for _ in range(2))
     for key, tensor in one.state().items():
         assert torch.equal(tensor, again.state()[key])

@@ -193,3 +193,11 @@ def test_equal_points_fewer_points_than_clusters_and_a_cluster_without_points_ha
 def test_of_no_points_there_are_no_clusters() -> None:
     found = confidence.fit(head(0), points(), refits=[head(1)], normalise=False, algorithm="any")[0]
     assert [len(part) for part in found.judge(torch.empty(0, DIM))] == [0] * 6
+
+
+@pytest.mark.parametrize("reject", [0.0, 0.3])
+def test_what_a_fit_says_of_its_points_is_what_the_clusters_then_say(reject: float) -> None:
+    data = points()
+    found, judged = confidence.fit(head(0), data, refits=[head(1)], normalise=False, algorithm="any", reject=reject)
+    assert all(torch.equal(one, again) for one, again in zip(judged, found.judge(data), strict=True))
+    assert (judged.distances > found.reach).any(), "some scores fall by the distance"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepclust import seeding
 from deepclust.clustering import algorithms, assigners, heads
-from deepclust.clustering.algorithms import dec, scan, swav_head, temi
+from deepclust.clustering.algorithms import dec, scan, spectral, swav_head, temi
 from deepclust.clustering.base import Points, Problem
 from deepclust.config import Config
 from deepclust.errors import CheckpointError
@@ -36,8 +36,8 @@ def options(name: str) -> Config:
     """Quick ones."""
     kind = algorithms.config_class(name)
     if name == "scan":
-        return kind(steps=100, heads=2, batch=64, self_labelling=True)
-    return kind(steps=100) if name == "dec" else kind(steps=100, heads=2, batch=64)
+        return kind(steps=50, heads=2, batch=64, self_labelling=True)
+    return kind(steps=25, interval=10) if name == "dec" else kind(steps=25, heads=2, batch=64)
 
 
 def fit(name: str, points: Tensor, k: int, seed: int = 0) -> assigners.Assigner:
@@ -263,6 +263,60 @@ def test_heads_that_all_collapse_start_again_from_another_seed_a_few_times() -> 
     found, attempts = search(*[(0, 1, 2)] * heads.ATTEMPTS)
     assert len(attempts) == heads.ATTEMPTS
     assert found.sizes(points).tolist() == [[240, 0, 0, 0, 0, 0]]
+
+
+def test_a_head_starts_by_the_distances_from_its_clusters_means() -> None:
+    points = normal(50, 5)
+    clusters = torch.arange(50) % 3
+    weight, bias = heads._nearest_mean(points, clusters, 3)
+    exact = points.double().numpy()
+    means = np.stack([exact[clusters == cluster].mean(0) for cluster in range(3)])
+    squared = ((exact[:, None] - means) ** 2).sum(2)
+    expected = -squared / squared[np.arange(50), clusters].mean()
+    found = (points @ weight.T + bias).double().numpy()
+    # What is the same for all clusters of a point, a softmax takes away.
+    np.testing.assert_allclose(
+        found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), rtol=1e-4, atol=1e-5
+    )
+
+
+class Watched(heads.Objective):
+    """Writes down how many points a step has, and how many threads."""
+
+    def __init__(self, started: heads.Heads) -> None:
+        super().__init__(started)
+        self.seen: list[tuple[int, int]] = []
+
+    def loss(self, points_BP: Tensor, neighbours_BP: Tensor) -> Tensor:
+        self.seen.append((len(points_BP), torch.get_num_threads()))
+        return self.heads(points_BP).sum((0, 2))
+
+
+def test_a_step_has_sixteen_points_for_each_cluster_and_small_steps_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for batch, small, expected in ((8, 10_000, (16 * K, 1)), (100, 10_000, (100, 1)), (100, 100, (100, 2))):
+            monkeypatch.setattr(heads, "_SMALL", small)
+            objective = Watched(heads.Heads(normal(2, K, 3), normal(2, K)))
+            options = heads.HeadConfig(batch=batch, steps=1)
+            heads.train(normal(30, 3), torch.arange(30)[:, None], objective, options, seeding.generator(0))
+            assert objective.seen == [expected]
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_eigenvectors_are_computed_once_for_all_fits_and_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(spectral, "embed", lambda *args, do=spectral.embed: made.append(args[1]) or do(*args))
+    points = Points(torch.eye(3, 6).repeat(20, 1))  # fewer distinct points than clusters: heads start again
+    for seed in range(2):
+        for k in (4, 5):
+            for name in ("spectral", "temi"):
+                problem = Problem(points=points, k=k, seed=seed)
+                algorithms.fit(name, problem, spectral.Config() if name == "spectral" else options(name))
+    assert made == [4, 4, 5, 5], "of all points, and of the sample that heads start from"
 
 
 def test_the_assigner_of_dec_is_saved_and_loaded_and_refused_where_it_does_not_fit() -> None:
