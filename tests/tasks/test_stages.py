@@ -77,6 +77,7 @@ def test_assignments_name_the_nearest_centroid_of_every_image(labelled: Path) ->
     assert [row["path"] for row in found] == [item["path"] for item in items]
     distances = np.linalg.norm(embeddings(labelled, "swav")[:, None] - centroids[None], axis=2)
     assert [int(row["cluster"]) for row in found] == distances.argmin(1).tolist()
+    assert all(0 <= float(row["confidence"]) <= 1 for row in found)
     np.testing.assert_allclose([float(row["distance"]) for row in found], distances.min(1), rtol=1e-4)
     scores = metrics(labelled, "cluster", "swav")
     assert (scores["k"], scores["sizes"]) == (3, np.bincount(distances.argmin(1), minlength=3).tolist())
