@@ -71,7 +71,7 @@ def _check_compression(head: pydicom.Dataset) -> None:
     try:
         # A deflated file is inflated whole, however large that is.
         readable = decoding.get_decoder(syntax).is_available and not syntax.is_deflated
-    except NotImplementedError:
+    except NotImplementedError:  # what pydicom raises of a compression that it has no decoder for, such as video
         readable = False
     if not readable:
         raise DataError(f"DICOM compressed as {syntax.name}: decompress it, as gdcmconv --raw does")

@@ -36,7 +36,7 @@ def is_available(syntax: str) -> bool:
 def decode_frame(content: bytes, runner: DecodeRunner) -> bytes:
     """What pydicom asks of a plugin: the values of one frame, colours pixel by pixel."""
     if runner.transfer_syntax == uid.JPEGExtended12Bit and runner.samples_per_pixel > 1:
-        raise NotImplementedError("JPEG of 12 bits in colour")
+        raise ValueError("12 bits in colour")
     if not content.rstrip(b"\0").endswith(_END):
         raise ValueError("cut off")  # which CharLS 2.4.3 can take many seconds to notice
     values = _CODECS[runner.transfer_syntax](content)

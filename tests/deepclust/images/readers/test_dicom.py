@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -15,6 +16,8 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     HTJ2KLossless,
     ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    MPEG2MPML,
     RLELossless,
     generate_uid,
 )
@@ -51,7 +54,9 @@ def write(path: Path, pixels: np.ndarray, *, bits: int = 12, syntax: str = Expli
         found.PixelData = content
         found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         found.compress(RLELossless)
-    elif syntax == HTJ2KLossless:
+    elif syntax == JPEGExtended12Bit:
+        found.PixelData = encapsulate([imagecodecs.jpeg8_encode(pixels, bitspersample=12)])
+    elif syntax in (HTJ2KLossless, MPEG2MPML):
         found.PixelData = encapsulate([content])
     else:
         found.PixelData = content
@@ -190,9 +195,19 @@ def test_a_file_of_jpeg_ls_that_is_cut_off_is_refused_before_it_is_decoded(tmp_p
         read(tmp_path / "a", max_pixels=10**6)
 
 
+def test_jpeg_of_12_bits_is_read_in_grey_and_refused_in_colour(tmp_path: Path) -> None:
+    ramp = np.repeat(np.arange(0, 4096, 64, dtype=np.uint16)[None], 16, axis=0)
+    found = read(write(tmp_path / "a", ramp, syntax=JPEGExtended12Bit), max_pixels=2000)
+    assert found.depth == "uint12"
+    assert np.abs(found.values.astype(int) - ramp).max() < 64
+    with pytest.raises(RuntimeError, match="imagecodecs: 12 bits in colour"):  # as pydicom sums up
+        read(write(tmp_path / "b", np.stack([ramp] * 3, axis=2), syntax=JPEGExtended12Bit), max_pixels=2000)
+
+
 def test_what_can_not_be_read_is_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:
     for reason, path, most in [
         ("compressed as High-Throughput.*gdcmconv", write(tmp_path / "a", STORED, syntax=HTJ2KLossless), 1000),
+        ("compressed as MPEG2.*gdcmconv", write(tmp_path / "d", STORED, syntax=MPEG2MPML), 1000),
         ("7 x 5 pixels, more than data.max_pixels", write(tmp_path / "b", STORED), 34),
         ("without pixels, such as a report", write(tmp_path / "c", STORED, Rows=0), 1000),
     ]:
