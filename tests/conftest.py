@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 collect_ignore = ["services"]  # they need a container engine: `make test-services` names the folder
 _SEEDS = [int(seed) for seed in os.environ.get("DEEPCLUST_TEST_SEEDS", "0,1,2").split(",")]
+
+
+@pytest.fixture(autouse=True)
+def tracking_address() -> Iterator[None]:
+    """Puts back what mlflow.set_tracking_uri writes into the environment, where the next test would find it."""
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)
+    yield
+    os.environ.pop(name, None)
+    if before is not None:
+        os.environ[name] = before
 
 
 @pytest.fixture(params=_SEEDS)
