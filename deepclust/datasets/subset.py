@@ -42,25 +42,30 @@ class Subset(Source):
 def drawn(source: Source, count: int, *, seed: int) -> Source:
     """At most so many images of a source; the whole source where it has no more.
 
-    The images are those whose names have the smallest hashes with the seed. What is drawn is not published.
+    The images are those whose names have the smallest hashes with the seed. What the source has skipped is drawn among
+    them, so that its share stays what it was. What is drawn is not published.
 
     Args:
         source: The images.
         count: How many to draw.
         seed: Draws.
     """
-    if count >= len(source.paths):
+    names = [*source.paths, *(item["path"] for item in source.skipped)]
+    if count >= len(names):
         return source
 
     def key(index: int) -> tuple[bytes, int]:
-        return hashlib.sha256(f"{seed}/subset/{source.paths[index]}".encode("utf-8", "surrogateescape")).digest(), index
+        return hashlib.sha256(f"{seed}/subset/{names[index]}".encode("utf-8", "surrogateescape")).digest(), index
 
-    numbers = np.array(sorted(heapq.nsmallest(count, range(len(source.paths)), key=key)), np.int64)
+    readable = len(source.paths)
+    found = np.array(sorted(heapq.nsmallest(count, range(len(names)), key=key)), np.int64)
+    numbers = found[found < readable]
     chosen: dict[str, Any] = {
         field.name: getattr(source, field.name) for field in dataclasses.fields(Source) if field.name != "published"
     }
     chosen["paths"] = [source.paths[number] for number in numbers.tolist()]
     chosen["labels"] = source.labels[numbers]
+    chosen["skipped"] = [source.skipped[number - readable] for number in found[found >= readable].tolist()]
     if source.sides is not None:
         chosen["sides"] = [source.sides[number] for number in numbers.tolist()]
     return Subset(**chosen, whole=source, numbers=numbers)

@@ -132,10 +132,12 @@ def find(data: Data, seed: int) -> Source:
     for warning in source.warnings:
         say(f"warning: {warning}")
     say(f"{source.name}: {len(source.paths)} images")
-    if data.images == "all" or data.images >= len(source.paths):
+    if data.images == "all":
         return source
-    say(f"{source.name}: {data.images} of them are drawn (data.images)")
-    return subset.drawn(source, data.images, seed=seed)
+    kept = subset.drawn(source, data.images, seed=seed)
+    if kept is not source:
+        say(f"{source.name}: {len(kept.paths)} of them are drawn (data.images)")
+    return kept
 
 
 def check_domains(root: Path, follow_links: bool, classes: list[str]) -> None:
