@@ -12,12 +12,12 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
+    MPEG2MPML,
     CTImageStorage,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEGExtended12Bit,
-    MPEG2MPML,
     RLELossless,
     generate_uid,
 )
