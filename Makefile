@@ -21,6 +21,10 @@ ARGS ?=
 
 BIN := .venv/bin
 ifeq ($(TORCH),cuda)
+ifeq ($(origin INDEX),command line)
+$(error expected TORCH=cpu with INDEX=…, got TORCH=cuda, which comes from the usual index; add TORCH=cpu)
+endif
+INDEX :=
 LOCK := requirements.lock
 READY := .venv/ready
 else ifeq ($(TORCH),cpu)

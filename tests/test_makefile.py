@@ -52,6 +52,15 @@ def test_an_image_is_built_from_the_lock_that_is_asked_for(clone: Path) -> None:
     assert "--build-arg PINS=requirements-cpu.lock --build-arg INDEX='here' " in told
 
 
+def test_an_index_without_the_build_it_is_for_is_refused_and_of_earlier_none_is_left(clone: Path) -> None:
+    refused = _make(clone, "setup", "INDEX=here")
+    assert refused.returncode == 2
+    assert refused.stderr.endswith("got TORCH=cuda, which comes from the usual index; add TORCH=cpu.  Stop.\n")
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "build.mk").write_text("TORCH ?= cpu\nINDEX ?= here\n")
+    assert "--build-arg INDEX='' " in _joined(_make(clone, "image", "TORCH=cuda"))
+
+
 def test_another_build_of_torch_is_refused_in_one_line(clone: Path) -> None:
     refused = _make(clone, "setup", "TORCH=rocm")
     assert refused.returncode == 2
