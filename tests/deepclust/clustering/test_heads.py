@@ -265,6 +265,23 @@ def test_heads_that_all_collapse_start_again_from_another_seed_a_few_times() -> 
     assert found.sizes(points).tolist() == [[240, 0, 0, 0, 0, 0]]
 
 
+def test_each_attempt_begins_from_other_heads() -> None:
+    points = Points(normal(240, 8))
+    problem, inputs = Problem(points=points, k=6, seed=0), heads.Inputs.of(points.features)
+    first, again, second = (heads.start(inputs, problem, heads.HeadConfig(heads=3), attempt) for attempt in (0, 0, 1))
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, second.weight)
+    begun: list[torch.Tensor] = []
+
+    def collapsing(started: heads.Heads) -> heads.Objective:
+        begun.append(started.weight.detach().clone())
+        return Planned(started, (0, 1, 2))
+
+    heads.search(inputs, problem, collapsing, heads.HeadConfig(heads=3, steps=1))
+    assert torch.equal(begun[0], first.weight)
+    assert torch.equal(begun[1], second.weight)
+
+
 def test_a_head_starts_by_the_distances_from_its_clusters_means() -> None:
     points = normal(50, 5)
     clusters = torch.arange(50) % 3
